@@ -1,0 +1,52 @@
+"""Multi-head attention on projected queries, keys and values.
+
+Functions without parameters: who projects what is the business of the encoder and of the decoder.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, T, M·d) to (B, M, T, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    *,
+    padding: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(q kᵀ / √d) v in every head.
+
+    Args:
+        query: (B, N, M·d), heads side by side.
+        key: (B, S, M·d).
+        value: (B, S, M·d_v); d_v may differ from d.
+        heads: M.
+        padding: (B, S) bool, True = no query may look there; None: all keys are visible.
+        dropout: rate on the attention weights.
+
+    Returns:
+        (B, N, M·d_v).
+    """
+    visible = None if padding is None else ~padding[:, None, None, :]  # (B, 1, 1, S)
+    q, k, v = (split_heads(x, heads) for x in (query, key, value))
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
+    return attended.transpose(1, 2).flatten(2)
+
+
+def scores(query: Tensor, key: Tensor, heads: int, *, scale: float) -> Tensor:
+    """q kᵀ · scale in every head: (B, N, M·d) and (B, S, M·d) to (B, M, N, S)."""
+    return split_heads(query, heads) @ split_heads(key, heads).transpose(-2, -1) * scale
+
+
+def weights(scores: Tensor, padding: Tensor | None = None) -> Tensor:
+    """Softmax of scores (B, M, N, S) over the keys, with none on padded keys (B, S)."""
+    if padding is not None:
+        scores = scores.masked_fill(padding[:, None, None, :], float("-inf"))
+    return scores.softmax(dim=-1)

@@ -1,0 +1,113 @@
+"""The convolutional trunk: a timm model whose last wanted stage gives the feature map."""
+
+import difflib
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Backbone(nn.Module):
+    """A timm trunk with frozen BatchNorm, whose stem and first stage do not train.
+
+    Any timm model works whose ``features_only`` form gives (B, C, h, w) maps for pictures of any size: the
+    residual, regular and mobile convolutional families. Its BatchNorm layers become fixed affine maps
+    (eps 1e-5), and everything up to its first stage of stride 4 is frozen, as the authors do for ResNets.
+
+    Args:
+        name: timm's name of the trunk, such as "resnet50".
+        stage: index of the feature map in timm's ``feature_info``; 4 is the last stage of a ResNet (stride 32).
+        dilation: replace the stride of that stage by dilation ("DC5"): half the stride, twice the resolution.
+
+    Attributes:
+        trunk: the timm model.
+        channels: C of the feature map.
+        stride: pictures are this many times larger than the map.
+
+    Raises:
+        ValueError: timm has no such trunk, or the trunk has no such stage, or it cannot serve here.
+    """
+
+    def __init__(self, name: str, *, stage: int, dilation: bool) -> None:
+        super().__init__()
+        self.trunk: nn.Module = _make_trunk(name, stage, dilation)
+        feature_info: Any = self.trunk.feature_info
+        self.channels: int = feature_info.channels()[-1]
+        self.stride: int = feature_info.reduction()[-1]
+        self._freeze_first_stage(name, stage)
+
+    def forward(self, pixels: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Compute the feature map.
+
+        Args:
+            pixels: (B, 3, H, W), normalised; what stands under the padding is zeroed first.
+            padding: (B, H, W) bool, True = padded; None: nothing is padded.
+
+        Returns:
+            features (B, C, h, w) and their padding (B, h, w), None if None was given.
+        """
+        if padding is None:
+            return self.trunk(pixels)[-1], None
+        features = self.trunk(pixels.masked_fill(padding[:, None], 0.0))[-1]
+        padding = F.interpolate(padding[:, None].float(), size=features.shape[-2:])[:, 0]  # nearest
+        return features, padding.bool()
+
+    def _freeze_first_stage(self, name: str, stage: int) -> None:
+        """Stop gradients for all modules up to the end of the first stage of stride 4."""
+        feature_info: Any = self.trunk.feature_info
+        stages = feature_info.info[: stage + 1]
+        first = next((s for s in stages if s["reduction"] >= 4), stages[-1])["module"]
+
+        # timm flattens "stages.0" to "stages_0" in some of its wrappers
+        def flat(path: str) -> str:
+            return path.replace(".", "_").removeprefix("model_")
+
+        reached = False
+        for path, module in self.trunk.named_modules():
+            inside = f"{flat(path)}_".startswith(f"{flat(first)}_")
+            if reached and not inside:
+                return
+            reached = reached or inside
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        if not reached:
+            raise ValueError(
+                f"backbone {name!r} cannot serve: its first stage is called {first!r}, but no part of it bears that"
+                " name, so stem and first stage cannot be told from the rest and frozen"
+            )
+
+
+def _make_trunk(name: str, stage: int, dilation: bool) -> Any:
+    """Build the timm trunk with random weights and frozen BatchNorm."""
+    import timm
+    from timm.utils.model import freeze_batch_norm_2d
+
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"backbone: got {name!r}, expected the name of a timm model, such as 'resnet50'{hint}")
+    described = timm.get_pretrained_cfg(name)
+    if described is not None and described.fixed_input_size:
+        raise ValueError(
+            f"backbone: got {name!r}, which takes pictures of one size only; expected a trunk for any size"
+        )
+    trunk = _features(name, stage)
+    if dilation:
+        stride = trunk.feature_info.reduction()[-1] // 2
+        trunk = _features(name, stage, output_stride=stride)
+        if trunk.feature_info.reduction()[-1] != stride:
+            raise ValueError(f"dilation: got True, but stage {stage} of backbone {name!r} cannot be dilated")
+    if getattr(trunk, "output_fmt", "NCHW") != "NCHW":
+        raise ValueError(f"backbone: got {name!r}, whose maps are channels-last; expected (B, C, h, w)")
+    return freeze_batch_norm_2d(trunk)
+
+
+def _features(name: str, stage: int, **options: int) -> Any:
+    """Build a timm trunk that gives the map of one stage."""
+    import timm
+
+    try:
+        return timm.create_model(name, features_only=True, out_indices=(stage,), **options)
+    except (AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        what = "".join(f" with {option}={value}" for option, value in options.items())
+        raise ValueError(f"backbone: timm cannot give stage {stage} of {name!r}{what}: {error!r}") from error

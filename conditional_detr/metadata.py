@@ -1,0 +1,118 @@
+"""What a checkpoint says of itself besides its weights; a model carries it as ``metadata``."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures become pixels: the numbers the weights were trained with.
+
+    Attributes:
+        shortest_edge: pictures are resized so that their shorter side has this many pixels ...
+        longest_edge: ... unless the longer side would then exceed this many.
+        mean: per channel (red, green, blue), of values in [0, 1].
+        std: per channel, of values in [0, 1].
+
+    Raises:
+        ValueError: a size that is not positive, a shortest above the longest, a std that is not positive.
+    """
+
+    shortest_edge: int = 800
+    longest_edge: int = 1333
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shortest_edge <= self.longest_edge:
+            raise ValueError(
+                f"expected 0 < shortest_edge <= longest_edge, got {self.shortest_edge} and {self.longest_edge}"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"expected mean and std of 3 channels, std above 0, got {self.mean} and {self.std}")
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What the classes are called and how pictures are prepared.
+
+    Attributes:
+        class_names: one a class; None marks an id that no object has (COCO's gaps), never reported.
+        category_ids: the data set's id of each class; default 0, 1, 2, ...
+        preprocessing: the numbers that turn pictures into pixels.
+
+    Raises:
+        ValueError: a category id that stands twice, or not one category id a class.
+    """
+
+    class_names: tuple[str | None, ...]
+    category_ids: tuple[int, ...] = ()
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+
+    def __post_init__(self) -> None:
+        if not self.category_ids:
+            object.__setattr__(self, "category_ids", tuple(range(len(self.class_names))))
+        if len(self.category_ids) != len(self.class_names):
+            raise ValueError(
+                f"expected one category id a class, got {len(self.category_ids)} ids"
+                f" for {len(self.class_names)} classes"
+            )
+        if len(set(self.category_ids)) != len(self.category_ids):
+            raise ValueError(f"expected each category id once, got {self.category_ids}")
+
+    @classmethod
+    def numbered(cls, num_classes: int) -> "Metadata":
+        """Names for classes nobody has named: "class 0", "class 1", ..."""
+        return cls(tuple(f"class {i}" for i in range(num_classes)))
+
+
+@dataclass(frozen=True)
+class HeadChanges:
+    """What became of a checkpoint's classes and object queries when a model was made of it.
+
+    Attributes:
+        kept_classes: names whose row of the class head is the checkpoint's.
+        made_classes: names with a new row.
+        dropped_classes: names of the checkpoint that the model no longer has.
+        kept_queries: how many leading object queries are the checkpoint's.
+        made_queries: how many are new.
+        dropped_queries: how many of the checkpoint's the model no longer has.
+    """
+
+    kept_classes: tuple[str, ...]
+    made_classes: tuple[str, ...]
+    dropped_classes: tuple[str, ...]
+    kept_queries: int
+    made_queries: int
+    dropped_queries: int
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything is new or lost."""
+        return any((self.made_classes, self.dropped_classes, self.made_queries, self.dropped_queries))
+
+    def __str__(self) -> str:
+        classes = (self.kept_classes, self.made_classes, self.dropped_classes)
+        queries = (self.kept_queries, self.made_queries, self.dropped_queries)
+        lines = []
+        for what, names, count in zip(("kept", "made", "dropped"), classes, queries, strict=True):
+            listed = f" ({', '.join(names)})" if names else ""
+            lines.append(f"{what}: {count} queries, {len(names)} classes{listed}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading a checkpoint did; print it, or read it from ``model.load_report``.
+
+    Attributes:
+        source: the file the weights came from.
+        family: whose parameter names the file uses.
+        heads: which classes and queries came from it.
+    """
+
+    source: str
+    family: str
+    heads: HeadChanges
+
+    def __str__(self) -> str:
+        return f"{self.source} ({self.family} names)\n{self.heads}"

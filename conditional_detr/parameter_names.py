@@ -1,0 +1,144 @@
+"""What each parameter is called in the files Conditional DETR comes in.
+
+One row a parameter of the native model, one column a family of files; ``*`` stands for the layer's number and
+``.weight`` / ``.bias`` follow by themselves. The authors keep the encoder's query, key and value projection in
+one tensor each for weight and bias: ``{p}`` stands for those two words and ``#0 #1 #2`` for its thirds.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+Family = Literal["published", "transformers 5", "original"]
+
+# fmt: off
+_TABLE: tuple[tuple[str, str, str, str], ...] = (
+    # native                                   published                                  transformers 5                                     original
+    ("projection",                             "model.input_projection",                  "model.input_projection",                          "input_proj"),
+    ("object_queries",                         "model.query_position_embeddings",         "model.query_position_embeddings",                 "query_embed"),
+    ("class_head",                             "class_labels_classifier",                 "class_labels_classifier",                         "class_embed"),
+    ("box_head.layers.*",                      "bbox_predictor.layers.*",                 "bbox_predictor.layers.*",                         "bbox_embed.layers.*"),
+
+    ("encoder.layers.*.self_attention.query",  "model.encoder.layers.*.self_attn.q_proj", "model.encoder.layers.*.self_attn.q_proj",         "transformer.encoder.layers.*.self_attn.in_proj_{p}#0"),
+    ("encoder.layers.*.self_attention.key",    "model.encoder.layers.*.self_attn.k_proj", "model.encoder.layers.*.self_attn.k_proj",         "transformer.encoder.layers.*.self_attn.in_proj_{p}#1"),
+    ("encoder.layers.*.self_attention.value",  "model.encoder.layers.*.self_attn.v_proj", "model.encoder.layers.*.self_attn.v_proj",         "transformer.encoder.layers.*.self_attn.in_proj_{p}#2"),
+    ("encoder.layers.*.self_attention.output", "model.encoder.layers.*.self_attn.out_proj", "model.encoder.layers.*.self_attn.o_proj",       "transformer.encoder.layers.*.self_attn.out_proj"),
+    ("encoder.layers.*.self_attention_norm",   "model.encoder.layers.*.self_attn_layer_norm", "model.encoder.layers.*.self_attn_layer_norm", "transformer.encoder.layers.*.norm1"),
+    ("encoder.layers.*.feedforward.hidden",    "model.encoder.layers.*.fc1",              "model.encoder.layers.*.mlp.fc1",                  "transformer.encoder.layers.*.linear1"),
+    ("encoder.layers.*.feedforward.output",    "model.encoder.layers.*.fc2",              "model.encoder.layers.*.mlp.fc2",                  "transformer.encoder.layers.*.linear2"),
+    ("encoder.layers.*.feedforward_norm",      "model.encoder.layers.*.final_layer_norm", "model.encoder.layers.*.final_layer_norm",         "transformer.encoder.layers.*.norm2"),
+
+    ("decoder.norm",                           "model.decoder.layernorm",                 "model.decoder.layernorm",                         "transformer.decoder.norm"),
+    ("decoder.reference_point.layers.*",       "model.decoder.ref_point_head.layers.*",   "model.decoder.ref_point_head.layers.*",           "transformer.decoder.ref_point_head.layers.*"),
+    ("decoder.transformation.layers.*",        "model.decoder.query_scale.layers.*",      "model.decoder.query_scale.layers.*",              "transformer.decoder.query_scale.layers.*"),
+
+    ("decoder.layers.*.self_attention.content_query",  "model.decoder.layers.*.sa_qcontent_proj",   "model.decoder.layers.*.self_attn.q_content_proj", "transformer.decoder.layers.*.sa_qcontent_proj"),
+    ("decoder.layers.*.self_attention.position_query", "model.decoder.layers.*.sa_qpos_proj",       "model.decoder.layers.*.self_attn.q_pos_proj",     "transformer.decoder.layers.*.sa_qpos_proj"),
+    ("decoder.layers.*.self_attention.content_key",    "model.decoder.layers.*.sa_kcontent_proj",   "model.decoder.layers.*.self_attn.k_content_proj", "transformer.decoder.layers.*.sa_kcontent_proj"),
+    ("decoder.layers.*.self_attention.position_key",   "model.decoder.layers.*.sa_kpos_proj",       "model.decoder.layers.*.self_attn.k_pos_proj",     "transformer.decoder.layers.*.sa_kpos_proj"),
+    ("decoder.layers.*.self_attention.value",          "model.decoder.layers.*.sa_v_proj",          "model.decoder.layers.*.self_attn.v_proj",         "transformer.decoder.layers.*.sa_v_proj"),
+    ("decoder.layers.*.self_attention.output",         "model.decoder.layers.*.self_attn.out_proj", "model.decoder.layers.*.self_attn.o_proj",         "transformer.decoder.layers.*.self_attn.out_proj"),
+    ("decoder.layers.*.self_attention_norm",           "model.decoder.layers.*.self_attn_layer_norm", "model.decoder.layers.*.self_attn_layer_norm",   "transformer.decoder.layers.*.norm1"),
+
+    ("decoder.layers.*.cross_attention.content_query", "model.decoder.layers.*.ca_qcontent_proj",   "model.decoder.layers.*.encoder_attn.q_content_proj",  "transformer.decoder.layers.*.ca_qcontent_proj"),
+    ("decoder.layers.*.cross_attention.object_query",  "model.decoder.layers.*.ca_qpos_proj",       "model.decoder.layers.*.encoder_attn.q_pos_proj",      "transformer.decoder.layers.*.ca_qpos_proj"),
+    ("decoder.layers.*.cross_attention.spatial_query", "model.decoder.layers.*.ca_qpos_sine_proj",  "model.decoder.layers.*.encoder_attn.q_pos_sine_proj", "transformer.decoder.layers.*.ca_qpos_sine_proj"),
+    ("decoder.layers.*.cross_attention.content_key",   "model.decoder.layers.*.ca_kcontent_proj",   "model.decoder.layers.*.encoder_attn.k_content_proj",  "transformer.decoder.layers.*.ca_kcontent_proj"),
+    ("decoder.layers.*.cross_attention.spatial_key",   "model.decoder.layers.*.ca_kpos_proj",       "model.decoder.layers.*.encoder_attn.k_pos_proj",      "transformer.decoder.layers.*.ca_kpos_proj"),
+    ("decoder.layers.*.cross_attention.value",         "model.decoder.layers.*.ca_v_proj",          "model.decoder.layers.*.encoder_attn.v_proj",          "transformer.decoder.layers.*.ca_v_proj"),
+    ("decoder.layers.*.cross_attention.output",        "model.decoder.layers.*.encoder_attn.out_proj", "model.decoder.layers.*.encoder_attn.o_proj",       "transformer.decoder.layers.*.cross_attn.out_proj"),
+    ("decoder.layers.*.cross_attention_norm",          "model.decoder.layers.*.encoder_attn_layer_norm", "model.decoder.layers.*.encoder_attn_layer_norm", "transformer.decoder.layers.*.norm2"),
+
+    ("decoder.layers.*.feedforward.hidden",    "model.decoder.layers.*.fc1",              "model.decoder.layers.*.mlp.fc1",                  "transformer.decoder.layers.*.linear1"),
+    ("decoder.layers.*.feedforward.output",    "model.decoder.layers.*.fc2",              "model.decoder.layers.*.mlp.fc2",                  "transformer.decoder.layers.*.linear2"),
+    ("decoder.layers.*.feedforward_norm",      "model.decoder.layers.*.final_layer_norm", "model.decoder.layers.*.final_layer_norm",         "transformer.decoder.layers.*.norm3"),
+)
+
+# Trunk parameters keep timm's names behind these prefixes.
+_NATIVE_TRUNK = "backbone.trunk."
+_TRUNK: dict[Family, str] = {
+    "published":      "model.backbone.conv_encoder.model.",
+    "transformers 5": "model.backbone.model.",
+    "original":       "backbone.0.body.",
+}
+
+# transformers' own ResNet (in place of timm's) renames the trunk: timm's pattern, its replacement there.
+_TRANSFORMERS_RESNET = (
+    (r"^conv1\.",                          "embedder.embedder.convolution."),
+    (r"^bn1\.",                            "embedder.embedder.normalization."),
+    (r"^layer(\d)\.(\d+)\.conv(\d)\.",     "encoder.stages.{0}.layers.{1}.layer.{2}.convolution."),
+    (r"^layer(\d)\.(\d+)\.bn(\d)\.",       "encoder.stages.{0}.layers.{1}.layer.{2}.normalization."),
+    (r"^layer(\d)\.(\d+)\.downsample\.0\.", "encoder.stages.{0}.layers.{1}.shortcut.convolution."),
+    (r"^layer(\d)\.(\d+)\.downsample\.1\.", "encoder.stages.{0}.layers.{1}.shortcut.normalization."),
+)
+# fmt: on
+
+_COLUMN = {family: i for i, family in enumerate(get_args(Family))}
+_ROWS = {native: dict(zip(_COLUMN, names, strict=True)) for native, *names in _TABLE}
+
+
+class Naming(NamedTuple):
+    """How a file names things: its family, and whether its trunk is transformers' own ResNet."""
+
+    family: Family
+    transformers_resnet: bool = False
+
+    def __str__(self) -> str:
+        return self.family + (" with transformers' ResNet" if self.transformers_resnet else "")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a native parameter lies in a file: the tensor's name, and which third of its rows (None: all)."""
+
+    name: str
+    third: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.third is None else f"{self.name}[third {self.third + 1} of its rows]"
+
+
+def source_of(native: str, naming: Naming) -> Source:
+    """Return where a file with this naming keeps the native parameter ``native``.
+
+    Raises:
+        KeyError: the native model has no parameter of this name.
+    """
+    if native.startswith(_NATIVE_TRUNK):
+        trunk = native.removeprefix(_NATIVE_TRUNK)
+        if naming.transformers_resnet:
+            trunk = _transformers_resnet(trunk)
+        return Source(_TRUNK[naming.family] + trunk)
+    stem, kind = native.rsplit(".", 1)
+    number = "".join(re.findall(r"(?<=layers\.)\d+", stem))
+    name = _ROWS[re.sub(r"(?<=layers\.)\d+", "*", stem)][naming.family].replace("*", number)
+    if "{p}" in name:
+        name, third = name.replace("{p}", kind).split("#")
+        return Source(name, int(third))
+    return Source(f"{name}.{kind}")
+
+
+def recognise(names: Iterable[str]) -> Naming | None:
+    """Tell from its tensors' names how a file names things; None if it holds no Conditional DETR.
+
+    The sign is the projection of the conditional spatial query, which no other detector has.
+    """
+    names = set(names)
+    for family in get_args(Family):
+        sign = _ROWS["decoder.layers.*.cross_attention.spatial_query"][family]
+        pattern = re.compile(re.escape(sign).replace(r"\*", r"\d+") + r"\.(weight|bias)")
+        if any(pattern.fullmatch(name) for name in names):
+            stages = f"{_TRUNK[family]}encoder.stages."
+            return Naming(family, any(name.startswith(stages) for name in names))
+    return None
+
+
+def _transformers_resnet(name: str) -> str:
+    """Translate timm's name of a ResNet parameter into transformers'; theirs count from 0."""
+    for pattern, replacement in _TRANSFORMERS_RESNET:
+        if match := re.match(pattern, name):
+            stage_block_conv = match.groups()
+            numbers = [int(group) - (0 if place == 1 else 1) for place, group in enumerate(stage_block_conv)]
+            return replacement.format(*numbers) + name[match.end() :]
+    return name

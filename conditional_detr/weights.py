@@ -1,0 +1,288 @@
+"""Loading and saving weights: any family of files in, the published format out.
+
+Every tensor of a file is used exactly once and every parameter is filled, or nothing is loaded at all.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conditional_detr.checkpoint import CONFIG, PREPROCESSOR, SAFETENSORS, Checkpoint, open_checkpoint
+from conditional_detr.config_files import read_config, read_metadata, write_config, write_preprocessor
+from conditional_detr.heads import change_heads
+from conditional_detr.labels import COCO_NAMES
+from conditional_detr.metadata import LoadReport, Metadata
+from conditional_detr.model import ConditionalDETR, Config
+from conditional_detr.parameter_names import Naming, Source, recognise, source_of
+
+_log = logging.getLogger(__name__)
+_IGNORED = ".num_batches_tracked"  # BatchNorm's counter, which a frozen one has no use for
+_SHOWN = 8  # how many keys a message spells out before it counts the rest
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    class_names: Sequence[str | None] | None = None,
+    num_classes: int | None = None,
+    num_queries: int | None = None,
+    config: Config | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> ConditionalDETR:
+    """Load a checkpoint of any family, told apart by what the file holds.
+
+    The families: the published files (``model.safetensors`` or ``pytorch_model.bin``), the names transformers 5 has in
+    memory, either of them with timm's or with transformers' own ResNet, and the authors' ``.pth``.
+
+    Args:
+        name: a folder or file on disk, else a short name of shipped weights, else a hub id "owner/name".
+        class_names: the classes the model shall have; rows of the class head whose names match are kept, the others
+            start at the prior probability. None stands for a row that belongs to no class. Category ids become
+            0, 1, 2, ... when this changes the classes.
+        num_classes: the number of classes, where they have no names; rows are kept only if it is the file's.
+        num_queries: the number of object queries; the leading ones are kept, new ones are drawn.
+        config: the architecture, for a file that does not tell it; elsewhere it must agree with the file.
+        device: where the model shall be.
+        revision: branch, tag or commit on the hub.
+        cache_dir: the hub cache; default: huggingface_hub's.
+        token: hub token; True: the stored one.
+        local_files_only: take the hub's files from the cache, without network. HF_HUB_OFFLINE=1 does the same.
+
+    Returns:
+        The model, float32, in eval mode, with ``load_report`` filled.
+
+    Raises:
+        OSError: the checkpoint is nowhere to be found, or the hub cannot be reached.
+        TypeError: an argument of the wrong type, or one that does not exist.
+        ValueError: a file that is damaged, of another model, or with a tensor missing, left over, of another shape or
+            not finite; the message names each. Or arguments that contradict each other.
+    """
+    device = _checked_device(device)
+    checkpoint = open_checkpoint(
+        name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+    )
+    naming = recognise(checkpoint.tensors)
+    if naming is None:
+        said = checkpoint.config.get("model_type") if checkpoint.config else None
+        raise ValueError(
+            f"{checkpoint.weights}: expected a Conditional DETR checkpoint, but none of its"
+            f" {len(checkpoint.tensors)} tensors is a conditional spatial query projection; it holds"
+            f" {_some(sorted(checkpoint.tensors))}" + (f" (config.json: model_type {said!r})" if said else "")
+        )
+    config, metadata = _describe(checkpoint, naming, config)
+    with torch.device("meta"):
+        model = ConditionalDETR(config, metadata)
+    model.load_state_dict(_read_state(model, checkpoint, naming, device), assign=True)
+    _fill_unsaved_buffers(model, device)
+    heads = change_heads(model, class_names=class_names, num_classes=num_classes, num_queries=num_queries)
+    model.load_report = LoadReport(str(checkpoint.weights), str(naming), heads)
+    if heads.changed:
+        _log.warning("%s", model.load_report)
+    return model.eval()
+
+
+def save_pretrained(model: ConditionalDETR, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Save a model in the published format: what transformers reads, and what :func:`from_pretrained` reads.
+
+    Writes ``config.json``, ``preprocessor_config.json`` and ``model.safetensors``, each whole or not at all.
+
+    Args:
+        model: the model.
+        folder: made if missing; these three files in it are replaced, others stay.
+        dtype: precision on disk, such as ``torch.float16``; default: the model's own. Loading gives float32 again.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+        ValueError: a parameter has no place in the format, does not fit the config, or is not finite in ``dtype``.
+    """
+    from safetensors.torch import save_file
+
+    tensors = _published_state(model, dtype)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    jsons = {
+        CONFIG: write_config(model.config, model.metadata),
+        PREPROCESSOR: write_preprocessor(model.metadata.preprocessing),
+    }
+
+    _write_whole(folder / SAFETENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    for file, content in jsons.items():
+        _write_whole(folder / file, partial(_write_json, content))
+
+
+def _write_json(content: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _describe(checkpoint: Checkpoint, naming: Naming, given: Config | None) -> tuple[Config, Metadata]:
+    """Return architecture and metadata of a checkpoint, from what lies beside the weights or from themselves."""
+    if given is not None and not isinstance(given, Config):
+        raise TypeError(f"config: expected a Config, got {type(given).__name__}")
+    folder = checkpoint.weights.parent
+    if checkpoint.config is not None:
+        where = str(folder / CONFIG)
+        config = read_config(checkpoint.config, where)
+        metadata = read_metadata(checkpoint.config, checkpoint.preprocessor, where, str(folder / PREPROCESSOR))
+    else:
+        config = given if given and checkpoint.arguments is None else _infer_config(checkpoint, naming)
+        coco = config.num_classes == len(COCO_NAMES)
+        metadata = Metadata(COCO_NAMES) if coco else Metadata.numbered(config.num_classes)
+    if given is not None and given != config:
+        raise ValueError(f"config: the checkpoint says {config}, got {given}")
+    return config, metadata
+
+
+def _infer_config(checkpoint: Checkpoint, naming: Naming) -> Config:
+    """Read the architecture off the tensors' shapes, and the rest off the authors' arguments.
+
+    What neither tells takes the paper's value.
+    """
+    tensors, where = checkpoint.tensors, checkpoint.weights
+
+    def shape(native: str) -> torch.Size:
+        name = source_of(native, naming).name
+        if name not in tensors:
+            raise ValueError(f"{where}: missing {name} (here {native})")
+        return tensors[name].shape
+
+    def count(part: str) -> int:
+        pattern = f"{part}.layers.{{}}.feedforward.hidden.bias"
+        return next(i for i in range(len(tensors) + 1) if source_of(pattern.format(i), naming).name not in tensors)
+
+    arguments = checkpoint.arguments or {}
+    if arguments.get("position_embedding", "sine") not in ("sine", "v2") or arguments.get("pre_norm"):
+        raise ValueError(
+            f"{where}: expected sine positions and no pre_norm, got position_embedding"
+            f" {arguments['position_embedding']!r} and pre_norm {arguments.get('pre_norm')!r}"
+        )
+    deep = source_of("backbone.trunk.layer3.22.conv1.weight", naming).name in tensors
+    paper = Config(backbone="resnet101" if deep else "resnet50")
+    told = {"heads": "nheads", "backbone": "backbone", "dilation": "dilation", "dropout": "dropout"}
+    values = {ours: arguments[theirs] for ours, theirs in told.items() if theirs in arguments}
+    if assumed := [f"{ours} {getattr(paper, ours)}" for ours in told if ours not in values]:
+        _log.warning("%s does not tell everything: assuming %s; config= says otherwise", where, ", ".join(assumed))
+    return replace(
+        paper,
+        num_classes=shape("class_head.weight")[0],
+        num_queries=shape("object_queries.weight")[0],
+        width=shape("object_queries.weight")[1],
+        feedforward=shape("decoder.layers.0.feedforward.hidden.weight")[0],
+        encoder_layers=count("encoder"),
+        decoder_layers=count("decoder"),
+        **values,
+    )
+
+
+def _read_state(
+    model: ConditionalDETR, checkpoint: Checkpoint, naming: Naming, device: torch.device
+) -> dict[str, Tensor]:
+    """Copy every tensor of a file to its native name, float32, on a device; or name all that do not fit."""
+    tensors = checkpoint.tensors
+    targets = model.state_dict()
+    sources = {native: source_of(native, naming) for native in targets}
+    used = {source.name for source in sources.values()}
+    problems: dict[str, list[str]] = {"missing": [], "of another shape": [], "not finite": []}
+    problems["left over"] = [key for key in tensors if key not in used and not key.endswith(_IGNORED)]
+    state = {}
+    for native, source in sources.items():
+        if source.name not in tensors:
+            problems["missing"].append(f"{source} (here {native})")
+            continue
+        tensor = tensors[source.name]
+        expected = _file_shape(targets[native].shape, source)
+        if tuple(tensor.shape) != expected or not tensor.is_floating_point():
+            got = f"{tuple(tensor.shape)} {tensor.dtype}"
+            problems["of another shape"].append(f"{source} (here {native}): expected {expected}, got {got}")
+        elif not problems["missing"] and not problems["left over"] and not problems["of another shape"]:
+            part = tensor if source.third is None else tensor.chunk(3)[source.third]
+            state[native] = _copy(part, device)
+            if not _finite(state[native]):
+                problems["not finite"].append(f"{source} (here {native})")
+    if any(problems.values()):
+        told = "".join(f"\n  {what}: {_some(keys)}" for what, keys in problems.items() if keys)
+        raise ValueError(f"{checkpoint.weights} ({naming} names) does not fit the model it describes{told}")
+    return state
+
+
+def _file_shape(shape: torch.Size, source: Source) -> tuple[int, ...]:
+    """Return the shape a tensor has in the file whose rows, or a third of them, become a parameter."""
+    return tuple(shape) if source.third is None else (3 * shape[0], *shape[1:])
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy out of the file's mapping: a model that lived on it would die with the file."""
+    return tensor.to(device, torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Tell whether all values are finite; the sum tells it in one pass, unless it overflows by itself."""
+    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
+
+
+def _fill_unsaved_buffers(model: ConditionalDETR, device: torch.device) -> None:
+    """Compute the buffers that no file stores, which the meta device has left empty (a few trunks have such)."""
+    if not any(buffer.is_meta for buffer in model.buffers()):
+        return
+    computed = dict(ConditionalDETR(model.config, model.metadata).named_buffers())
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(attribute, computed[name].to(device), persistent=False)
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and move it there, so that a broken run leaves the old one."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _published_state(model: ConditionalDETR, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return a model's tensors by their published names; or name all that have no place there."""
+    with torch.device("meta"):
+        described = ConditionalDETR(model.config, model.metadata).state_dict()
+    state = model.state_dict()
+    problems = [f"{name} is missing" for name in described if name not in state]
+    tensors = {}
+    for native, tensor in state.items():
+        if native not in described or tensor.shape != described[native].shape:
+            expected = tuple(described[native].shape) if native in described else "no such parameter"
+            problems.append(f"{native} {tuple(tensor.shape)}: the config has {expected}")
+            continue
+        stored = tensor.detach().to("cpu", dtype).contiguous()
+        if not _finite(stored):
+            problems.append(f"{native}: not finite in {stored.dtype}")
+        tensors[source_of(native, Naming("published")).name] = stored
+    if problems:
+        raise ValueError(f"the model does not fit the published format: {_some(problems)}")
+    return tensors
+
+
+def _checked_device(device: str | torch.device) -> torch.device:
+    """Return a device on which tensors can be made."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: expected one that this machine has, got {str(device)!r}: {error}") from error
+
+
+def _some(keys: Sequence[str]) -> str:
+    """Spell out the first few and count the rest."""
+    rest = len(keys) - _SHOWN
+    return ", ".join(keys[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
