@@ -1,6 +1,18 @@
 """Conditional DETR (ICCV 2021, arXiv 2108.06152) as a native PyTorch library."""
 
-from conditional_detr.model import ConditionalDETR, Config, Output
+from conditional_detr.detections import Detections
+from conditional_detr.detector import Detector
+from conditional_detr.metadata import Metadata, Preprocessing
+from conditional_detr.model import AttentionMaps, ConditionalDETR, Config, Output
 
-__all__ = ["ConditionalDETR", "Config", "Output"]
+__all__ = [
+    "AttentionMaps",
+    "ConditionalDETR",
+    "Config",
+    "Detections",
+    "Detector",
+    "Metadata",
+    "Output",
+    "Preprocessing",
+]
 __version__ = "0.1.0"

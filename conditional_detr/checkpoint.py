@@ -96,6 +96,8 @@ def _download(
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+    local_files_only = local_files_only or not _hub_answers(repository, revision, token)
+
     def fetch(file: str) -> Path:
         return Path(
             hf_hub_download(
@@ -126,6 +128,20 @@ def _download(
         at = f" at revision {revision!r}" if revision else ""
         raise OSError(f"weights {repository!r}{at}: the hub did not give them: {_first_line(error)}") from error
     return folder
+
+
+def _hub_answers(repository: str, revision: str | None, token: str | bool | None) -> bool:
+    """Ask the hub once, without the retries that make a machine without network wait half a minute."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, CONFIG, revision=revision), token=token)
+    except HfHubHTTPError:
+        return True  # what it says is for the download to tell
+    except Exception:  # what a failed connection raises differs between huggingface_hub's versions
+        return False
+    return True
 
 
 def _open_files(weights: Path, folder: Path) -> Checkpoint:
