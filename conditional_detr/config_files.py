@@ -7,9 +7,11 @@ network. A setting that would change the numbers and that this library does not 
 from collections.abc import Mapping
 from typing import Any
 
+from conditional_detr.backbone import Backbone
 from conditional_detr.labels import UNUSED
 from conditional_detr.metadata import Metadata, Preprocessing
 from conditional_detr.model import Config
+from conditional_detr.skeleton import Skeleton
 
 _OUT_INDICES = [1, 2, 3, 4]  # transformers' default for timm trunks; the last is used
 _RESNETS = {  # block, blocks per stage -> timm's name
@@ -202,11 +204,7 @@ def _read_transformers_resnet(described: Mapping[str, Any], where: str) -> str:
 
 def _full_stride(trunk: str, stage: int) -> int:
     """Return the stride of a trunk's stage without dilation."""
-    import torch
-
-    from conditional_detr.backbone import Backbone
-
-    with torch.device("meta"):
+    with Skeleton():
         return Backbone(trunk, stage=stage, dilation=False).stride
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from conditional_detr.attention import attend, scores, weights
-from conditional_detr.layers import MLP, FeedForward, inverse_sigmoid, xavier
+from conditional_detr.layers import MLP, FeedForward, Linear, inverse_sigmoid
 from conditional_detr.positions import at_least_float32, sine_of_points
 
 
@@ -20,12 +20,12 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.content_query = nn.Linear(width, width)
-        self.position_query = nn.Linear(width, width)
-        self.content_key = nn.Linear(width, width)
-        self.position_key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
+        self.content_query = Linear(width, width)
+        self.position_query = Linear(width, width)
+        self.content_key = Linear(width, width)
+        self.position_key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.output = Linear(width, width, zero_bias=True)
 
     def forward(self, c: Tensor, o_q: Tensor) -> Tensor:
         """Relate the queries' content c (B, N, D), at positions o_q (B, N, D), to each other."""
@@ -53,13 +53,13 @@ class ConditionalCrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.content_query = nn.Linear(width, width)
-        self.object_query = nn.Linear(width, width) if first else None
-        self.spatial_query = nn.Linear(width, width)
-        self.content_key = nn.Linear(width, width)
-        self.spatial_key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
+        self.content_query = Linear(width, width)
+        self.object_query = Linear(width, width) if first else None
+        self.spatial_query = Linear(width, width)
+        self.content_key = Linear(width, width)
+        self.spatial_key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.output = Linear(width, width, zero_bias=True)
 
     def forward(
         self, f: Tensor, o_q: Tensor, p_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None
@@ -146,16 +146,8 @@ class Decoder(nn.Module):
             DecoderLayer(width, heads, feedforward, dropout=dropout, first=i == 0) for i in range(layers)
         )
         self.norm = nn.LayerNorm(width)
-        self.reference_point = MLP(width, width, 2, depth=2)
-        self.transformation = MLP(width, width, width, depth=2)
-        self.initialise()
-
-    def initialise(self) -> None:
-        """Draw the weights as the authors do."""
-        xavier(self)
-        for module in self.modules():
-            if isinstance(module, SelfAttention | ConditionalCrossAttention):
-                nn.init.zeros_(module.output.bias)
+        self.reference_point = MLP(width, width, 2, depth=2, linear=Linear)
+        self.transformation = MLP(width, width, width, depth=2, linear=Linear)
 
     def forward(
         self, o_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None = None

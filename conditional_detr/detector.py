@@ -112,7 +112,6 @@ class Detector:
         batch_size: int,
     ) -> list[Detections]:
         """Run pictures of one shape together, and put the results in the pictures' order."""
-
         found: dict[int, Detections] = {}
         waiting: dict[tuple[int, ...], list[tuple[int, tuple[int, int], Tensor]]] = {}
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from conditional_detr.attention import attend
-from conditional_detr.layers import FeedForward, xavier
+from conditional_detr.layers import FeedForward, Linear
 
 
 class SelfAttention(nn.Module):
@@ -13,10 +13,11 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
+        # The authors keep these three in one (3D, D) matrix, whose Xavier bound is smaller by √2.
+        self.query = Linear(width, width, gain=2**-0.5, zero_bias=True)
+        self.key = Linear(width, width, gain=2**-0.5, zero_bias=True)
+        self.value = Linear(width, width, gain=2**-0.5, zero_bias=True)
+        self.output = Linear(width, width, zero_bias=True)
 
     def forward(self, x: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
         """Attend among tokens x (B, S, D) with positions (B, S, D) and padding (B, S)."""
@@ -56,17 +57,6 @@ class Encoder(nn.Module):
     def __init__(self, *, layers: int, width: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(width, heads, feedforward, dropout=dropout) for _ in range(layers))
-        self.initialise()
-
-    def initialise(self) -> None:
-        """Draw the weights as the authors do."""
-        xavier(self)
-        for attention in (module for module in self.modules() if isinstance(module, SelfAttention)):
-            # The authors keep these three in one (3D, D) matrix, whose Xavier bound is smaller by √2.
-            for projection in (attention.query, attention.key, attention.value):
-                nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)
-                nn.init.zeros_(projection.bias)
-            nn.init.zeros_(attention.output.bias)
 
     def forward(self, tokens: Tensor, positions: Tensor, padding: Tensor | None = None) -> Tensor:
         """Relate every token to every other.

@@ -1,10 +1,36 @@
-"""What encoder, decoder and heads share: small perceptrons, their initialisation, the inverse sigmoid."""
+"""What encoder, decoder and heads share: linear layers, small perceptrons, the inverse sigmoid."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """A linear layer whose matrix is drawn by Xavier's uniform rule, as the authors draw the transformer's.
+
+    Args:
+        features_in: size of the last dimension of the input.
+        features_out: size of the last dimension of the output.
+        gain: factor on Xavier's bound.
+        zero_bias: whether the bias starts at 0 instead of PyTorch's random default.
+    """
+
+    def __init__(self, features_in: int, features_out: int, *, gain: float = 1.0, zero_bias: bool = False) -> None:
+        self.gain = gain
+        self.zero_bias = zero_bias
+        super().__init__(features_in, features_out)
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias, unless they stand on the meta device, where there is nothing to draw."""
+        if self.weight.is_meta:
+            return
+        super().reset_parameters()
+        nn.init.xavier_uniform_(self.weight, self.gain)
+        if self.zero_bias:
+            nn.init.zeros_(self.bias)
 
 
 class MLP(nn.Module):
@@ -15,12 +41,20 @@ class MLP(nn.Module):
         hidden: size of every layer between the first and the last.
         features_out: size of the last dimension of the output.
         depth: number of linear layers.
+        linear: their class, which decides how they are drawn.
     """
 
-    def __init__(self, features_in: int, hidden: int, features_out: int, depth: int) -> None:
+    def __init__(
+        self,
+        features_in: int,
+        hidden: int,
+        features_out: int,
+        depth: int,
+        linear: Callable[[int, int], nn.Linear] = nn.Linear,
+    ) -> None:
         super().__init__()
         sizes = [features_in, *[hidden] * (depth - 1), features_out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.layers = nn.ModuleList(linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., features_in) to (..., features_out)."""
@@ -34,20 +68,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, dropout: float) -> None:
         super().__init__()
-        self.hidden = nn.Linear(width, hidden)
+        self.hidden = Linear(width, hidden)
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(hidden, width)
+        self.output = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
         return self.output(self.dropout(F.relu(self.hidden(x))))
-
-
-def xavier(module: nn.Module) -> None:
-    """Initialise every matrix in a module by Xavier's uniform rule, as the authors do for the transformer."""
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            nn.init.xavier_uniform_(parameter)
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

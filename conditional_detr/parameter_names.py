@@ -8,6 +8,7 @@ one tensor each for weight and bias: ``{p}`` stands for those two words and ``#0
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple, get_args
 
 Family = Literal["published", "transformers 5", "original"]
@@ -99,6 +100,7 @@ class Source:
         return self.name if self.third is None else f"{self.name}[third {self.third + 1} of its rows]"
 
 
+@cache
 def source_of(native: str, naming: Naming) -> Source:
     """Return where a file with this naming keeps the native parameter ``native``.
 

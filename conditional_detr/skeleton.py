@@ -1,0 +1,36 @@
+"""Building a model without its weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_FACTORIES = frozenset(
+    {torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.tensor}
+    | {torch.arange, torch.linspace, torch.rand, torch.randn}
+)
+_DRAWS = frozenset(
+    {Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_}
+    | {nn.init.normal_, nn.init.uniform_, nn.init.constant_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_}
+)
+
+
+class Skeleton(TorchFunctionMode):
+    """Within this context, modules are built on the meta device and nothing is drawn into them.
+
+    The meta device alone would still go through every initialisation, which takes longer than reading the weights
+    that are to stand there.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Skip what draws, send what allocates to the meta device, leave the rest alone."""
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        if func in _FACTORIES and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
