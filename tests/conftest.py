@@ -1,0 +1,135 @@
+"""What the tests share: checkpoints in the published format with weights that tell every part apart."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants a hub makes its own
+
+DATA = Path(__file__).parent.parent.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real pictures and reference tables that lies beside a developer's checkout."""
+    if not DATA.is_dir():
+        pytest.skip(f"{DATA} is not here: it holds pictures whose licences keep them out of the repository")
+    return DATA
+
+
+def transformers_model(*, num_labels=91, dc5=False, backbone="resnet50", stage=4, seed=0, **options):
+    """A transformers model whose random weights make queries, positions and every projection count."""
+    from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection
+
+    described = {
+        "model_type": "timm_backbone",
+        "backbone": backbone,
+        "out_indices": [stage],
+        "output_stride": 2 ** (stage if dc5 else stage + 1),
+        "features_only": True,
+        "use_pretrained_backbone": False,
+    }
+    config = ConditionalDetrConfig(backbone_config=described, dilation=dc5, num_labels=num_labels, **options)
+    torch.manual_seed(seed)
+    model = ConditionalDetrForObjectDetection(config).eval()
+    randomise(model)
+    return model
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Draw weights that keep queries and positions apart.
+
+    In a fresh model all queries and all places of the memory soon become alike: attention is even, and what it adds to
+    the residual stream drowns the differences. Half the projections could then be zero and nobody would notice. So
+    queries and keys are drawn large, what is added to the stream small, and features are spread over the picture.
+    """
+    for name, module in model.named_modules():
+        part = name.rsplit(".", 1)[-1]
+        if isinstance(module, nn.Linear):
+            gain = 0.5 if part in ("o_proj", "fc2", "v_proj") else 2.0 if part[:2] in ("q_", "k_") else 1.0
+            nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
+            nn.init.normal_(module.bias, std=0.1)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.7, 1.3)
+            nn.init.normal_(module.bias, std=0.1)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        elif hasattr(module, "running_var"):
+            last = part in ("bn3", "bn2") and "layer" in name
+            nn.init.uniform_(module.weight, *((0.3, 0.6) if last else (0.8, 1.2)))
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    pixels, padding = two_pictures()
+    (features, _), *_ = model.model.backbone(pixels, (~padding).long())[-1:]
+    projection = model.model.input_projection
+    nn.init.normal_(projection.weight)
+    projection.weight /= projection(features).std((2, 3)).mean()
+    projection.bias -= projection(features).mean((0, 2, 3))
+
+
+TINY = {
+    "backbone": "resnet18",
+    "stage": 3,
+    "num_labels": 7,
+    "num_queries": 11,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+}
+
+
+class Published:
+    """A checkpoint folder in the published format, and the transformers model it was saved from."""
+
+    def __init__(self, folder: Path, **options) -> None:
+        self.folder = folder
+        self.transformers = transformers_model(**options)
+        self.transformers.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Published:
+    return Published(tmp_path_factory.mktemp("tiny"), **TINY)
+
+
+@pytest.fixture(scope="session")
+def r50(tmp_path_factory) -> Published:
+    return Published(tmp_path_factory.mktemp("r50"))
+
+
+@pytest.fixture(scope="session")
+def dc5(tmp_path_factory) -> Published:
+    return Published(tmp_path_factory.mktemp("dc5"), dc5=True, seed=1)
+
+
+@pytest.fixture(scope="session")
+def photograph(tmp_path_factory) -> Path:
+    """A picture file that looks like something, made here: gradients, edges and noise, 96 x 128."""
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.linspace(0, 1, 96), torch.linspace(0, 1, 128), indexing="ij")
+    values = torch.stack([y, x, (x - 0.5).hypot(y - 0.5) < 0.3]) * 0.8 + 0.2 * torch.rand(
+        3, 96, 128, generator=generator
+    )
+    path = tmp_path_factory.mktemp("pictures") / "photograph.png"
+    Image.fromarray((values * 255).to(torch.uint8).permute(1, 2, 0).numpy()).save(path)
+    return path
+
+
+def two_pictures(height=160, width=224, seed=0):
+    """Pixels (2, 3, H, W) and padding (2, H, W): the second picture is smaller both ways."""
+    torch.manual_seed(seed)
+    pixels = torch.randn(2, 3, height, width)
+    padding = torch.zeros(2, height, width, dtype=torch.bool)
+    padding[1, :, 3 * width // 5 :] = True
+    padding[1, 3 * height // 4 :] = True
+    return pixels.masked_fill(padding[:, None], 0), padding

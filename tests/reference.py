@@ -1,0 +1,41 @@
+"""transformers' outputs at every decoder layer, in the form of ours."""
+
+import re
+
+import torch
+from torch import Tensor
+
+from conditional_detr import Output
+
+# Idle by mathematics. Softmax cancels what adds the same to all scores of a query, so key biases do nothing. The first
+# decoder layer's content is zero, so that all its values are the value's bias: whatever attends to them gets the same.
+_FIRST = r"decoder\.layers\.0\.self_attention"
+IDLE = re.compile(
+    r"(self_attention|cross_attention)\.(\w+_)?key\.bias"
+    rf"|{_FIRST}\.(content|position)_(query|key)\.|{_FIRST}\.value\.weight"
+)
+
+
+@torch.no_grad()
+def transformers_output(model, pixels: Tensor, padding: Tensor) -> Output:
+    """Run transformers and put its own heads on every decoder layer's state, as its loss does."""
+    outputs = model.model(pixels, pixel_mask=(~padding).long(), output_hidden_states=True)
+    *between, last = outputs.decoder_hidden_states[1:]  # the last is normalised already, those before are not
+    states = torch.stack([*map(model.model.decoder.layernorm, between), last])
+    points = outputs.reference_points.transpose(0, 1)  # (B, N, 2)
+    boxes = model.bbox_predictor(states)
+    boxes[..., :2] += torch.log(points.clamp(min=1e-5) / (1 - points).clamp(min=1e-5))
+    return Output(model.class_labels_classifier(states), boxes.sigmoid())
+
+
+def distance(a: Output, b: Output) -> tuple[float, float]:
+    """Largest absolute difference of logits and of boxes."""
+    return tuple((x.double() - y.double()).abs().max().item() for x, y in zip(a, b, strict=True))
+
+
+def rounding(model, pixels: Tensor, padding: Tensor) -> tuple[float, float]:
+    """How far transformers in float32 is from itself in float64: logits, boxes."""
+    single = transformers_output(model, pixels, padding)
+    double = transformers_output(model.double(), pixels.double(), padding)
+    model.float()
+    return distance(single, double)
