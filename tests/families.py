@@ -1,0 +1,36 @@
+"""The same weights in the other families' names, by rules of their own and not by the library's table."""
+
+import re
+
+import torch
+from torch import Tensor
+
+_ORIGINAL = [
+    (r"^model\.backbone\.conv_encoder\.model\.", "backbone.0.body."),
+    (r"^model\.input_projection\.", "input_proj."),
+    (r"^model\.query_position_embeddings\.", "query_embed."),
+    (r"^class_labels_classifier\.", "class_embed."),
+    (r"^bbox_predictor\.", "bbox_embed."),
+    (r"^model\.decoder\.layernorm\.", "transformer.decoder.norm."),
+    (r"^model\.(encoder|decoder)\.", r"transformer.\1."),
+    (r"\.fc(\d)\.", r".linear\1."),
+    (r"\.self_attn_layer_norm\.", ".norm1."),
+    (r"\.encoder_attn_layer_norm\.", ".norm2."),
+    (r"(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
+    (r"(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
+    (r"\.encoder_attn\.", ".cross_attn."),
+]
+
+
+def to_original(published: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' names: the encoder's three projections stand in one tensor, query above key above value."""
+    original, encoder = {}, {}
+    for name, tensor in published.items():
+        for pattern, replacement in _ORIGINAL:
+            name = re.sub(pattern, replacement, name)
+        if match := re.match(r"(transformer\.encoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(\w+)", name):
+            layer, which, kind = match.groups()
+            encoder.setdefault(f"{layer}.in_proj_{kind}", {})[which] = tensor
+        else:
+            original[name] = tensor.clone()
+    return original | {name: torch.cat([parts[w] for w in "qkv"]) for name, parts in encoder.items()}
