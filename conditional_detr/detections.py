@@ -64,11 +64,12 @@ class Detections:
         font = ImageFont.load_default(size=max(6 * unit, 11))
         for (box, score, name), label in reversed(list(zip(self, self.labels.tolist(), strict=True))):
             colour = _colour(label)
-            canvas.rectangle(box, outline=colour, width=round(unit))
+            x0, y0, x1, y1 = (round(min(v, end - 1)) for v, end in zip(box, 2 * image.size, strict=True))
+            canvas.rectangle((x0, y0, x1, y1), outline=colour, width=round(unit))
             text = f"{name} {score:.2f}"
             _, _, width, height = canvas.textbbox((0, 0), text, font=font)
-            left = min(box[0], max(image.width - width - 2 * unit, 0))
-            top = box[1] - height - unit if box[1] > height + unit else box[1]
+            left = min(x0, max(image.width - width - 2 * unit, 0))
+            top = y0 - height - unit if y0 > height + unit else y0
             canvas.rectangle((left, top, left + width + 2 * unit, top + height + unit), fill=colour)
             canvas.text((left + unit, top), text, fill=_ink(colour), font=font)
         return image

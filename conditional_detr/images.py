@@ -67,9 +67,9 @@ def resized_size(height: int, width: int, preprocessing: Preprocessing) -> tuple
     shortest: float = preprocessing.shortest_edge
     if long / short * shortest > preprocessing.longest_edge:
         shortest = preprocessing.longest_edge * short / long
-    new_short = max(round(shortest), 1)
-    if new_short == short:
+    if round(shortest) == short:
         return height, width
+    new_short = max(round(shortest), 1)
     if width < height:
         return int(shortest * height / width), new_short
     return new_short, int(shortest * width / height)

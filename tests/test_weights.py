@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, two_pictures
+from conftest import TINY, randomise, two_pictures
 from families import to_original
 from reference import distance, rounding, transformers_output
 from safetensors.torch import load_file, save_file
