@@ -1,0 +1,90 @@
+"""What holds for the package as a whole: layers, import, public names."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import conditional_detr
+
+PACKAGE = Path(conditional_detr.__file__).parent
+
+# From top to bottom; a module imports only from lines below its own.
+LAYERS = [
+    {"__init__"},
+    {"cli"},
+    {"detector"},
+    {"weights"},
+    {"detections", "heads", "checkpoint", "config_files"},
+    {"images"},
+    {"model", "labels"},
+    {"backbone", "encoder", "decoder"},
+    {"positions", "attention", "layers", "metadata", "parameter_names", "skeleton"},
+]
+EXCEPTIONS = {("model", "weights", "from_pretrained"), ("model", "weights", "save_pretrained")}
+
+
+def imports_of(path: Path) -> set[tuple[str, str]]:
+    """Return (imported module of this package, name of the function it is imported in, or nothing)."""
+    found = set()
+
+    def visit(node, function):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ImportFrom) and (child.module or "").startswith("conditional_detr"):
+                found.add(((child.module or "").removeprefix("conditional_detr").lstrip(".") or "__init__", function))
+            elif isinstance(child, ast.Import):
+                assert not any(alias.name.startswith("conditional_detr") for alias in child.names)
+            visit(child, child.name if isinstance(child, ast.FunctionDef) else function)
+
+    visit(ast.parse(path.read_text()), "")
+    return found
+
+
+def test_imports_go_downward():
+    level = {module: i for i, modules in enumerate(LAYERS) for module in modules}
+    files = {path.stem: path for path in PACKAGE.glob("*.py")}
+    assert files.keys() == level.keys()
+    upward = {
+        (name, imported, function)
+        for name, path in files.items()
+        for imported, function in imports_of(path)
+        if level[imported] <= level[name]
+    }
+    assert upward == EXCEPTIONS
+
+
+def test_import_is_fast_and_leaves_the_slow_packages_out():
+    code = """
+import json, sys, time
+import torch, torchvision
+start = time.perf_counter()
+import conditional_detr
+print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))
+"""
+    runs = [json.loads(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
+    assert min(seconds for seconds, _ in runs) < 0.3
+    slow = {"timm", "scipy", "huggingface_hub", "pycocotools", "transformers", "matplotlib", "typer"}
+    assert slow.isdisjoint(runs[0][1])
+
+
+def test_public_names_are_there_and_documented():
+    for name in conditional_detr.__all__:
+        assert getattr(conditional_detr, name).__doc__
+
+
+def test_version_is_the_packages():
+    from importlib.metadata import version
+
+    assert version("conditional-detr") == conditional_detr.__version__
+
+
+def test_nothing_is_drawn_and_nothing_printed_on_import():
+    code = """
+import torch
+state = torch.get_rng_state()
+import conditional_detr
+assert torch.equal(state, torch.get_rng_state())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == result.stderr == ""
