@@ -40,12 +40,12 @@ def attend(
     return attended.transpose(1, 2).flatten(2)
 
 
-def scores(query: Tensor, key: Tensor, heads: int, *, scale: float) -> Tensor:
+def attention_scores(query: Tensor, key: Tensor, heads: int, *, scale: float) -> Tensor:
     """q kᵀ · scale in every head: (B, N, M·d) and (B, S, M·d) to (B, M, N, S)."""
     return split_heads(query, heads) @ split_heads(key, heads).transpose(-2, -1) * scale
 
 
-def weights(scores: Tensor, padding: Tensor | None = None) -> Tensor:
+def attention_weights(scores: Tensor, padding: Tensor | None = None) -> Tensor:
     """Softmax of scores (B, M, N, S) over the keys, with none on padded keys (B, S)."""
     if padding is not None:
         scores = scores.masked_fill(padding[:, None, None, :], float("-inf"))

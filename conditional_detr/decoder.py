@@ -8,7 +8,7 @@ spatial query, ``p_k`` the position encoding of the keys.
 import torch
 from torch import Tensor, nn
 
-from conditional_detr.attention import attend, scores, weights
+from conditional_detr.attention import attend, attention_scores, attention_weights
 from conditional_detr.layers import MLP, FeedForward, Linear, inverse_sigmoid
 from conditional_detr.positions import at_least_float32, sine_of_points
 
@@ -91,9 +91,10 @@ class ConditionalCrossAttention(nn.Module):
         """Return the softmax of the content part, of the spatial part, and of their sum: each (B, M, N, S)."""
         c_q, c_k, p_q, p_k = self.project(f, o_q, p_q, memory, p_k)
         scale = (2 * c_q.shape[-1] // self.heads) ** -0.5
-        content = scores(c_q, c_k, self.heads, scale=scale)
-        spatial = scores(p_q, p_k, self.heads, scale=scale)
-        return weights(content, padding), weights(spatial, padding), weights(content + spatial, padding)
+        content = attention_scores(c_q, c_k, self.heads, scale=scale)
+        spatial = attention_scores(p_q, p_k, self.heads, scale=scale)
+        content, spatial, combined = (attention_weights(x, padding) for x in (content, spatial, content + spatial))
+        return content, spatial, combined
 
 
 class DecoderLayer(nn.Module):

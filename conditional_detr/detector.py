@@ -143,6 +143,12 @@ class Detector:
             output = self.model(pixels.to(weight.device, weight.dtype))
         finally:
             self.model.train(training)
+        named = len(self.model.metadata.class_names)
+        if output.logits.shape[-1] != named:
+            raise ValueError(
+                f"model: its class head has {output.logits.shape[-1]} classes, but its metadata names {named};"
+                " give it metadata that names them: model.metadata = Metadata(names)"
+            )
         return Output(output.logits.float().cpu(), output.boxes.float().cpu())
 
     def _rows(self, classes: Iterable[str | int] | None) -> Tensor:

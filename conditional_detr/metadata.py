@@ -41,6 +41,7 @@ class Metadata:
         preprocessing: the numbers that turn pictures into pixels.
 
     Raises:
+        TypeError: one string in place of names.
         ValueError: a category id that stands twice, or not one category id a class.
     """
 
@@ -49,8 +50,11 @@ class Metadata:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
     def __post_init__(self) -> None:
-        if not self.category_ids:
-            object.__setattr__(self, "category_ids", tuple(range(len(self.class_names))))
+        if isinstance(self.class_names, str):  # type: ignore[unreachable]  # the annotation asks, this checks
+            raise TypeError(f"class_names: expected a sequence of strings, got {self.class_names!r}")
+        names = tuple(self.class_names)
+        object.__setattr__(self, "class_names", names)
+        object.__setattr__(self, "category_ids", tuple(self.category_ids) or tuple(range(len(names))))
         if len(self.category_ids) != len(self.class_names):
             raise ValueError(
                 f"expected one category id a class, got {len(self.category_ids)} ids"

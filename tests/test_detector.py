@@ -139,6 +139,17 @@ def test_pictures_that_make_no_sense(detector, photograph):
         Detector("model")
 
 
+def test_a_replaced_head_needs_names(tiny, photograph):
+    model = ConditionalDETR.from_pretrained(tiny.folder)
+    model.class_head = torch.nn.Linear(32, 2)
+    with pytest.raises(ValueError, match="its class head has 2 classes, but its metadata names 7"):
+        Detector(model)(photograph)
+    model.metadata = Metadata(["a", "b"])
+    assert set(Detector(model)(photograph, threshold=0).names) == {"a", "b"}
+    with pytest.raises(TypeError, match="class_names: expected a sequence of strings, got 'ab'"):
+        Metadata("ab")
+
+
 # ---- command line
 
 

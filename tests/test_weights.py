@@ -4,6 +4,8 @@ import argparse
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -727,3 +729,30 @@ def test_published_checkpoint_on_the_cats(shared):
     boxes = [[0.7733, 0.6576, 0.4496], [0.5171, 0.1184, 0.9095], [0.8846, 0.5647, 0.2486]]
     torch.testing.assert_close(output.logits[-1, 0, :3, :3], torch.tensor(logits), rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(output.boxes[-1, 0, :3, :3], torch.tensor(boxes), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit is set from Linux's /proc")
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_loading_makes_no_second_copy(tiny, r50, tmp_path, file):
+    """With room for the file's mapping and one copy of the weights, but not for two."""
+    path = tmp_path / file
+    shutil.copy(r50.folder / "config.json", tmp_path)
+    if file.endswith(".bin"):
+        torch.save(load_file(r50.folder / "model.safetensors"), path)
+    else:
+        shutil.copy(r50.folder / file, tmp_path)
+    code = f"""
+import resource
+from pathlib import Path
+from conditional_detr.weights import from_pretrained
+from_pretrained({str(tiny.folder)!r})  # imports and threads are there now
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+used = int(status["VmData"].split()[0]) * 1024
+size = Path({str(path)!r}).stat().st_size
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(ROOM * size),) * 2)
+from_pretrained({str(tmp_path)!r})
+"""
+    enough = subprocess.run([sys.executable, "-c", code.replace("ROOM", "2.4")], capture_output=True, text=True)
+    assert enough.returncode == 0, enough.stderr
+    scarce = subprocess.run([sys.executable, "-c", code.replace("ROOM", "1.8")], capture_output=True, text=True)
+    assert scarce.returncode != 0, "the limit must bite, or nothing was tested"
