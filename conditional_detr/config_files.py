@@ -179,12 +179,12 @@ def _read_backbone(json: Mapping[str, Any], where: str) -> tuple[str, int, bool]
         )
     if stride is not None:
         full = _full_stride(name, stage)
-        if stride not in (full, full // 2) or (dilation and stride == full):
+        if (stride < full and stride != full // 2) or (dilation and stride >= full):
             raise ValueError(
                 f"{where}: expected an output_stride of {full}, or {full // 2} for dilation,"
                 f" got {stride} and dilation {dilation}"
             )
-        dilation = stride == full // 2
+        dilation = stride < full
     return name, stage, dilation
 
 
@@ -203,7 +203,9 @@ def _read_transformers_resnet(described: Mapping[str, Any], where: str) -> str:
 
 
 def _full_stride(trunk: str, stage: int) -> int:
-    """Return the stride of a trunk's stage without dilation."""
+    """Return the stride of a trunk's stage without dilation; of the ResNets, without building one."""
+    if trunk in _RESNETS.values():
+        return int(2 ** (stage + 1))
     with Skeleton():
         return Backbone(trunk, stage=stage, dilation=False).stride
 

@@ -11,6 +11,7 @@ _FACTORIES = frozenset(
     {torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.tensor}
     | {torch.arange, torch.linspace, torch.rand, torch.randn}
 )
+_CONSTANTS = frozenset({torch.zeros, torch.ones})
 _DRAWS = frozenset(
     {Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_}
     | {nn.init.normal_, nn.init.uniform_, nn.init.constant_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_}
@@ -31,6 +32,8 @@ class Skeleton(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _DRAWS:
             return args[0] if args else kwargs["tensor"]
+        if func in _CONSTANTS:
+            func = torch.empty
         if func in _FACTORIES and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)

@@ -5,13 +5,13 @@ Every tensor of a file is used exactly once and every parameter is filled, or no
 
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -187,31 +187,56 @@ def _infer_config(checkpoint: Checkpoint, naming: Naming) -> Config:
     )
 
 
+class _Slot(NamedTuple):
+    """Where a tensor of the state dict belongs."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor  # what stands there now
+
+    def put(self, tensor: Tensor) -> None:
+        """Set the parameter or buffer, as ``load_state_dict(assign=True)`` would, which takes four times as long."""
+        if isinstance(self.tensor, nn.Parameter):
+            self.module._parameters[self.name] = nn.Parameter(tensor, self.tensor.requires_grad)
+        else:
+            self.module._buffers[self.name] = tensor
+
+
 def _fill(model: ConditionalDETR, checkpoint: Checkpoint, naming: Naming, device: torch.device) -> None:
     """Put every tensor of a file in its place in a model without weights; or name all that do not fit."""
     tensors, slots = checkpoint.tensors, _slots(model)
     sources = {native: source_of(native, naming) for native in slots}
     used = {source.name for source in sources.values()}
     left_over = [key for key in tensors if key not in used and not key.endswith(_IGNORED)]
-    missing, misshaped, infinite = [], [], []
+    missing, misshaped, filled, sums = [], [], {}, []
     for native, source in sources.items():
         if source.name not in tensors:
             missing.append(f"{source} (here {native})")
             continue
-        module, name = slots[native]
-        stored, expected = tensors[source.name], _file_shape(getattr(module, name).shape, source)
+        stored, expected = tensors[source.name], _file_shape(slots[native].tensor.shape, source)
         if stored.shape != expected or not stored.is_floating_point():
             got = f"{tuple(stored.shape)} {stored.dtype}"
             misshaped.append(f"{source} (here {native}): expected {tuple(expected)} floating point, got {got}")
             continue
         copy = _copy(stored if source.third is None else stored.chunk(3)[source.third], device)
-        if not _finite(copy):
-            infinite.append(f"{source} (here {native})")
-        _put(module, name, copy)
+        slots[native].put(copy)
+        filled[native] = copy
+        sums.append(copy.sum())  # while it is in the processor's cache
+    infinite = [f"{sources[native]} (here {native})" for native in _infinite(filled, sums)]
     kinds = {"missing": missing, "left over": left_over, "of another shape": misshaped, "not finite": infinite}
     if any(kinds.values()):
         told = "".join(f"\n  {kind}: {_some(keys)}" for kind, keys in kinds.items() if keys)
         raise ValueError(f"{checkpoint.weights} ({naming} names) does not fit the model it describes:{told}")
+
+
+def _slots(model: nn.Module) -> dict[str, _Slot]:
+    """Return the place of each tensor of the state dict, by its name."""
+    return {
+        f"{path}.{name}": _Slot(module, name, tensor)
+        for path, module in model.named_modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if name not in module._non_persistent_buffers_set and tensor is not None
+    }
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:
@@ -219,44 +244,31 @@ def _copy(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Return, for each name of the state dict, the module and attribute it belongs to."""
-    return {
-        f"{path}.{name}": (module, name)
-        for path, module in model.named_modules()
-        for name in (*module._parameters, *module._buffers)
-        if name not in module._non_persistent_buffers_set and getattr(module, name) is not None
-    }
-
-
-def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Set a parameter or buffer, as ``load_state_dict(assign=True)`` would, which takes four times as long."""
-    if name in module._parameters:
-        trains = module._parameters[name].requires_grad  # type: ignore[union-attr]
-        module._parameters[name] = nn.Parameter(tensor, requires_grad=trains)
-    else:
-        module._buffers[name] = tensor
-
-
 def _file_shape(shape: torch.Size, source: Source) -> torch.Size:
     """Return the shape a tensor has in the file whose rows, or a third of them, become a parameter."""
     return shape if source.third is None else torch.Size((3 * shape[0], *shape[1:]))
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Tell whether all values are finite; the sum tells it in one pass, unless it overflows by itself."""
-    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
+def _infinite(tensors: dict[str, Tensor], sums: list[Tensor]) -> list[str]:
+    """Return the names of the tensors that hold NaN or infinity.
+
+    A finite sum tells that none is there; one that is not finite may have overflowed by itself.
+    """
+    if not sums:
+        return []
+    suspects = [name for name, total in zip(tensors, torch.stack(sums).tolist(), strict=True) if not isfinite(total)]
+    return [name for name in suspects if not tensors[name].isfinite().all()]
 
 
 def _fill_unsaved_buffers(model: ConditionalDETR, device: torch.device) -> None:
-    """Compute the buffers that no file stores, which the meta device has left empty (a few trunks have such)."""
-    if not any(buffer.is_meta for buffer in model.buffers()):
+    """Compute the buffers that no file stores, which the skeleton has left empty (a few trunks have such)."""
+    unsaved = [(path, name) for path, module in model.named_modules() for name in module._non_persistent_buffers_set]
+    if not unsaved:
         return
-    computed = dict(ConditionalDETR(model.config, model.metadata).named_buffers())
-    for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:
-            owner, _, attribute = name.rpartition(".")
-            model.get_submodule(owner).register_buffer(attribute, computed[name].to(device), persistent=False)
+    computed = ConditionalDETR(model.config, model.metadata)
+    for path, name in unsaved:
+        buffer = computed.get_submodule(path).get_buffer(name)
+        model.get_submodule(path).register_buffer(name, buffer.to(device), persistent=False)
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -275,19 +287,18 @@ def _published_state(model: ConditionalDETR, dtype: torch.dtype | None) -> dict[
         described = ConditionalDETR(model.config, model.metadata).state_dict()
     state = model.state_dict()
     problems = [f"{name} is missing" for name in described if name not in state]
-    tensors = {}
+    stored = {}
     for native, tensor in state.items():
         if native not in described or tensor.shape != described[native].shape:
             expected = tuple(described[native].shape) if native in described else "no such parameter"
             problems.append(f"{native} {tuple(tensor.shape)}: the config has {expected}")
             continue
-        stored = tensor.detach().to("cpu", dtype).contiguous()
-        if not _finite(stored):
-            problems.append(f"{native}: not finite in {stored.dtype}")
-        tensors[source_of(native, Naming("published")).name] = stored
+        stored[native] = tensor.detach().to("cpu", dtype).contiguous()
+    infinite = _infinite(stored, [tensor.sum() for tensor in stored.values()])
+    problems += [f"{native}: not finite in {stored[native].dtype}" for native in infinite]
     if problems:
         raise ValueError(f"the model does not fit the published format: {_some(problems)}")
-    return tensors
+    return {source_of(native, Naming("published")).name: tensor for native, tensor in stored.items()}
 
 
 def _checked_device(device: str | torch.device) -> torch.device:

@@ -4,12 +4,14 @@ import argparse
 import json
 import logging
 import shutil
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import TINY, randomise, two_pictures
 from families import to_original
@@ -245,6 +247,16 @@ def test_a_config_of_any_year(shape):
 )
 def test_a_dilated_config_of_any_year(described):
     assert read_config({"num_labels": 91} | described, "config.json") == Config(dilation=True)
+
+
+@pytest.mark.parametrize(("stride", "dilation"), [(16, False), (32, False), (8, True)])
+def test_a_stride_above_the_stages_own_dilates_nothing(stride, dilation):
+    """As timm has it: an output_stride is the most a trunk may reach."""
+    described = {"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": [3], "output_stride": stride}
+    config = read_config({"num_labels": 91, "backbone_config": described}, "config.json")
+    assert config == Config(backbone="resnet18", backbone_stage=3, dilation=dilation)
+    trunk = timm.create_model("resnet18", features_only=True, out_indices=[3], output_stride=stride)
+    assert ConditionalDETR(config).backbone.stride == trunk.feature_info.reduction()[-1]
 
 
 @pytest.mark.parametrize(
@@ -756,3 +768,43 @@ from_pretrained({str(tmp_path)!r})
     assert enough.returncode == 0, enough.stderr
     scarce = subprocess.run([sys.executable, "-c", code.replace("ROOM", "1.8")], capture_output=True, text=True)
     assert scarce.returncode != 0, "the limit must bite, or nothing was tested"
+
+
+def test_a_header_of_odd_length_shifts_nothing(tiny, tmp_path):
+    """Older writers did not pad the header, so that no tensor lies where its dtype wants it."""
+    shutil.copytree(tiny.folder, tmp_path / "odd")
+    path = tmp_path / "odd/model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    path.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :])
+    read, expected = open_checkpoint(tmp_path / "odd").tensors, load_file(tiny.folder / "model.safetensors")
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[key], expected[key]) for key in expected)
+
+
+def test_a_dtype_that_is_no_weight_is_named(tiny, tmp_path):
+    tensors = load_file(tiny.folder / "model.safetensors")
+    tensors["class_labels_classifier.bias"] = tensors["class_labels_classifier.bias"].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"class_labels_classifier\.bias is of dtype F8_E4M3, expected floating"):
+        from_pretrained(tmp_path)
+
+
+def test_loading_takes_at_most_twice_the_reading(r50):
+    """Building the model included; each in a process of its own, as a script that loads a model meets it."""
+    code = """
+import time, timm, conditional_detr.weights
+from safetensors.torch import load_file
+start = time.perf_counter()
+WORK
+print(time.perf_counter() - start)
+"""
+    read = f"{{k: v.clone() for k, v in load_file({str(r50.folder / 'model.safetensors')!r}).items()}}"
+    load = f"conditional_detr.weights.from_pretrained({str(r50.folder)!r})"
+
+    def seconds(work):
+        run = subprocess.run([sys.executable, "-c", code.replace("WORK", work)], capture_output=True, text=True)
+        return float(run.stdout)
+
+    pairs = [(seconds(load), seconds(read)) for _ in range(3)]
+    assert statistics.median(ours / theirs for ours, theirs in pairs) < 2, pairs
