@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import shutil
-import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -806,5 +805,5 @@ print(time.perf_counter() - start)
         run = subprocess.run([sys.executable, "-c", code.replace("WORK", work)], capture_output=True, text=True)
         return float(run.stdout)
 
-    pairs = [(seconds(load), seconds(read)) for _ in range(3)]
-    assert statistics.median(ours / theirs for ours, theirs in pairs) < 2, pairs
+    ours, theirs = zip(*[(seconds(load), seconds(read)) for _ in range(5)], strict=True)
+    assert min(ours) < 2 * min(theirs), (ours, theirs)  # the least of each: other work only ever slows one down
