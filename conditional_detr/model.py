@@ -200,7 +200,7 @@ class ConditionalDETR(nn.Module):
         Returns:
             f (L, B, N, D), decoder states after the final norm; s (B, N, 2), reference points before the sigmoid.
         """
-        o_q = self.object_queries.weight.repeat(len(memory), 1, 1)  # (B, N, D)
+        o_q = self.object_queries.weight.repeat(memory.shape[0], 1, 1)  # (B, N, D)
         return self.decoder(o_q, memory, positions, None if padding is None else padding.flatten(1))
 
     def attention_maps(
@@ -230,7 +230,7 @@ class ConditionalDETR(nn.Module):
         features, padding = self.backbone(pixels, padding)
         memory, p_k = self.encode(features, padding)
         cells = None if padding is None else padding.flatten(1)
-        o_q = self.object_queries.weight.repeat(len(memory), 1, 1)
+        o_q = self.object_queries.weight.repeat(memory.shape[0], 1, 1)
         maps = [self.decoder.attention_maps(i % depth, o_q, memory, p_k, cells) for i in layers]
         return AttentionMaps(
             *(torch.cat(kind, dim=1).unflatten(-1, features.shape[-2:]) for kind in zip(*maps, strict=True))
