@@ -184,7 +184,7 @@ def test_detect_prints_draws_and_writes(tiny, photograph, tmp_path):
 )
 def test_detect_fails_in_one_line(tiny, photograph, tmp_path, picture, options, message):
     result = run("detect", picture or photograph, "--weights", tiny.folder, "--output", tmp_path, *options)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -195,7 +195,7 @@ def test_detect_without_network_says_what_to_do(photograph, tmp_path, monkeypatc
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     result = run("detect", photograph)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.startswith("error: weights 'microsoft/conditional-detr-resnet-50': neither in the cache")
     assert "pass a folder or file on disk" in result.stderr
     assert result.stderr.count("\n") == 1

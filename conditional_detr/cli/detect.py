@@ -1,25 +1,17 @@
-"""The command line: ``conditional-detr``."""
+"""``conditional-detr detect``: objects on pictures."""
 
 import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from conditional_detr.cli.console import one_line_errors, out
 from conditional_detr.detections import Detections
 from conditional_detr.detector import PUBLISHED, Detector
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
-
-@app.callback()
-def main() -> None:
-    """Conditional DETR: detect objects on pictures."""
-
-
-@app.command()
 def detect(
     picture: Annotated[Path, typer.Argument(help="A picture file.")],
     weights: Annotated[str, typer.Option(help="A folder, a file, or a hub id 'owner/name'.")] = PUBLISHED,
@@ -29,16 +21,13 @@ def detect(
     output: Annotated[Path, typer.Option(help="Folder for the annotated picture and the json.")] = Path("detections"),
 ) -> None:
     """Detect objects on a picture: print them, draw them, write them as json."""
-    try:
+    with one_line_errors():
         detector = Detector.from_pretrained(weights, device=device)
         found = detector(picture, threshold=threshold, top_k=top_k)
         output.mkdir(parents=True, exist_ok=True)
         drawn, written = output / f"{picture.stem}.png", output / f"{picture.stem}.json"
         found.draw().save(drawn)
         written.write_text(json.dumps({"picture": str(picture), **found.to_dict()}, indent=2) + "\n", encoding="utf-8")
-    except (OSError, TypeError, ValueError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from error
     _show(found)
     typer.echo(f"wrote {drawn} and {written}")
 
@@ -48,4 +37,4 @@ def _show(found: Detections) -> None:
     table = Table("object", "score", "x0", "y0", "x1", "y1", title=f"{len(found)} objects")
     for box, score, name in found:
         table.add_row(name, f"{score:.3f}", *(f"{value:.1f}" for value in box))
-    Console().print(table)
+    out.print(table)

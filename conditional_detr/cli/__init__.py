@@ -1,0 +1,31 @@
+"""The command line: ``conditional-detr``. One file a command."""
+
+from importlib.metadata import version as version_of
+from typing import Annotated
+
+import typer
+
+from conditional_detr.cli.detect import detect
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version_of("conditional-detr"))
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Conditional DETR: detect objects on pictures, and look after the weights that do it.
+
+    Every command ends with 0 if all went well, 1 if something failed on the way, 2 if it could not begin.
+    """
+
+
+app.command()(detect)
