@@ -20,7 +20,7 @@ LAYERS = [
     {"images"},
     {"model", "labels"},
     {"backbone", "encoder", "decoder"},
-    {"positions", "attention", "layers", "metadata", "parameter_names", "skeleton"},
+    {"positions", "attention", "layers", "metadata", "parameter_names", "skeleton", "drawing"},
 ]
 EXCEPTIONS = {("model", "weights", "from_pretrained"), ("model", "weights", "save_pretrained")}
 

@@ -1,0 +1,299 @@
+"""Pictures for people: boxes with names and scores, and attention as heat over the photograph."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TypeAlias, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Colour: TypeAlias = tuple[int, int, int]
+Rectangle: TypeAlias = tuple[int, int, int, int]  # x0 y0 x1 y1 in whole pixels; x1 and y1 are the first outside
+Font: TypeAlias = ImageFont.FreeTypeFont
+
+HALO = 150  # opacity of the thin line around lines and labels, 0..255
+READABLE = 11  # pixels: the smallest type that is read without effort
+# One hexadecimal digit each of red, green and blue, for the 91 classes of the published checkpoint. After seven of
+# plainly different hue, each is the vivid colour that eyes (OKLab) tell best from all before, the last six above all.
+COLOURS = (
+    "37f f54 3d4 fd1 a3d 0cd f9c 562 c03 06b af0 c90 8ef e6f 080 a07 68b 62d fa6 0fb f5a 6a0 940 7af 75b fcf be9 d08 "
+    "097 b60 b8f 81b 05e bc0 f88 077 a56 bbf 0b9 86f fd9 980 c2b c78 658 0ac 3d9 eb1 862 e10 c6b a0a 19f 8a7 e84 0f7 "
+    "7cf f26 96a e9f bc8 b85 e4c 681 08a 846 a8c 7dc fba c54 f7d 9b4 949 b5f 78e 3fe a22 d8b 9e6 b48 074 65e 0bf 4a6 "
+    "268 d98 d58 a25 a6d aec 0c6"
+)
+CELL = (240, 300)  # attention: a photograph is fitted into this width and height
+COLUMNS = 8  # attention: heads side by side; more go on below, as those of several layers do
+BOX = (64, 224, 255)  # attention: a colour that neither grey nor heat has
+GAP = 6  # attention: pixels between photographs
+HEAT = np.array([(24, 14, 68), (98, 24, 138), (188, 42, 116), (238, 104, 62), (252, 182, 68), (255, 250, 204)])
+
+
+def draw_boxes(
+    image: Image.Image,
+    boxes: Sequence[Sequence[float]],
+    labels: Sequence[int],
+    names: Sequence[str],
+    scores: Sequence[float],
+    *,
+    font: str | Path | None = None,
+) -> Image.Image:
+    """Draw boxes with their names and scores.
+
+    Args:
+        image: the picture, of any mode; it stays as it is.
+        boxes: K boxes x0 y0 x1 y1 in pixels, best first: the best lie on top, and their labels choose places first.
+        labels: K class numbers; each has its own colour, see :func:`class_colour`.
+        names: K class names.
+        scores: K numbers, written with two digits.
+        font: a TrueType file, for scripts that PIL's built-in font lacks.
+
+    Returns:
+        A new RGB picture of the same size.
+
+    Raises:
+        OSError: the font's file is missing or no font.
+        ValueError: not K of each, or boxes that are not four finite numbers.
+    """
+    counts = [len(boxes), len(labels), len(names), len(scores)]
+    if len(set(counts)) > 1:
+        raise ValueError(f"expected as many boxes as labels, names and scores, got {counts}")
+    font_at = _font_at(font)
+    drawn = image.convert("RGB")
+    line = math.ceil(math.sqrt(drawn.width * drawn.height) / 350)
+    frames = [_frame(box, line, drawn.size) for box in boxes]
+    tags = _arrange(frames, list(zip(names, scores, strict=True)), drawn.size, font_at)
+    colours = [class_colour(label) for label in labels]
+    canvas = ImageDraw.Draw(drawn, "RGBA")
+    for frame, colour in reversed(list(zip(frames, colours, strict=True))):
+        _outline(canvas, frame, colour, line)
+    for (text, size, (x0, y0, x1, y1)), colour in reversed(list(zip(tags, colours, strict=True))):
+        if text:
+            canvas.rectangle((x0, y0, x1 - 1, y1 - 1), fill=colour, outline=(*_contrast(colour), HALO))
+            baseline = y0 + 1 + font_at(size).getmetrics()[0]
+            canvas.text(((x0 + x1) / 2, baseline), text, _contrast(colour), font_at(size), "ms")
+    return drawn
+
+
+def class_colour(label: int) -> Colour:
+    """Return a class's colour: always the same, far from the other 90 and further from its neighbours."""
+    red, green, blue = (17 * int(digit, 16) for digit in COLOURS.split()[label % 91])
+    return red, green, blue
+
+
+def fit_label(
+    name: str, score: float, room: float, size: int, measure: Callable[[str, int], float]
+) -> tuple[str, int]:
+    """Return a label's text and size of type for the room there is; ``measure`` gives a text's width at a size.
+
+    Too wide, it is set smaller, down to readable type; then loses its score; then is cut short, to nothing at worst.
+    """
+    name = " ".join(name.split())
+    text = f"{name} {score:.2f}".strip()
+    for smaller in range(size, READABLE - 1, -1):
+        if measure(text, smaller) <= room:
+            return text, smaller
+    return _cut(name, room, lambda part: measure(part, READABLE)), READABLE
+
+
+def place_labels(
+    boxes: Sequence[Rectangle], sizes: Sequence[tuple[int, int]], picture: tuple[int, int]
+) -> list[Rectangle]:
+    """Return a place for each box's label, the first boxes choosing first; sizes and picture are (width, height).
+
+    A place lies at its box and inside the picture; of those that cover least of the labels before, the one is taken
+    that hides least of the objects.
+    """
+    count = len(boxes)
+    taken = np.array([*boxes, *boxes]).reshape(-1, 4)  # the objects, then the labels, as they are placed
+    areas = (taken[:count, 2:] - taken[:count, :2]).prod(1).clip(min=1)
+    for i, (box, size) in enumerate(zip(boxes, sizes, strict=True)):
+        options = _options(box, size, picture)
+        shared = _overlap(options, taken[: count + i])
+        # as shares: a small object is soon lost, a large one is not; the later options are a little less liked
+        hidden = (shared[:, :count] / areas).sum(1) + 0.05 * np.arange(len(options))
+        taken[count + i] = options[np.lexsort((hidden, shared[:, count:].sum(1)))[0]]
+    return [(x0, y0, x1, y1) for x0, y0, x1, y1 in taken[count:].tolist()]
+
+
+def draw_attention(
+    image: Image.Image,
+    content: Tensor,
+    spatial: Tensor,
+    combined: Tensor,
+    *,
+    box: Sequence[float] | None = None,
+    title: str = "",
+    font: str | Path | None = None,
+) -> Image.Image:
+    """Draw where one query's heads look, as the paper's figure 1: rows of content, spatial and combined attention.
+
+    Each map is scaled by its own maximum: heat compares the places of one map, not one map with another.
+
+    Args:
+        image: the picture, of any mode; it stays as it is.
+        content: (M, h, w), the softmax of the content part, a map a head.
+        spatial: (M, h, w), of the spatial part.
+        combined: (M, h, w), of their sum.
+        box: x0 y0 x1 y1 in pixels of the picture, outlined on each map.
+        title: a line on top, such as the name and score.
+        font: a TrueType file, for scripts that PIL's built-in font lacks.
+
+    Returns:
+        An RGB picture with a column a head; past eight heads the rows begin anew below.
+
+    Raises:
+        OSError: the font's file is missing or no font.
+        ValueError: maps not all (M, h, w), or not finite and at least 0; a box that is not four finite numbers.
+    """
+    rows = {"content": content, "spatial": spatial, "combined": combined}
+    for name, maps in rows.items():
+        if maps.dim() != 3 or 0 in maps.shape or maps.shape != content.shape:
+            raise ValueError(f"{name}: expected (M, h, w), not empty, the same for all three, got {tuple(maps.shape)}")
+        if not bool(torch.isfinite(maps).all()) or float(maps.min()) < 0:
+            raise ValueError(f"{name}: expected finite values of at least 0, got {maps.min()}..{maps.max()}")
+    scale = min(CELL[0] / image.width, CELL[1] / image.height)
+    width, height = (max(round(scale * side), 1) for side in image.size)
+    photo = image.convert("RGB").resize((width, height), reducing_gap=3)
+    cells = {name: [heat_over(photo, attention) for attention in maps] for name, maps in rows.items()}
+    if box is not None:
+        frame = _frame([scale * side for side in box], 2, photo.size)
+        for cell in (cell for row in cells.values() for cell in row):
+            _outline(ImageDraw.Draw(cell, "RGBA"), frame, BOX, 2)
+    return _sheet(cells, title, _font_at(font)(16))
+
+
+def heat_over(photo: Image.Image, attention: Tensor) -> Image.Image:
+    """Lay a map (h, w) over a dimmed photograph as heat: clear where it is zero, pale yellow at its own maximum."""
+    values = attention.detach().float().cpu()[None, None]
+    heat = F.interpolate(values, photo.size[::-1], mode="bilinear", align_corners=False)[0, 0].numpy()
+    heat = heat / max(heat.max(), np.finfo(np.float32).tiny)
+    opacity = 0.9 * np.sqrt(heat)[..., None]
+    grey = 0.55 * np.asarray(photo.convert("L"), dtype=np.float32)[..., None]
+    return Image.fromarray((grey * (1 - opacity) + heat_colours(heat) * opacity).round().astype(np.uint8))
+
+
+def heat_colours(values: np.ndarray) -> np.ndarray:
+    """Colour values in [0, 1]: (...) becomes (..., 3) in 0..255, from dark violet to pale yellow, ever lighter."""
+    return np.stack([np.interp(values, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], axis=-1)
+
+
+def _font_at(font: str | Path | None) -> Callable[[int], Font]:
+    """Return what gives a font, PIL's built-in one or a file's, at a size in pixels."""
+    try:
+        face = cast(Font, ImageFont.load_default(READABLE)) if font is None else ImageFont.truetype(font)
+    except OSError as error:
+        raise OSError(f"{font}: expected a TrueType font file that can be read, got: {error}") from error
+    return cache(lambda size: face.font_variant(size=size))
+
+
+def _frame(box: Sequence[float], line: int, picture: tuple[int, int]) -> Rectangle:
+    """Return the outer edge of a box's line, which lies around the box unless the picture ends there."""
+    if len(box) != 4 or not all(math.isfinite(side) for side in box):
+        raise ValueError(f"expected a box of four finite numbers x0 y0 x1 y1, got {list(box)}")
+    x0, y0, x1, y1 = (round(side) for side in box)
+    x0, y0 = min(max(x0 - line, 0), picture[0] - 1), min(max(y0 - line, 0), picture[1] - 1)
+    return x0, y0, max(min(x1 + line, picture[0]), x0 + 1), max(min(y1 + line, picture[1]), y0 + 1)
+
+
+def _outline(canvas: ImageDraw.ImageDraw, frame: Rectangle, colour: Colour, line: int) -> None:
+    """Draw a box's line between two thin ones of the opposite lightness, so that it shows on any background."""
+    x0, y0, x1, y1 = frame
+    halo = max(line // 3, 1)
+    outer = (x0 - halo, y0 - halo, x1 - 1 + halo, y1 - 1 + halo)
+    canvas.rectangle(outer, outline=(*_contrast(colour), HALO), width=line + 2 * halo)
+    canvas.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=line)
+
+
+def _arrange(
+    frames: Sequence[Rectangle],
+    named: Sequence[tuple[str, float]],
+    picture: tuple[int, int],
+    font_at: Callable[[int], Font],
+) -> list[tuple[str, int, Rectangle]]:
+    """Return text, size of type and place of each label; where they crowd, all are set in smaller type."""
+
+    def width(text: str, size: int) -> int:
+        return math.ceil(font_at(size).getlength(text)) + 2 * (size // 3)
+
+    def height(size: int) -> int:
+        return sum(font_at(size).getmetrics()) + 2
+
+    largest = max(round(math.sqrt(picture[0] * picture[1]) / 44), READABLE + 1)
+    for size in (max(round(share * largest), READABLE) for share in (1, 0.85, 0.7)):
+        titles = [fit_label(name, score, picture[0], size, width) for name, score in named]
+        titles = [(text if height(small) <= picture[1] else "", small) for text, small in titles]
+        sizes = [(width(text, small), height(small)) if text else (0, 0) for text, small in titles]
+        places = place_labels(frames, sizes, picture)
+        corners = np.array(places).reshape(-1, 4)
+        if _overlap(corners, corners).sum() == sum(math.prod(size) for size in sizes):
+            break  # each shares pixels with itself alone
+    return [(text, small, place) for (text, small), place in zip(titles, places, strict=True)]
+
+
+def _options(box: Rectangle, size: tuple[int, int], picture: tuple[int, int]) -> np.ndarray:
+    """Return places (P, 4) for a label that lie inside the picture, the most wanted first."""
+    (x0, y0, x1, y1), (width, height) = box, size
+    last_x, last_y = picture[0] - width, picture[1] - height
+    left, right, middle = (min(max(x, 0), last_x) for x in (x0, x1 - width, (x0 + x1 - width) // 2))
+    above, inside, low, below = y0 - height, y0, y1 - height, y1
+    wanted = [(left, above), (left, inside), (right, above), (left, below), (right, below)]
+    wanted += [(x, y) for x in (x1, x0 - width) for y in (inside, low)]
+    wanted += [(middle, above), (middle, below), (right, inside), (left, low), (right, low), (middle, inside)]
+    inner = [(x, y) for x, y in wanted if 0 <= x <= last_x and 0 <= y <= last_y]
+    corners = np.array([*inner, (left, min(inside, last_y))])
+    return np.concatenate([corners, corners + np.array(size)], axis=1)
+
+
+def _overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the areas (A, B) that rectangles (A, 4) and (B, 4) share."""
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    return (high - low).clip(min=0).prod(-1)
+
+
+def _cut(text: str, room: float, measure: Callable[[str], float]) -> str:
+    """Shorten a text to the room there is, ending in an ellipsis; nothing is left where not even that fits."""
+    parts = [text, *(text[:end].rstrip() + "\N{HORIZONTAL ELLIPSIS}" for end in range(len(text) - 1, -1, -1))]
+    return next((part for part in parts if measure(part) <= room), "")
+
+
+def _contrast(colour: Colour) -> Colour:
+    """Return black or white, whichever reads better: WCAG's contrast to both is the same at a luminance of 0.179."""
+    red, green, blue = ((value / 255) ** 2.2 for value in colour)
+    return (0, 0, 0) if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else (255, 255, 255)
+
+
+def _sheet(cells: dict[str, list[Image.Image]], title: str, font: Font) -> Image.Image:
+    """Lay cells out in rows with their names, columns with the heads' numbers, a title and the scale of colours."""
+    heads, cell = len(cells["content"]), cells["content"][0]
+    columns = math.ceil(heads / math.ceil(heads / COLUMNS))
+    text = sum(font.getmetrics()) + 2  # pixels of a line
+    step_x = max(cell.width, math.ceil(font.getlength(f"head {heads}"))) + GAP
+    step_y = max(cell.height, text) + GAP
+    block = text + 3 * step_y + GAP
+    left = math.ceil(max(font.getlength(name) for name in cells)) + 3 * GAP
+    top = text + 2 * GAP if title else GAP
+    bottom = top + math.ceil(heads / columns) * block
+    width = max(columns * step_x, 340) + GAP
+    drawn = Image.new("RGB", (left + width, bottom + text + GAP), "white")
+    canvas = ImageDraw.Draw(drawn)
+    canvas.text((left, top - GAP), _cut(" ".join(title.split()), width, font.getlength), "black", font, "ld")
+    for row, (name, images) in enumerate(cells.items()):
+        for head, image in enumerate(images):
+            x = left + head % columns * step_x + (step_x - GAP - cell.width) // 2
+            y = top + head // columns * block + text + row * step_y
+            drawn.paste(image, (x, y))
+            if row == 0:
+                canvas.text((x + cell.width / 2, y - 2), f"head {head + 1}", "black", font, "md")
+            if head % columns == 0:
+                canvas.text((left - GAP, y + cell.height / 2), name, "black", font, "rm")
+    scale = heat_colours(np.tile(np.linspace(0, 1, 120), (text - GAP, 1))).astype(np.uint8)
+    drawn.paste(Image.fromarray(scale), (left + 15, bottom + GAP // 2))
+    canvas.text((left, bottom), "0", "black", font, "la")
+    canvas.text((left + 140, bottom), "maximum of each map", "black", font, "la")
+    return drawn
