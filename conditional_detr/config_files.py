@@ -1,18 +1,29 @@
-"""``config.json`` and ``preprocessor_config.json``, as transformers writes and has written them.
+"""``config.json`` and ``preprocessor_config.json``, as transformers writes and wrote them, and the authors' args.
 
 Reading understands every shape the files have had; writing uses the one that transformers reads back to the same
 network. A setting that would change the numbers and that this library does not have is an error, never ignored.
 """
 
+from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
 from conditional_detr.backbone import Backbone
-from conditional_detr.labels import UNUSED
+from conditional_detr.labels import COCO_NAMES, UNUSED
 from conditional_detr.metadata import Metadata, Preprocessing
 from conditional_detr.model import Config
 from conditional_detr.skeleton import Skeleton
 
+UNSEEN = {"heads": "nheads", "backbone": "backbone", "dilation": "dilation", "dropout": "dropout"}
+"""What no tensor's shape tells of the architecture: our setting, the authors' argument."""
+
+_SEEN = {  # what the shapes tell as well
+    "width": "hidden_dim",
+    "encoder_layers": "enc_layers",
+    "decoder_layers": "dec_layers",
+    "feedforward": "dim_feedforward",
+    "num_queries": "num_queries",
+}
 _OUT_INDICES = [1, 2, 3, 4]  # transformers' default for timm trunks; the last is used
 _RESNETS = {  # block, blocks per stage -> timm's name
     ("basic", (2, 2, 2, 2)): "resnet18",
@@ -115,6 +126,32 @@ def write_config(config: Config, metadata: Metadata) -> dict[str, Any]:
         "num_queries": config.num_queries,
         "position_embedding_type": "sine",
     }
+
+
+def read_arguments(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return what the authors' training arguments tell of a Config and the tensors do not.
+
+    Raises:
+        ValueError: a network this library does not build.
+    """
+    positions, pre_norm = arguments.get("position_embedding", "sine"), arguments.get("pre_norm", False)
+    if positions not in ("sine", "v2") or pre_norm:
+        raise ValueError(
+            f"{where}: expected sine positions and no pre_norm, got position_embedding {positions!r}"
+            f" and pre_norm {pre_norm!r}"
+        )
+    return {ours: arguments[theirs] for ours, theirs in UNSEEN.items() if theirs in arguments}
+
+
+def write_arguments(config: Config) -> Namespace:
+    """Return the authors' training arguments that build this network."""
+    settings = {theirs: getattr(config, ours) for ours, theirs in (UNSEEN | _SEEN).items()}
+    return Namespace(**settings, position_embedding="sine", pre_norm=False)
+
+
+def default_metadata(num_classes: int) -> Metadata:
+    """Return what is assumed of weights that no ``config.json`` describes: COCO's names if the number is COCO's."""
+    return Metadata(COCO_NAMES) if num_classes == len(COCO_NAMES) else Metadata.numbered(num_classes)
 
 
 def write_preprocessor(preprocessing: Preprocessing) -> dict[str, Any]:

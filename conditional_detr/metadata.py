@@ -111,11 +111,15 @@ class LoadReport:
     Attributes:
         source: the file the weights came from.
         family: whose parameter names the file uses.
+        dtype: precision of the file's tensors, such as "float16"; several are listed.
+        size: of the file, in bytes.
         heads: which classes and queries came from it.
     """
 
     source: str
     family: str
+    dtype: str
+    size: int
     heads: HeadChanges
 
     def __str__(self) -> str:

@@ -244,8 +244,8 @@ class ConditionalDETR(nn.Module):
         return from_pretrained(name, **options)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Save in the published format: see :func:`conditional_detr.weights.save_pretrained`."""
-        from conditional_detr.weights import save_pretrained
+        """Save in the published format: see :func:`conditional_detr.saving.save_pretrained`."""
+        from conditional_detr.saving import save_pretrained
 
         save_pretrained(self, folder, **options)
 

@@ -57,7 +57,7 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
 )
 
 # Trunk parameters keep timm's names behind these prefixes.
-_NATIVE_TRUNK = "backbone.trunk."
+NATIVE_TRUNK = "backbone.trunk."
 _TRUNK: dict[Family, str] = {
     "published":      "model.backbone.conv_encoder.model.",
     "transformers 5": "model.backbone.model.",
@@ -107,8 +107,8 @@ def source_of(native: str, naming: Naming) -> Source:
     Raises:
         KeyError: the native model has no parameter of this name.
     """
-    if native.startswith(_NATIVE_TRUNK):
-        trunk = native.removeprefix(_NATIVE_TRUNK)
+    if native.startswith(NATIVE_TRUNK):
+        trunk = native.removeprefix(NATIVE_TRUNK)
         if naming.transformers_resnet:
             trunk = _transformers_resnet(trunk)
         return Source(_TRUNK[naming.family] + trunk)

@@ -1,33 +1,28 @@
-"""Loading and saving weights: any family of files in, the published format out.
+"""Loading weights: any family of files in.
 
 Every tensor of a file is used exactly once and every parameter is filled, or nothing is loaded at all.
 """
 
-import json
 import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from conditional_detr.checkpoint import CONFIG, PREPROCESSOR, SAFETENSORS, Checkpoint, open_checkpoint
-from conditional_detr.config_files import read_config, read_metadata, write_config, write_preprocessor
+from conditional_detr.checkpoint import CONFIG, PREPROCESSOR, Checkpoint, open_checkpoint
+from conditional_detr.config_files import UNSEEN, default_metadata, read_arguments, read_config, read_metadata
 from conditional_detr.heads import change_heads
-from conditional_detr.labels import COCO_NAMES
 from conditional_detr.metadata import LoadReport, Metadata
 from conditional_detr.model import ConditionalDETR, Config
 from conditional_detr.parameter_names import Naming, Source, recognise, source_of
 from conditional_detr.skeleton import Skeleton
+from conditional_detr.tensor_checks import not_finite, some
 
 _log = logging.getLogger(__name__)
 _IGNORED = ".num_batches_tracked"  # BatchNorm's counter, which a frozen one has no use for
-_SHOWN = 8  # how many keys a message spells out before it counts the rest
 
 
 def from_pretrained(
@@ -81,7 +76,7 @@ def from_pretrained(
         raise ValueError(
             f"{checkpoint.weights}: expected a Conditional DETR checkpoint, but none of its"
             f" {len(checkpoint.tensors)} tensors is a conditional spatial query projection; it holds"
-            f" {_some(sorted(checkpoint.tensors))}" + (f" (config.json: model_type {said!r})" if said else "")
+            f" {some(sorted(checkpoint.tensors))}" + (f" (config.json: model_type {said!r})" if said else "")
         )
     config, metadata = _describe(checkpoint, naming, config)
     with Skeleton():
@@ -89,43 +84,12 @@ def from_pretrained(
     _fill(model, checkpoint, naming, device)
     _fill_unsaved_buffers(model, device)
     heads = change_heads(model, class_names=class_names, num_classes=num_classes, num_queries=num_queries)
-    model.load_report = LoadReport(str(checkpoint.weights), str(naming), heads)
+    model.load_report = LoadReport(
+        str(checkpoint.weights), str(naming), _dtypes(checkpoint), checkpoint.weights.stat().st_size, heads
+    )
     if heads.changed:
         _log.warning("%s", model.load_report)
     return model.eval()
-
-
-def save_pretrained(model: ConditionalDETR, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Save a model in the published format: what transformers reads, and what :func:`from_pretrained` reads.
-
-    Writes ``config.json``, ``preprocessor_config.json`` and ``model.safetensors``, each whole or not at all.
-
-    Args:
-        model: the model.
-        folder: made if missing; these three files in it are replaced, others stay.
-        dtype: precision on disk, such as ``torch.float16``; default: the model's own. Loading gives float32 again.
-
-    Raises:
-        OSError: the folder cannot be made or written.
-        ValueError: a parameter has no place in the format, does not fit the config, or is not finite in ``dtype``.
-    """
-    from safetensors.torch import save_file
-
-    tensors = _published_state(model, dtype)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    jsons = {
-        CONFIG: write_config(model.config, model.metadata),
-        PREPROCESSOR: write_preprocessor(model.metadata.preprocessing),
-    }
-
-    _write_whole(folder / SAFETENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    for file, content in jsons.items():
-        _write_whole(folder / file, partial(_write_json, content))
-
-
-def _write_json(content: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _describe(checkpoint: Checkpoint, naming: Naming, given: Config | None) -> tuple[Config, Metadata]:
@@ -139,8 +103,7 @@ def _describe(checkpoint: Checkpoint, naming: Naming, given: Config | None) -> t
         metadata = read_metadata(checkpoint.config, checkpoint.preprocessor, where, str(folder / PREPROCESSOR))
     else:
         config = given if given and checkpoint.arguments is None else _infer_config(checkpoint, naming)
-        coco = config.num_classes == len(COCO_NAMES)
-        metadata = Metadata(COCO_NAMES) if coco else Metadata.numbered(config.num_classes)
+        metadata = default_metadata(config.num_classes)
     if given is not None and given != config:
         raise ValueError(f"config: the checkpoint says {config}, got {given}")
     return config, metadata
@@ -163,17 +126,10 @@ def _infer_config(checkpoint: Checkpoint, naming: Naming) -> Config:
         pattern = f"{part}.layers.{{}}.feedforward.hidden.bias"
         return next(i for i in range(len(tensors) + 1) if source_of(pattern.format(i), naming).name not in tensors)
 
-    arguments = checkpoint.arguments or {}
-    if arguments.get("position_embedding", "sine") not in ("sine", "v2") or arguments.get("pre_norm"):
-        raise ValueError(
-            f"{where}: expected sine positions and no pre_norm, got position_embedding"
-            f" {arguments['position_embedding']!r} and pre_norm {arguments.get('pre_norm')!r}"
-        )
     deep = source_of("backbone.trunk.layer3.22.conv1.weight", naming).name in tensors
     paper = Config(backbone="resnet101" if deep else "resnet50")
-    told = {"heads": "nheads", "backbone": "backbone", "dilation": "dilation", "dropout": "dropout"}
-    values = {ours: arguments[theirs] for ours, theirs in told.items() if theirs in arguments}
-    if assumed := [f"{ours} {getattr(paper, ours)}" for ours in told if ours not in values]:
+    values = read_arguments(checkpoint.arguments or {}, str(where))
+    if assumed := [f"{ours} {getattr(paper, ours)}" for ours in UNSEEN if ours not in values]:
         _log.warning("%s does not tell everything: assuming %s; config= says otherwise", where, ", ".join(assumed))
     return replace(
         paper,
@@ -185,6 +141,12 @@ def _infer_config(checkpoint: Checkpoint, naming: Naming) -> Config:
         decoder_layers=count("decoder"),
         **values,
     )
+
+
+def _dtypes(checkpoint: Checkpoint) -> str:
+    """Return the precision of a file's tensors; several are listed."""
+    dtypes = {tensor.dtype for name, tensor in checkpoint.tensors.items() if not name.endswith(_IGNORED)}
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 class _Slot(NamedTuple):
@@ -222,10 +184,10 @@ def _fill(model: ConditionalDETR, checkpoint: Checkpoint, naming: Naming, device
         slots[native].put(copy)
         filled[native] = copy
         sums.append(copy.sum())  # while it is in the processor's cache
-    infinite = [f"{sources[native]} (here {native})" for native in _infinite(filled, sums)]
+    infinite = [f"{sources[native]} (here {native})" for native in not_finite(filled, sums)]
     kinds = {"missing": missing, "left over": left_over, "of another shape": misshaped, "not finite": infinite}
     if any(kinds.values()):
-        told = "".join(f"\n  {kind}: {_some(keys)}" for kind, keys in kinds.items() if keys)
+        told = "".join(f"\n  {kind}: {some(keys)}" for kind, keys in kinds.items() if keys)
         raise ValueError(f"{checkpoint.weights} ({naming} names) does not fit the model it describes:{told}")
 
 
@@ -249,17 +211,6 @@ def _file_shape(shape: torch.Size, source: Source) -> torch.Size:
     return shape if source.third is None else torch.Size((3 * shape[0], *shape[1:]))
 
 
-def _infinite(tensors: dict[str, Tensor], sums: list[Tensor]) -> list[str]:
-    """Return the names of the tensors that hold NaN or infinity.
-
-    A finite sum tells that none is there; one that is not finite may have overflowed by itself.
-    """
-    if not sums:
-        return []
-    suspects = [name for name, total in zip(tensors, torch.stack(sums).tolist(), strict=True) if not isfinite(total)]
-    return [name for name in suspects if not tensors[name].isfinite().all()]
-
-
 def _fill_unsaved_buffers(model: ConditionalDETR, device: torch.device) -> None:
     """Compute the buffers that no file stores, which the skeleton has left empty (a few trunks have such)."""
     unsaved = [(path, name) for path, module in model.named_modules() for name in module._non_persistent_buffers_set]
@@ -271,45 +222,9 @@ def _fill_unsaved_buffers(model: ConditionalDETR, device: torch.device) -> None:
         model.get_submodule(path).register_buffer(name, buffer.to(device), persistent=False)
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it there, so that a broken run leaves the old one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _published_state(model: ConditionalDETR, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return a model's tensors by their published names; or name all that have no place there."""
-    with Skeleton():
-        described = ConditionalDETR(model.config, model.metadata).state_dict()
-    state = model.state_dict()
-    problems = [f"{name} is missing" for name in described if name not in state]
-    stored = {}
-    for native, tensor in state.items():
-        if native not in described or tensor.shape != described[native].shape:
-            expected = tuple(described[native].shape) if native in described else "no such parameter"
-            problems.append(f"{native} {tuple(tensor.shape)}: the config has {expected}")
-            continue
-        stored[native] = tensor.detach().to("cpu", dtype).contiguous()
-    infinite = _infinite(stored, [tensor.sum() for tensor in stored.values()])
-    problems += [f"{native}: not finite in {stored[native].dtype}" for native in infinite]
-    if problems:
-        raise ValueError(f"the model does not fit the published format: {_some(problems)}")
-    return {source_of(native, Naming("published")).name: tensor for native, tensor in stored.items()}
-
-
 def _checked_device(device: str | torch.device) -> torch.device:
     """Return a device on which tensors can be made."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device: expected one that this machine has, got {str(device)!r}: {error}") from error
-
-
-def _some(keys: Sequence[str]) -> str:
-    """Spell out the first few and count the rest."""
-    rest = len(keys) - _SHOWN
-    return ", ".join(keys[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from conditional_detr import Config
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants a hub makes its own
 
 DATA = Path(__file__).parent.parent.parent / "shared"
@@ -86,6 +88,26 @@ TINY = {
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
 }
+
+
+TINY_CONFIG = Config(
+    num_classes=7,
+    num_queries=11,
+    width=32,
+    heads=4,
+    encoder_layers=2,
+    decoder_layers=3,
+    feedforward=48,
+    backbone="resnet18",
+    backbone_stage=3,
+)
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    """Equal to the last bit, every parameter and buffer."""
+    state, other = a.state_dict(), b.state_dict()
+    assert state.keys() == other.keys()
+    assert [name for name in state if not torch.equal(state[name], other[name])] == []
 
 
 class Published:

@@ -15,14 +15,15 @@ LAYERS = [
     {"__init__"},
     {"cli"},
     {"detector"},
-    {"weights"},
+    {"weights", "saving", "summary"},
     {"detections", "heads", "checkpoint", "config_files"},
     {"images"},
     {"model", "labels"},
     {"backbone", "encoder", "decoder"},
-    {"positions", "attention", "layers", "metadata", "parameter_names", "skeleton", "drawing"},
+    {"positions", "attention", "layers", "metadata", "parameter_names", "skeleton"}
+    | {"tensor_checks", "drawing", "files", "pipeline", "sources"},
 ]
-EXCEPTIONS = {("model", "weights", "from_pretrained"), ("model", "weights", "save_pretrained")}
+EXCEPTIONS = {("model", "weights", "from_pretrained"), ("model", "saving", "save_pretrained")}
 
 
 def imports_of(path: Path) -> set[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Every family of files in, the published format out; nothing missing, left over, misshaped or not finite."""
+"""Every family of files in; nothing missing, left over, misshaped or not finite."""
 
 import argparse
 import json
@@ -12,29 +12,16 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import TINY, randomise, two_pictures
+from conftest import TINY, TINY_CONFIG, assert_same, randomise, two_pictures
 from families import to_original
 from reference import distance, rounding, transformers_output
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from conditional_detr import ConditionalDETR, Config, Metadata
 from conditional_detr.checkpoint import open_checkpoint
 from conditional_detr.config_files import read_config, read_metadata
 from conditional_detr.labels import COCO_IDS, COCO_NAMES
 from conditional_detr.weights import from_pretrained
-
-TINY_CONFIG = Config(
-    num_classes=7,
-    num_queries=11,
-    width=32,
-    heads=4,
-    encoder_layers=2,
-    decoder_layers=3,
-    feedforward=48,
-    backbone="resnet18",
-    backbone_stage=3,
-)
 
 
 @pytest.fixture
@@ -55,13 +42,6 @@ def rewrite_json(folder: Path, file: str, **changes) -> Path:
     content = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
     (folder / file).write_text(json.dumps(content | changes))
     return folder
-
-
-def assert_same(a: nn.Module, b: nn.Module) -> None:
-    """Equal to the last bit, every parameter and buffer."""
-    state, other = a.state_dict(), b.state_dict()
-    assert state.keys() == other.keys()
-    assert [name for name in state if not torch.equal(state[name], other[name])] == []
 
 
 # ---- families
@@ -568,108 +548,7 @@ def test_heads_that_make_no_sense(tiny, options, error, message):
         from_pretrained(tiny.folder, **options)
 
 
-# ---- saving
-
-
-def reopened_by_transformers(folder):
-    from transformers import ConditionalDetrForObjectDetection
-
-    model, info = ConditionalDetrForObjectDetection.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
-
-
-def assert_transformers_agrees(model, folder):
-    """What was saved gives the same numbers in transformers, and comes back the same here."""
-    reference = reopened_by_transformers(folder)
-    pixels, padding = two_pictures()
-    limits = rounding(reference, pixels, padding)
-    with torch.no_grad():
-        logits, boxes = distance(model(pixels, padding), transformers_output(reference, pixels, padding))
-    assert logits <= 3 * limits[0] < 3e-5
-    assert boxes <= 3 * limits[1] < 6e-6
-    again = from_pretrained(folder)
-    assert_same(again, model)
-    assert again.config == model.config
-    assert again.metadata == model.metadata
-
-
-@pytest.mark.parametrize("checkpoint", ["tiny", "r50", "dc5"])
-def test_saved_files_load_in_transformers(checkpoint, request, tmp_path):
-    model = from_pretrained(request.getfixturevalue(checkpoint).folder)
-    model.save_pretrained(tmp_path)
-    assert_transformers_agrees(model, tmp_path)
-
-
-def test_saved_files_with_other_classes_load_in_transformers(tiny, tmp_path):
-    model = from_pretrained(tiny.folder, class_names=[None, "LABEL_3", "café"], num_queries=5)
-    model.metadata = Metadata(model.metadata.class_names, (5, 6, 7), model.metadata.preprocessing)
-    model.save_pretrained(tmp_path)
-    assert_transformers_agrees(model, tmp_path)
-    assert reopened_by_transformers(tmp_path).config.id2label == {0: "N/A", 1: "LABEL_3", 2: "café"}
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_on_disk(tiny, tmp_path, dtype):
-    model = from_pretrained(tiny.folder)
-    model.save_pretrained(tmp_path, dtype=dtype)
-    tensors = load_file(tmp_path / "model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
-    rounded = from_pretrained(tmp_path)
-    assert torch.equal(rounded.class_head.weight, model.class_head.weight.to(dtype).float())
-    assert_transformers_agrees(rounded, tmp_path)
-
-
-def test_the_published_preprocessor_is_what_transformers_reads(tiny, tmp_path):
-    from transformers import ConditionalDetrImageProcessorPil
-
-    from_pretrained(tiny.folder).save_pretrained(tmp_path)
-    processor = ConditionalDetrImageProcessorPil.from_pretrained(tmp_path)
-    assert dict(processor.size)["shortest_edge"] == 800
-    assert dict(processor.size)["longest_edge"] == 1333
-    assert list(processor.image_mean) == [0.485, 0.456, 0.406]
-
-
-def test_a_model_that_the_format_cannot_hold(tiny, tmp_path):
-    model = from_pretrained(tiny.folder)
-    model.save_pretrained(tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
-    model.class_head.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"class_head\.weight: not finite in torch\.float32"):
-        model.save_pretrained(tmp_path)
-    model = from_pretrained(tiny.folder)
-    model.object_queries.weight.data[0, 0] = 1e6
-    with pytest.raises(ValueError, match=r"object_queries\.weight: not finite in torch\.float16"):
-        model.save_pretrained(tmp_path, dtype=torch.float16)
-    model.class_head = nn.Sequential(nn.Linear(32, 7))
-    with pytest.raises(
-        ValueError, match=r"class_head\.weight is missing.*class_head\.0\.weight \(7, 32\): the config has no"
-    ):
-        model.save_pretrained(tmp_path)
-    model.class_head = nn.Linear(32, 2)
-    with pytest.raises(ValueError, match=r"class_head\.weight \(2, 32\): the config has \(7, 32\)"):
-        model.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-    ]
-
-
-def test_saving_that_breaks_off_leaves_the_old_file(tiny, tmp_path, monkeypatch):
-    model = from_pretrained(tiny.folder)
-    model.save_pretrained(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def full(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        model.save_pretrained(tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+# ---- and besides
 
 
 def test_r101_variants_by_names_and_shapes():
