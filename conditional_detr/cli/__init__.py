@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from conditional_detr.cli.convert import convert
 from conditional_detr.cli.detect import detect
+from conditional_detr.cli.info import info
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
@@ -29,3 +31,5 @@ def main(
 
 
 app.command()(detect)
+app.command()(info)
+app.command()(convert)

@@ -24,3 +24,8 @@ def one_line_errors(code: int = UNUSABLE) -> Iterator[None]:
     except (OSError, TypeError, ValueError) as error:
         err.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(code) from error
+
+
+def megabytes(size: int) -> str:
+    """Spell out a number of bytes."""
+    return f"{size / 1e6:.1f} MB"
