@@ -1,0 +1,195 @@
+"""Where pictures come from: whatever a program hands over becomes something that can be opened, and opened again.
+
+A path stays a path; an address is fetched, base64 decoded and an open file read, all to bytes.
+"""
+
+import base64
+import binascii
+import http.client
+import io
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import IO, NamedTuple, TypeAlias
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+Picture: TypeAlias = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray | Tensor
+"""A file's path, an http(s) address, a data URI or base64; a file's bytes or an open binary file; a PIL image of any
+mode; an array (H, W, 3), (H, W, 4) or (H, W); a tensor (3, H, W), (4, H, W) or (1, H, W).
+
+Arrays and tensors are RGB, RGBA or grey: uint8, uint16, or floating point in [0, 1].
+"""
+
+Local: TypeAlias = Path | bytes | Image.Image | np.ndarray | Tensor
+"""A picture that can be opened any number of times, without a network."""
+
+_CHUNK = 1 << 16
+_SHORTEST_BASE64 = 32  # characters; the smallest pictures there are have 26 bytes
+_LONGEST_FILE_NAME = 255
+
+
+class Limits(NamedTuple):
+    """How much of an address is fetched.
+
+    Attributes:
+        timeout: seconds until the last byte must be there.
+        max_bytes: the largest file.
+    """
+
+    timeout: float = 10.0
+    max_bytes: int = 64 * 2**20
+
+
+LIMITS = Limits()
+"""What holds unless said otherwise."""
+
+
+def is_one_picture(pictures: object) -> bool:
+    """Tell a picture from a collection of pictures."""
+    # a runtime check takes no os.PathLike[str]
+    one = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | Tensor  # type: ignore[type-arg]
+    return isinstance(pictures, one) or hasattr(pictures, "read")
+
+
+def name_of(picture: object, place: str) -> str:
+    """Return what messages call a picture: its path or address, else its place among the pictures."""
+    if isinstance(picture, os.PathLike):
+        return str(picture)
+    if isinstance(picture, str) and 0 < len(picture) <= _LONGEST_FILE_NAME and not picture.startswith("data:"):
+        return picture
+    return place
+
+
+def bring(picture: Picture, name: str, limits: Limits = LIMITS) -> Local:
+    """Bring a picture here, whatever it comes as.
+
+    Args:
+        picture: the picture.
+        name: what messages call it if it has no path or address of its own, such as ``images[3]``.
+        limits: for addresses.
+
+    Raises:
+        OSError: an address that cannot be fetched, or takes too long; an open file that cannot be read.
+        TypeError: not a kind of picture.
+        ValueError: an address or base64 that is none, or a file above the limit.
+    """
+    name = name_of(picture, name)
+    if isinstance(picture, Image.Image | np.ndarray | Tensor):
+        return picture
+    if isinstance(picture, str):
+        return _bring_string(picture, name, limits)
+    if isinstance(picture, os.PathLike):
+        return Path(picture)
+    if isinstance(picture, bytes | bytearray | memoryview):
+        return bytes(picture)
+    if hasattr(picture, "read"):
+        return _read(picture, name)
+    raise TypeError(
+        f"{name}: expected a path, address, base64, bytes, open file, PIL image, array or tensor,"
+        f" got {type(picture).__name__}"
+    )
+
+
+def _bring_string(text: str, name: str, limits: Limits) -> Path | bytes:
+    """Tell apart what a string may be: an address, a data URI, a path, base64."""
+    if not text:
+        raise ValueError(f"{name}: expected a path, address or base64, got an empty string")
+    start = text[:16].lower()
+    if start.startswith(("http://", "https://")):
+        return _fetch(text, name, limits)
+    if start.startswith("data:"):
+        return _decode_data_uri(text, name)
+    if _exists(text):
+        return Path(text)
+    if scheme := re.match(r"[a-z][a-z0-9+.-]+(?=://)", start):
+        raise ValueError(f"{name}: expected an http or https address, got one of scheme {scheme[0]!r}")
+    if content := _decode_base64(text):
+        return content
+    if len(text) > _LONGEST_FILE_NAME:
+        raise ValueError(
+            f"{name}: expected a path, address or base64 of a picture, got {len(text)} characters that are none of"
+            f" them: {text[:24]!r}..."
+        )
+    return Path(text)
+
+
+def _exists(text: str) -> bool:
+    """Tell whether a string is the path of anything; base64 may be too long for one."""
+    try:
+        return os.path.lexists(text)
+    except (OSError, ValueError):
+        return False
+
+
+def _decode_base64(text: str) -> bytes | None:
+    """Return what base64 stands for; None if it is none, or of no picture (a short path may look like base64)."""
+    text = "".join(text.split()).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
+    if len(text) < _SHORTEST_BASE64:
+        return None
+    try:
+        content = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        with Image.open(io.BytesIO(content)):
+            return content
+    except Image.DecompressionBombError:
+        return content
+    except (binascii.Error, ValueError, OSError):
+        return None
+
+
+def _decode_data_uri(text: str, name: str) -> bytes:
+    """Return what stands in a data URI, in base64 or percent-encoded."""
+    try:
+        with urllib.request.urlopen("".join(text.split())) as response:
+            return bytes(response.read())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name}: expected a data URI such as 'data:image/png;base64,...', got {text[:24]!r}...: {error}"
+        ) from error
+
+
+def _read(file: IO[bytes], name: str) -> bytes:
+    """Read an open file to its end."""
+    try:
+        content = file.read()
+    except UnicodeDecodeError as error:
+        raise TypeError(f"{name}: expected a file opened in binary mode, got one in text mode") from error
+    except (OSError, ValueError) as error:  # ValueError: the file is closed
+        raise OSError(f"{name}: the open file cannot be read: {error}") from error
+    if not isinstance(content, bytes):
+        raise TypeError(f"{name}: expected a file opened in binary mode, got one that gives {type(content).__name__}")
+    return content
+
+
+def _fetch(url: str, name: str, limits: Limits) -> bytes:
+    """Fetch an address, within the limits even if its server trickles or tells a wrong length."""
+    deadline = time.monotonic() + limits.timeout
+    quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # spaces and letters beyond ASCII
+    try:
+        request = urllib.request.Request(quoted, headers={"User-Agent": "conditional-detr"})
+        with urllib.request.urlopen(request, timeout=limits.timeout) as response:
+            declared = int(response.headers.get("Content-Length") or 0)
+            content = bytearray()
+            while max(declared, len(content)) <= limits.max_bytes:
+                chunk = response.read1(_CHUNK)  # what has come by now, so that the deadline is looked at in time
+                if not chunk:
+                    break
+                content += chunk
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{len(content)} bytes after {limits.timeout} s, and not at its end")
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
+        raise OSError(f"{name}: the address cannot be fetched: {error}") from error
+    size = max(declared, len(content))
+    if size > limits.max_bytes:
+        raise ValueError(f"{name}: expected at most {limits.max_bytes} bytes, got {size} or more")
+    if len(content) < declared:
+        raise OSError(f"{name}: the address cannot be fetched: broke off after {len(content)} of {declared} bytes")
+    return bytes(content)
