@@ -6,7 +6,6 @@ leaves what was there.
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from conditional_detr.checkpoint import CONFIG, PREPROCESSOR, SAFETENSORS
 from conditional_detr.config_files import default_metadata, write_arguments, write_config, write_preprocessor
+from conditional_detr.files import write_whole
 from conditional_detr.model import ConditionalDETR, Config
 from conditional_detr.parameter_names import NATIVE_TRUNK, Family, Naming, source_of
 from conditional_detr.skeleton import Skeleton
@@ -78,12 +78,12 @@ def save_as(
     files[0].parent.mkdir(parents=True, exist_ok=True)
     if family == "original":
         content = {"model": tensors, "args": write_arguments(model.config)}
-        _write_all({files[0]: partial(torch.save, content)})
+        _write({files[0]: partial(torch.save, content)})
         _tell_what_is_lost(model, files[0])
     else:
         jsons = (write_config(model.config, model.metadata), write_preprocessor(model.metadata.preprocessing))
         writers = [partial(_write_safetensors, tensors), *(partial(_write_json, content) for content in jsons)]
-        _write_all(dict(zip(files, writers, strict=True)))
+        _write(dict(zip(files, writers, strict=True)))
     return files
 
 
@@ -169,25 +169,19 @@ def _tell_what_is_lost(model: ConditionalDETR, path: Path) -> None:
         _log.warning("%s holds no %s: this format has no place for them", path, ", ".join(lost))
 
 
-def _write_all(writers: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Write files beside their places, and move them there when all are whole.
+def _write(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Write files, all of them or none.
 
     Raises:
         OSError: a file cannot be written.
     """
     from safetensors import SafetensorError
 
-    unfinished = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in writers}
     try:
-        for path, write in writers.items():
-            write(unfinished[path])
-        for path, written in unfinished.items():
-            written.replace(path)
+        write_whole(writers)
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of an OSError
-        raise OSError(f"{path}: cannot be written; is there room, and permission? ({error})") from error
-    finally:
-        for written in unfinished.values():
-            written.unlink(missing_ok=True)
+        weights = next(iter(writers))
+        raise OSError(f"{weights}: cannot be written; is there room, and permission? ({error})") from error
 
 
 def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
