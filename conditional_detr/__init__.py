@@ -4,6 +4,7 @@ from conditional_detr.detections import Detections
 from conditional_detr.detector import Detector
 from conditional_detr.metadata import Metadata, Preprocessing
 from conditional_detr.model import AttentionMaps, ConditionalDETR, Config, Output
+from conditional_detr.sources import Limits
 
 __all__ = [
     "AttentionMaps",
@@ -11,6 +12,7 @@ __all__ = [
     "Config",
     "Detections",
     "Detector",
+    "Limits",
     "Metadata",
     "Output",
     "Preprocessing",

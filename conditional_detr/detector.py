@@ -1,37 +1,82 @@
 """Pictures in, detections out."""
 
-from collections.abc import Iterable, Sequence
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_convert
 
 from conditional_detr.detections import Detections
-from conditional_detr.images import Picture, open_picture, size_of, to_pixels
-from conditional_detr.model import ConditionalDETR, Output
+from conditional_detr.drawing import draw_attention
+from conditional_detr.images import normalise, open_picture, resize, size_of, to_pil
+from conditional_detr.model import ConditionalDETR
+from conditional_detr.pipeline import prepare_ahead, run_together
+from conditional_detr.sources import LIMITS, Limits, Local, Picture, bring, is_one_picture, name_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PUBLISHED = "microsoft/conditional-detr-resnet-50"
+PICTURE_ERRORS = (OSError, TypeError, ValueError)
+"""What opening a picture raises, for whatever is wrong with it."""
+
+_WINDOW = 4  # batches that a picture of a rare shape waits for others of its shape
+
+
+class _Options(TypedDict, total=False):
+    """The options of a call, for the type checker."""
+
+    threshold: float
+    top_k: int
+    classes: Iterable[str | int] | None
+    batch_size: int
+
+
+class Selection(NamedTuple):
+    """Which of all query-class pairs are objects to report.
+
+    Attributes:
+        rows: (R,) int64, rows of the class head to choose from.
+        threshold: scores must be above this.
+        top_k: the most objects a picture.
+    """
+
+    rows: Tensor
+    threshold: float
+    top_k: int
+
+
+class _Prepared(NamedTuple):
+    """A picture ready for the model."""
+
+    name: str
+    source: Local
+    size: tuple[int, int]
+    values: Tensor  # (3, H, W), resized and not yet normalised
 
 
 class Detector:
-    """A model with everything around it: from pictures of any size to named boxes.
+    """A model with everything around it: from pictures of any kind and size to named boxes.
 
     Args:
         model: the model; its metadata says how pictures are prepared and what the classes are called. Where it is
             and in which mode stays as it is.
+        limits: how long fetching a picture's address may take, and how large the file may be.
 
     Raises:
         TypeError: not a ConditionalDETR.
     """
 
-    def __init__(self, model: ConditionalDETR) -> None:
+    def __init__(self, model: ConditionalDETR, *, limits: Limits = LIMITS) -> None:
         if not isinstance(model, ConditionalDETR):
             raise TypeError(f"model: expected a ConditionalDETR, got {type(model).__name__}")
         self.model = model
+        self.limits = limits
 
     @classmethod
     def from_pretrained(cls, name: str | Path = PUBLISHED, **options: Any) -> "Detector":
@@ -40,116 +85,211 @@ class Detector:
 
     @overload  # a string is also a sequence of strings: the first match, one picture, is meant
     def __call__(  # type: ignore[overload-overlap]
-        self,
-        pictures: Picture,
-        *,
-        threshold: float = ...,
-        top_k: int = ...,
-        classes: Sequence[str | int] | None = ...,
-        batch_size: int = ...,
+        self, pictures: Picture, *, on_error: Literal["raise"] = ..., **options: "Unpack[_Options]"
     ) -> Detections: ...
 
     @overload
     def __call__(
-        self,
-        pictures: Sequence[Picture],
-        *,
-        threshold: float = ...,
-        top_k: int = ...,
-        classes: Sequence[str | int] | None = ...,
-        batch_size: int = ...,
+        self, pictures: Sequence[Picture], *, on_error: Literal["raise"] = ..., **options: "Unpack[_Options]"
     ) -> list[Detections]: ...
+
+    @overload
+    def __call__(
+        self, pictures: Sequence[Picture], *, on_error: Literal["skip"], **options: "Unpack[_Options]"
+    ) -> list[Detections | None]: ...
+
+    @overload
+    def __call__(
+        self, pictures: Iterator[Picture], *, on_error: Literal["raise"] = ..., **options: "Unpack[_Options]"
+    ) -> Iterator[Detections]: ...
+
+    @overload
+    def __call__(
+        self, pictures: Iterator[Picture], *, on_error: Literal["skip"], **options: "Unpack[_Options]"
+    ) -> Iterator[Detections | None]: ...
 
     def __call__(
         self,
-        pictures: Picture | Sequence[Picture],
+        pictures: Picture | Iterable[Picture],
         *,
         threshold: float = 0.5,
         top_k: int = 100,
-        classes: Sequence[str | int] | None = None,
+        classes: Iterable[str | int] | None = None,
         batch_size: int = 8,
-    ) -> Detections | list[Detections]:
-        """Detect objects on one picture or on a list of them.
+        on_error: str = "raise",
+    ) -> Any:
+        """Detect objects on one picture or on many.
 
         Pictures that come out at the same size run together, others apart: none is ever padded, so a list gives what
-        its pictures give one by one.
+        its pictures give one by one. Opening and resizing run in threads, ahead of the model.
 
         Args:
-            pictures: a path, PIL image, array (H, W, 3) or (H, W), or tensor (3, H, W); or a list of such.
+            pictures: a path, http(s) address, data URI, base64, bytes, open binary file, PIL image, array or tensor:
+                see :data:`conditional_detr.sources.Picture`; or a list, or any iterator, of such.
             threshold: objects must score above this, in [0, 1].
             top_k: the most objects a picture, the best.
             classes: names or rows of the classes to report; None: all.
             batch_size: the most pictures that run together.
+            on_error: what a picture that cannot be opened does: "raise" its error, or "skip" it, with a warning and
+                None in its place.
 
         Returns:
-            One Detections for one picture; a list of them for a list, also of one.
+            One Detections for one picture; a list of them for a list, also of one; for any other iterable an
+            iterator, which draws pictures a few batches ahead and holds no more than those.
 
         Raises:
-            OSError: a file that cannot be read.
+            OSError: a file or address that cannot be read.
             TypeError: a picture or an argument of the wrong type.
-            ValueError: a file that is no picture, a class that the model does not have, a number out of its range.
+            ValueError: a file that is no picture, a class that the model does not have, a number out of its range; or
+                the model gave values that are not finite.
         """
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
+        one = is_one_picture(pictures)
+        if not one and (not isinstance(pictures, Iterable) or isinstance(pictures, Mapping | Set)):
+            raise TypeError(
+                f"pictures: expected a picture, or a list or iterator of them, got {type(pictures).__name__}"
+            )
+        _check_count("batch_size", batch_size)
+        selection = self.selection(threshold=threshold, top_k=top_k, classes=classes)
+        if one:
+            outcomes = iter([self._detect_one(pictures, selection)])  # type: ignore[arg-type]
+        else:
+            outcomes = self.outcomes(pictures, selection, batch_size=batch_size)  # type: ignore[arg-type]
+        results = (self._settle(outcome, on_error) for outcome in outcomes)
+        if one:
+            return next(results)
+        return list(results) if isinstance(pictures, Sequence) else results
+
+    def selection(
+        self, *, threshold: float = 0.5, top_k: int = 100, classes: Iterable[str | int] | None = None
+    ) -> Selection:
+        """Check what is to be reported against the model's classes; arguments and errors as of a call."""
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold: expected 0..1, got {threshold}")
-        for name, count in (("top_k", top_k), ("batch_size", batch_size)):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name}: expected an int of at least 1, got {count!r}")
-        rows = self._rows(classes)
-        if isinstance(pictures, str | Path | Image.Image | np.ndarray | Tensor):
-            return self._detect([pictures], ["picture"], rows, threshold, top_k, batch_size)[0]
-        if not isinstance(pictures, Sequence):
-            raise TypeError(f"pictures: expected a picture or a list of them, got {type(pictures).__name__}")
-        names = [f"images[{place}]" for place in range(len(pictures))]
-        return self._detect(pictures, names, rows, threshold, top_k, batch_size)
+        _check_count("top_k", top_k)
+        return Selection(self._rows(classes), threshold, top_k)
 
-    def _detect(
-        self,
-        pictures: Sequence[Picture],
-        names: Sequence[str],
-        rows: Tensor,
-        threshold: float,
-        top_k: int,
-        batch_size: int,
-    ) -> list[Detections]:
-        """Run pictures of one shape together, and put the results in the pictures' order."""
-        found: dict[int, Detections] = {}
-        waiting: dict[tuple[int, ...], list[tuple[int, tuple[int, int], Tensor]]] = {}
+    def outcomes(
+        self, pictures: Iterable[Picture], selection: Selection, *, batch_size: int = 8
+    ) -> Iterator[Detections | Exception]:
+        """Detect objects on many pictures, in order and in bounded memory; errors of pictures are given, not raised.
 
-        def run(group: list[tuple[int, tuple[int, int], Tensor]]) -> None:
-            output = self._forward(torch.stack([pixels for _, _, pixels in group]))
-            for i, (place, size, _) in enumerate(group):
-                boxes, scores, labels = select(output, i, size, rows, threshold, top_k)
-                called = tuple(str(self.model.metadata.class_names[label]) for label in labels.tolist())
-                found[place] = Detections(boxes, scores, labels, called, size, pictures[place])
+        Args:
+            pictures: drawn from a few batches ahead.
+            selection: what to report.
+            batch_size: the most pictures that run together.
 
-        for place, (picture, name) in enumerate(zip(pictures, names, strict=True)):
-            opened = open_picture(picture, name)
-            pixels = to_pixels(opened, self.model.metadata.preprocessing)
-            group = waiting.setdefault(tuple(pixels.shape), [])
-            group.append((place, size_of(opened), pixels))
-            if len(group) == batch_size:
-                run(waiting.pop(tuple(pixels.shape)))
-        for group in waiting.values():
-            run(group)
-        return [found[place] for place in range(len(pictures))]
+        Returns:
+            For each picture its Detections, or the error that opening it raised.
+        """
+        workers = min(4, os.cpu_count() or 1)
+        numbered = ((picture, f"images[{place}]") for place, picture in enumerate(pictures))
+        prepared = prepare_ahead(self._prepare, numbered, workers=workers, depth=batch_size + workers)
 
-    @torch.inference_mode()
-    def _forward(self, pixels: Tensor) -> Output:
-        """Run the model in eval mode, where it is, and leave its mode as it was."""
-        weight = self.model.projection.weight
-        training = self.model.training
-        self.model.eval()
+        def key(item: _Prepared | Exception) -> tuple[Any, ...] | None:
+            return (item.values.shape, item.values.dtype) if isinstance(item, _Prepared) else None
+
+        def run(items: list[_Prepared | Exception]) -> list[Detections | Exception]:
+            if isinstance(items[0], Exception):
+                return [items[0]]
+            return [*self._run([item for item in items if isinstance(item, _Prepared)], selection)]
+
+        return run_together(prepared, key, run, size=batch_size, window=_WINDOW * batch_size)
+
+    def draw_attention(self, found: Detections, which: int = 0, *, layers: Sequence[int] = (-1,)) -> Image.Image:
+        """Draw where the query of one detection looks: the paper's figure 1.
+
+        Args:
+            found: what this detector found on a picture; the picture is opened anew.
+            which: the place of the detection in it.
+            layers: decoder layers, -L..L-1.
+
+        Returns:
+            A picture with one column a head (of each layer in turn) and a row each for the content part of the
+            attention, the spatial part, and both combined; every map is scaled to its own maximum.
+
+        Raises:
+            IndexError: there is no such detection.
+            OSError: the picture's file is gone.
+            ValueError: no layer, or one that the decoder does not have.
+        """
+        box, score, name = found[which]
+        opened = open_picture(found.source, "picture")
+        preprocessing = self.model.metadata.preprocessing
+        pixels = normalise(resize(opened, preprocessing), preprocessing)[None]
+        maps = self._evaluate(lambda x: self.model.attention_maps(x, layers=layers), pixels)
+        query = int(found.queries[which])
+        return draw_attention(
+            to_pil(opened), *(part[0, :, query].float().cpu() for part in maps), box=box, title=f"{name} {score:.2f}"
+        )
+
+    @staticmethod
+    def _settle(outcome: Detections | Exception, on_error: str) -> Detections | None:
+        """Return a result; raise an error, or warn of it."""
+        if not isinstance(outcome, Exception):
+            return outcome
+        if on_error == "raise":
+            raise outcome
+        warnings.warn(f"skipped: {outcome}", stacklevel=3)
+        return None
+
+    def _detect_one(self, picture: Picture, selection: Selection) -> Detections | Exception:
+        """Detect objects on a single picture, without threads."""
+        prepared = self._prepare((picture, "picture"))
+        return prepared if isinstance(prepared, Exception) else next(self._run([prepared], selection))
+
+    def _prepare(self, named: tuple[Picture, str]) -> _Prepared | Exception:
+        """Open and resize a picture, or return the error of it."""
+        picture, place = named
+        name = name_of(picture, place)
         try:
-            output = self.model(pixels.to(weight.device, weight.dtype))
-        finally:
-            self.model.train(training)
-        named = len(self.model.metadata.class_names)
-        if output.logits.shape[-1] != named:
+            source = bring(picture, name, self.limits)
+            opened = open_picture(source, name)
+            return _Prepared(name, source, size_of(opened), resize(opened, self.model.metadata.preprocessing))
+        except PICTURE_ERRORS as error:
+            return error
+
+    def _run(self, group: list[_Prepared], selection: Selection) -> Iterator[Detections]:
+        """Run pictures of one shape through the model."""
+        metadata = self.model.metadata
+        weight = self.model.projection.weight
+        values = torch.stack([picture.values for picture in group]).to(weight.device)  # (B, 3, H, W)
+        output = self._evaluate(self.model, normalise(values, metadata.preprocessing))
+        logits, boxes = (x[-1].float().cpu() for x in output)  # (B, N, C), (B, N, 4)
+        named = len(metadata.class_names)
+        if logits.shape[-1] != named:
             raise ValueError(
-                f"model: its class head has {output.logits.shape[-1]} classes, but its metadata names {named};"
+                f"model: its class head has {logits.shape[-1]} classes, but its metadata names {named};"
                 " give it metadata that names them: model.metadata = Metadata(names)"
             )
-        return Output(output.logits.float().cpu(), output.boxes.float().cpu())
+        for picture, its_logits, its_boxes in zip(group, logits, boxes, strict=True):
+            if not (its_logits.isfinite().all() and its_boxes.isfinite().all()):
+                raise ValueError(f"{picture.name}: the model gave logits or boxes that are not finite")
+            chosen, scores, labels, queries = select(its_logits, its_boxes, picture.size, selection)
+            rows = labels.tolist()
+            yield Detections(
+                boxes=chosen,
+                scores=scores,
+                labels=labels,
+                names=tuple(str(metadata.class_names[row]) for row in rows),
+                category_ids=tuple(metadata.category_ids[row] for row in rows),
+                queries=queries,
+                size=picture.size,
+                source=picture.source,
+            )
+
+    @torch.inference_mode()
+    def _evaluate(self, function: Any, pixels: Tensor) -> Any:
+        """Apply the model or a part of it in eval mode, where it is, and leave its mode as it was."""
+        weight = self.model.projection.weight
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            return function(pixels.to(weight.device, weight.dtype))
+        finally:
+            for module in training:  # each by itself: a part may have been set to eval mode on purpose
+                module.training = True
 
     def _rows(self, classes: Iterable[str | int] | None) -> Tensor:
         """Return the rows of the class head to report: named ones, and of those the wanted ones."""
@@ -171,26 +311,30 @@ class Detector:
 
 
 def select(
-    output: Output, picture: int, size: tuple[int, int], rows: Tensor, threshold: float, top_k: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, boxes: Tensor, size: tuple[int, int], selection: Selection
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose the best query-class pairs of one picture.
 
     Args:
-        output: the model's, of a batch.
-        picture: which of the batch.
+        logits: (N, C).
+        boxes: (N, 4) cx cy w h in [0, 1].
         size: (height, width) of the picture in pixels.
-        rows: (R,) rows of the class head to choose from.
-        threshold: scores must be above this.
-        top_k: the most pairs.
+        selection: what to choose.
 
     Returns:
-        boxes (K, 4) x0 y0 x1 y1 in pixels, inside the picture; scores (K,); labels (K,); best first.
+        boxes (K, 4) x0 y0 x1 y1 in pixels, inside the picture; scores (K,); labels (K,); queries (K,); best first.
     """
-    scores = output.logits[-1, picture][:, rows].sigmoid().flatten()  # (N·R,)
+    rows, threshold, top_k = selection
+    scores = logits[:, rows].sigmoid().flatten()  # (N·R,)
     scores, pairs = scores.topk(min(top_k, len(scores)))
     pairs, scores = pairs[scores > threshold], scores[scores > threshold]
     queries, labels = pairs // len(rows), rows[pairs % len(rows)]
     height, width = size
     limits = torch.tensor([width, height, width, height], dtype=torch.float32)
-    boxes = box_convert(output.boxes[-1, picture][queries], "cxcywh", "xyxy") * limits
-    return torch.minimum(boxes.clamp(min=0), limits), scores, labels
+    chosen = box_convert(boxes[queries], "cxcywh", "xyxy") * limits
+    return torch.minimum(chosen.clamp(min=0), limits), scores, labels, queries
+
+
+def _check_count(name: str, count: int) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{name}: expected an int of at least 1, got {count!r}")

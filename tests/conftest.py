@@ -125,6 +125,18 @@ def tiny(tmp_path_factory) -> Published:
 
 
 @pytest.fixture(scope="session")
+def small(tiny, tmp_path_factory) -> Path:
+    """The tiny checkpoint, for pictures that are resized to little: what runs it in a moment."""
+    from conditional_detr import ConditionalDETR, Metadata, Preprocessing
+
+    model = ConditionalDETR.from_pretrained(tiny.folder)
+    model.metadata = Metadata(model.metadata.class_names, preprocessing=Preprocessing(96, 160))
+    folder = tmp_path_factory.mktemp("small")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def r50(tmp_path_factory) -> Published:
     return Published(tmp_path_factory.mktemp("r50"))
 

@@ -1,16 +1,15 @@
-"""From a photograph to named boxes: from Python and from the command line."""
+"""From a photograph to named boxes."""
 
-import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from conditional_detr import ConditionalDETR, Detections, Detector, Metadata, Output, Preprocessing
-from conditional_detr.cli import app
-from conditional_detr.detector import select
+from conditional_detr import ConditionalDETR, Detections, Detector, Metadata, Preprocessing
+from conditional_detr.detector import Selection, select
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +45,16 @@ def test_equals_transformers_from_picture_to_boxes(tiny, photograph):
 
 def test_selection_by_hand():
     """Two queries, three classes of which the first is unused; the picture is 100 high and 200 wide."""
-    logits = torch.tensor([[[[9.0, 0.0, 2.0], [9.0, 1.0, -3.0]]]])
-    boxes = torch.tensor([[[[0.5, 0.5, 0.2, 0.4], [0.9, 0.1, 0.4, 0.4]]]])
+    logits = torch.tensor([[9.0, 0.0, 2.0], [9.0, 1.0, -3.0]])
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.9, 0.1, 0.4, 0.4]])
     rows = torch.tensor([1, 2])
-    found, scores, labels = select(Output(logits, boxes), 0, (100, 200), rows, 0.5, 10)
+    found, scores, labels, queries = select(logits, boxes, (100, 200), Selection(rows, 0.5, 10))
     assert labels.tolist() == [2, 1]
+    assert queries.tolist() == [0, 1]
     torch.testing.assert_close(scores, torch.tensor([2.0, 1.0]).sigmoid())
     expected = torch.tensor([[80.0, 30, 120, 70], [140, 0, 200, 30]])  # the second reaches beyond and is cut
     torch.testing.assert_close(found, expected)
-    assert len(select(Output(logits, boxes), 0, (100, 200), rows, 0.0, 3)[0]) == 3
+    assert len(select(logits, boxes, (100, 200), Selection(rows, 0.0, 3))[0]) == 3
 
 
 def test_a_list_gives_what_its_pictures_give(detector, photograph):
@@ -133,8 +133,9 @@ def test_arguments_that_make_no_sense(detector, photograph, options, error, mess
 def test_pictures_that_make_no_sense(detector, photograph):
     with pytest.raises(TypeError, match=r"images\[1\]: expected a path"):
         detector([photograph, 3])
-    with pytest.raises(TypeError, match="pictures: expected a picture or a list of them, got int"):
-        detector(3)
+    for picture in (3, {"a": photograph}, {photograph}):
+        with pytest.raises(TypeError, match="pictures: expected a picture, or a list or iterator of them, got"):
+            detector(picture)
     with pytest.raises(TypeError, match="model: expected a ConditionalDETR, got str"):
         Detector("model")
 
@@ -150,52 +151,114 @@ def test_a_replaced_head_needs_names(tiny, photograph):
         Metadata("ab")
 
 
-# ---- command line
+def test_equals_transformers_on_photographs(shared, r50):
+    """The published size, R50, real pictures: transformers' processor, model and post-processing."""
+    from transformers import ConditionalDetrImageProcessorPil
+
+    processor = ConditionalDetrImageProcessorPil()
+    detector = Detector.from_pretrained(r50.folder)
+    paths = sorted((shared / "data/coco/val2017").glob("*.jpg"))[:30:15]
+    for path, found in zip(paths, detector(paths, threshold=0, top_k=50), strict=True):
+        image = Image.open(path).convert("RGB")
+        with torch.no_grad():
+            outputs = r50.transformers(**processor(images=image, return_tensors="pt"))
+        expected = processor.post_process_object_detection(outputs, 0.0, target_sizes=[image.size[::-1]], top_k=50)[0]
+        torch.testing.assert_close(found.scores, expected["scores"], rtol=0, atol=1e-4)
+        boxes = expected["boxes"].clamp(min=0).minimum(torch.tensor([*image.size, *image.size]))
+        torch.testing.assert_close(found.boxes, boxes, rtol=0, atol=0.05)
+        assert found.labels.tolist() == expected["labels"].tolist()
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def test_photographs_of_mixed_sizes_are_as_one_at_a_time(detector, shared):
+    """Matched to the nearest of the same label, ignoring scores within 1e-4 of the cut: kernels differ by batch."""
+    paths = sorted((shared / "data/coco/val2017").glob("*.jpg"))
+    assert len(paths) == 66
+    together = detector(paths, threshold=0.5, batch_size=4)
+    for path, many in zip(paths, together, strict=True):
+        alone = detector(path, threshold=0.5)
+        assert many.source == alone.source == path
+        for one, other in ((many, alone), (alone, many)):
+            for box, score, name in one:
+                if score > 0.5 + 1e-4:
+                    same = other.filter(classes=[name])
+                    assert (same.boxes - torch.tensor(box)).abs().amax(1).min() < 1e-2
 
 
-def test_detect_prints_draws_and_writes(tiny, photograph, tmp_path):
-    output = tmp_path / "out"
-    result = run("detect", photograph, "--weights", tiny.folder, "--threshold", 0.3, "--top-k", 4, "--output", output)
-    assert result.exit_code == 0, result.output
-    written = json.loads((output / "photograph.json").read_text())
-    expected = Detector.from_pretrained(tiny.folder)(photograph, threshold=0.3, top_k=4)
-    assert written["picture"] == str(photograph)
-    assert written["size"] == {"height": 96, "width": 128}
-    assert [d["name"] for d in written["detections"]] == list(expected.names)
-    assert [d["box"] for d in written["detections"]] == expected.boxes.tolist()
-    assert [d["label"] for d in written["detections"]] == expected.labels.tolist()
-    with Image.open(output / "photograph.png") as drawn:
-        assert drawn.size == (128, 96)
-    assert "4 objects" in result.output
-    assert f"{expected.scores[0]:.3f}" in result.output
+def test_an_iterator_gives_an_iterator_that_draws_little_ahead(detector, photograph):
+    drawn = 0
+
+    def pictures():
+        nonlocal drawn
+        for _ in range(40):
+            drawn += 1
+            yield photograph
+
+    found = detector(pictures(), threshold=0, top_k=1, batch_size=2)
+    assert not isinstance(found, list)
+    first = next(found)
+    assert drawn <= 2 + 4 + 2
+    assert torch.equal(first.boxes, detector([photograph] * 2, threshold=0, top_k=1)[0].boxes)
+    assert len(list(found)) == 39
+    with pytest.raises(ValueError, match="threshold"):
+        detector(pictures(), threshold=2)  # at once, not at the first result
 
 
-@pytest.mark.parametrize(
-    ("picture", "options", "message"),
-    [
-        ("none.jpg", (), "error: none.jpg: no such file"),
-        (None, ("--threshold", "2"), "error: threshold: expected 0..1, got 2.0"),
-        (None, ("--device", "abacus"), "error: device: expected one that this machine has, got 'abacus'"),
-    ],
-)
-def test_detect_fails_in_one_line(tiny, photograph, tmp_path, picture, options, message):
-    result = run("detect", picture or photograph, "--weights", tiny.folder, "--output", tmp_path, *options)
-    assert result.exit_code == 2
-    assert result.stderr.startswith(message)
-    assert result.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+def test_a_model_that_gives_nothing_finite_is_named(tiny, photograph):
+    detector = Detector(ConditionalDETR.from_pretrained(tiny.folder))
+    with torch.no_grad():
+        detector.model.class_head.bias[3] = float("nan")
+    with pytest.raises(ValueError, match=r"photograph\.png: the model gave logits or boxes that are not finite"):
+        detector([photograph])
 
 
-def test_detect_without_network_says_what_to_do(photograph, tmp_path, monkeypatch):
-    from huggingface_hub import constants
+def test_a_part_that_was_set_to_eval_mode_stays_so(tiny, photograph):
+    model = ConditionalDETR.from_pretrained(tiny.folder).train()
+    model.encoder.eval()
+    Detector(model)(photograph)
+    assert not model.encoder.training
+    assert not model.encoder.layers[0].training
+    assert model.decoder.training
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    result = run("detect", photograph)
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: weights 'microsoft/conditional-detr-resnet-50': neither in the cache")
-    assert "pass a folder or file on disk" in result.stderr
-    assert result.stderr.count("\n") == 1
+
+def test_attention_is_drawn_for_the_query_of_a_detection(detector, photograph):
+    """The figure is that of the query's maps: a model whose maps are known stands in."""
+    from conditional_detr.drawing import draw_attention
+    from conditional_detr.images import open_picture, to_pixels
+
+    found = detector(photograph, threshold=0, top_k=9)
+    box, score, name = found[8]
+    model = detector.model
+    pixels = to_pixels(open_picture(photograph, "picture"), model.metadata.preprocessing)[None]
+    with torch.no_grad():
+        maps = model.attention_maps(pixels, layers=(0, 2))
+    of_query = [part[0, :, found.queries[8]] for part in maps]
+    expected = draw_attention(Image.open(photograph), *of_query, box=box, title=f"{name} {score:.2f}")
+    figure = detector.draw_attention(found, 8, layers=(0, 2))
+    assert np.array_equal(np.asarray(figure), np.asarray(expected))
+    assert not np.array_equal(np.asarray(figure), np.asarray(detector.draw_attention(found, 0, layers=(0, 2))))
+    with pytest.raises(IndexError):
+        detector.draw_attention(found, 9)
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(small, tmp_path):
+    """Peak memory over a list's pictures and over ten times as many, each in a process of its own."""
+    generator = np.random.default_rng(0)
+    for number in range(66):
+        size = (int(generator.integers(200, 400)), int(generator.integers(200, 400)), 3)
+        Image.fromarray(generator.integers(0, 255, size, dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    code = f"""
+import resource
+from pathlib import Path
+from conditional_detr import Detector
+detector = Detector.from_pretrained({str(small)!r})
+paths = sorted(Path({str(tmp_path)!r}).glob("*.png")) * TIMES
+objects = sum(len(found) for found in detector(iter(paths), threshold=0.0, batch_size=2))
+assert objects == 11 * 7 * len(paths)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+    def peak(times):
+        return int(subprocess.check_output([sys.executable, "-c", code.replace("TIMES", str(times))]))
+
+    few, many = peak(1), peak(10)
+    assert many < 1.05 * few, (few, many)
