@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from conditional_detr.cli.attention import attention
+from conditional_detr.cli.console import warn_in_one_line
 from conditional_detr.cli.convert import convert
 from conditional_detr.cli.detect import detect
 from conditional_detr.cli.info import info
@@ -28,8 +30,10 @@ def main(
 
     Every command ends with 0 if all went well, 1 if something failed on the way, 2 if it could not begin.
     """
+    warn_in_one_line()
 
 
 app.command()(detect)
+app.command()(attention)
 app.command()(info)
 app.command()(convert)

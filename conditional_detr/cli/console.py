@@ -1,8 +1,12 @@
 """What the commands share: where they speak, and how they end."""
 
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
+import torch
 import typer
 from rich.console import Console
 
@@ -11,6 +15,12 @@ FAILED = 1
 
 UNUSABLE = 2
 """Exit code of a command that could not begin: wrong arguments, weights that do not load."""
+
+INTERRUPTED = 130
+"""Exit code of a command that was stopped by Ctrl-C, as shells have it."""
+
+AUTO = "auto"
+"""The device option's default: an accelerator where there is one."""
 
 out = Console()
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -24,6 +34,29 @@ def one_line_errors(code: int = UNUSABLE) -> Iterator[None]:
     except (OSError, TypeError, ValueError) as error:
         err.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(code) from error
+
+
+def pick_device(wish: str) -> str:
+    """Return the device to use; under torchrun each process of a machine takes an accelerator of its own."""
+    if wish == AUTO:
+        wish = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if wish == "cuda" else wish
+
+
+def warn_in_one_line() -> None:
+    """Show warnings as a person wants them, without the place in the code."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        err.print(f"warning: {message}", style="yellow", markup=False)
+
+    warnings.showwarning = show
 
 
 def megabytes(size: int) -> str:

@@ -1,40 +1,209 @@
-"""``conditional-detr detect``: objects on pictures."""
+"""``conditional-detr detect``: objects on pictures, from one to a hundred thousand."""
 
-import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from conditional_detr.cli.console import one_line_errors, out
+from conditional_detr.cli.console import AUTO, FAILED, INTERRUPTED, err, one_line_errors, out, pick_device
+from conditional_detr.cli.inputs import Input, list_pictures
+from conditional_detr.cli.records import Format, Records, open_records
 from conditional_detr.detections import Detections
-from conditional_detr.detector import PUBLISHED, Detector
+from conditional_detr.detector import PUBLISHED, Detector, Selection
+from conditional_detr.files import write_whole
+from conditional_detr.pipeline import prepare_ahead
+
+_LISTED = 20  # failures that are spelled out at the end
+_JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}
 
 
 def detect(
-    picture: Annotated[Path, typer.Argument(help="A picture file.")],
+    pictures: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders (with all below), globs, http(s) addresses; '-': one a line from standard input.",
+            show_default=False,
+        ),
+    ],
     weights: Annotated[str, typer.Option(help="A folder, a file, or a hub id 'owner/name'.")] = PUBLISHED,
     threshold: Annotated[float, typer.Option(help="Report objects that score above this, 0 to 1.")] = 0.5,
-    top_k: Annotated[int, typer.Option(help="Report at most this many, the best.")] = 100,
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, mps.")] = "cpu",
-    output: Annotated[Path, typer.Option(help="Folder for the annotated picture and the json.")] = Path("detections"),
+    top_k: Annotated[int, typer.Option(help="Report at most this many objects a picture, the best.")] = 100,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", help="Report this class only; again for more.", show_default="all")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")] = AUTO,
+    batch_size: Annotated[int, typer.Option(help="Run at most this many pictures of one shape together.", min=1)] = 8,
+    output: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("detections"),
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="json: a file a picture. jsonl: one file, a line a picture. csv: that, and a row an object."
+        ),
+    ] = Format.json,
+    draw: Annotated[bool, typer.Option(help="Write annotated pictures.")] = True,
+    font: Annotated[Path | None, typer.Option(help="TrueType file, for names that PIL's font cannot write.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Pass over pictures whose results are there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a jsonl or csv that is there.")] = False,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(help="Refuse pictures of more pixels.", show_default="178956970, PIL's limit", min=1),
+    ] = None,
 ) -> None:
-    """Detect objects on a picture: print them, draw them, write them as json."""
+    """Detect objects on pictures: print them, draw them, write them.
+
+    A picture that cannot be read is listed at the end and stops nothing. Under torchrun each process takes its share
+    of the pictures. Exit code: 0 all pictures done, 1 some failed, 2 nothing could begin, 130 interrupted.
+    """
     with one_line_errors():
-        detector = Detector.from_pretrained(weights, device=device)
-        found = detector(picture, threshold=threshold, top_k=top_k)
-        output.mkdir(parents=True, exist_ok=True)
-        drawn, written = output / f"{picture.stem}.png", output / f"{picture.stem}.json"
-        found.draw().save(drawn)
-        written.write_text(json.dumps({"picture": str(picture), **found.to_dict()}, indent=2) + "\n", encoding="utf-8")
-    _show(found)
-    typer.echo(f"wrote {drawn} and {written}")
+        if max_pixels:
+            Image.MAX_IMAGE_PIXELS = max_pixels // 2  # PIL refuses what has more than twice this
+        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        found = list_pictures(pictures, output=output)
+        share = found.pictures[rank::processes]
+        if draw:
+            _check_originals_stay(found.pictures, output)
+        detector = Detector.from_pretrained(weights, device=pick_device(device))
+        selection = detector.selection(threshold=threshold, top_k=top_k, classes=classes)
+        records = open_records(format, output, resume=resume, overwrite=overwrite, rank=rank, processes=processes)
+        work = _Work([which for which in share if not records.has(which)], output if draw else None, font, records)
+    if found.passed_over:
+        err.print(f"passed over {found.passed_over} files in folders that are no pictures", style="yellow")
+    if len(share) > len(work.inputs):
+        err.print(f"{len(share) - len(work.inputs)} of {len(share)} pictures are done already")
+    try:
+        with one_line_errors(FAILED):
+            work.run(detector, selection, batch_size, show_progress=rank == 0)
+            files = records.close()
+    except KeyboardInterrupt:
+        err.print(f"interrupted after {work.done} of {len(work.inputs)} pictures; --resume goes on")
+        raise typer.Exit(INTERRUPTED) from None
+    work.report(files or [output])
+    if work.failures:
+        raise typer.Exit(FAILED)
 
 
-def _show(found: Detections) -> None:
-    """Print a table of what was found."""
+class _Saved(NamedTuple):
+    """A picture that is done, but for its record."""
+
+    which: Input
+    outcome: Detections | Exception
+
+
+@dataclass
+class _Work:
+    """The pictures to go through, and what has come of it."""
+
+    inputs: Sequence[Input]
+    drawings: Path | None  # folder; None: no annotated pictures
+    font: Path | None
+    records: Records
+    done: int = 0
+    failures: list[str] = field(default_factory=list)
+    objects: Counter[str] = field(default_factory=Counter)
+    pictures: Counter[str] = field(default_factory=Counter)
+    last: Detections | None = None
+
+    def run(self, detector: Detector, selection: Selection, batch_size: int, *, show_progress: bool) -> None:
+        """Go through all pictures, drawing beside the model."""
+        outcomes = detector.outcomes((which.picture for which in self.inputs), selection, batch_size=batch_size)
+        saved = prepare_ahead(self._draw, zip(self.inputs, outcomes, strict=True), workers=2, depth=8)
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+            console=err,
+            disable=not (show_progress and err.is_terminal and len(self.inputs) > 1),
+        )
+        with bar:
+            for which, outcome in bar.track(saved, total=len(self.inputs), description="detecting"):
+                self._take(which, outcome)
+
+    def _draw(self, finished: tuple[Input, Detections | Exception]) -> _Saved:
+        """Write the annotated picture; a thread does it."""
+        which, outcome = finished
+        if self.drawings is not None and isinstance(outcome, Detections):
+            path = _drawing(which, self.drawings)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = outcome.draw(font=self.font)
+            options = {"quality": 92} if path.suffix == ".jpg" else {"compress_level": 3}
+            kind = "JPEG" if path.suffix == ".jpg" else "PNG"
+            write_whole({path: lambda unfinished: image.save(unfinished, kind, **options)})
+        return _Saved(which, outcome)
+
+    def _take(self, which: Input, outcome: Detections | Exception) -> None:
+        """Count and record a picture."""
+        if isinstance(outcome, Exception):
+            self.failures.append(str(outcome) if which.picture in str(outcome) else f"{which.picture}: {outcome}")
+        else:
+            self.records.write(which, outcome)
+            self.objects.update(outcome.names)
+            self.pictures.update(set(outcome.names))
+            self.last = outcome
+        self.done += 1
+
+    def report(self, files: Sequence[Path]) -> None:
+        """Print what was found, where it is, and what failed."""
+        if len(self.inputs) == 1 and self.last is not None:
+            out.print(_objects_table(self.last))
+        elif self.objects:
+            out.print(self._classes_table())
+        finished = self.done - len(self.failures)
+        counted = f"{finished} picture{'s' * (finished != 1)}, {self.objects.total()} objects"
+        out.print(f"{counted}; written to {', '.join(map(str, files))}", soft_wrap=True, highlight=False, markup=False)
+        if self.failures:
+            err.print(f"{len(self.failures)} of {self.done} pictures failed:", style="red")
+            for failure in self.failures[:_LISTED]:
+                err.print(f"  {failure}", markup=False)
+            if len(self.failures) > _LISTED:
+                err.print(f"  and {len(self.failures) - _LISTED} more")
+
+    def _classes_table(self) -> Table:
+        table = Table("class", "objects", "pictures")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, count in self.objects.most_common():
+            table.add_row(name, str(count), str(self.pictures[name]))
+        return table
+
+
+def _objects_table(found: Detections) -> Table:
+    """Return a table of what was found on one picture."""
     table = Table("object", "score", "x0", "y0", "x1", "y1", title=f"{len(found)} objects")
+    for column in table.columns[1:]:
+        column.justify = "right"
     for box, score, name in found:
         table.add_row(name, f"{score:.3f}", *(f"{value:.1f}" for value in box))
-    out.print(table)
+    return table
+
+
+def _drawing(which: Input, folder: Path) -> Path:
+    """Return where the annotated picture goes: of a photograph in jpeg, of anything else in png."""
+    suffix = ".jpg" if Path(which.picture).suffix.lower() in _JPEG else ".png"
+    return folder / which.output.with_name(which.output.name + suffix)
+
+
+def _check_originals_stay(inputs: Sequence[Input], output: Path) -> None:
+    """Raise ValueError if an annotated picture would take the place of a picture that is to be read."""
+
+    def originals() -> Iterator[Path]:
+        for which in inputs:
+            path = _drawing(which, output)
+            if path.exists():
+                yield path
+
+    taken = {path.resolve() for path in originals()} & {Path(which.picture).resolve() for which in inputs}
+    if taken:
+        raise ValueError(
+            f"--output {output}: {min(taken)} is one of the pictures and would be overwritten by its annotated copy;"
+            " name another folder, or --no-draw"
+        )
