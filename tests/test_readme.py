@@ -36,6 +36,7 @@ def workplace(r50, photograph, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("code", "printed"), BLOCKS)
+@pytest.mark.filterwarnings("ignore:skipped")  # one of them shows what a missing picture does
 def test_block_runs_and_prints_what_it_says(workplace, capsys, code, printed):
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     if printed:
@@ -44,17 +45,51 @@ def test_block_runs_and_prints_what_it_says(workplace, capsys, code, printed):
 
 def test_there_are_blocks_and_the_first_comes_early():
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(BLOCKS) == 3
-    assert sum(bool(printed) for _, printed in BLOCKS) == 2
+    assert len(BLOCKS) == 4
+    assert sum(bool(printed) for _, printed in BLOCKS) == 3
     assert lines.index("```python") < 30
 
 
-def test_first_detection(photograph, tmp_path):
-    output = tmp_path / "found.png"
-    script = [sys.executable, ROOT / "examples" / "first_detection.py", photograph, "--output", output]
-    result = subprocess.run(script, capture_output=True, text=True, check=True)
-    lines = result.stdout.splitlines()
-    assert lines[0] == "No --weights: making an UNTRAINED model. What it finds is random."
-    assert lines[1] == f"5 objects on {photograph}, 128 x 96 pixels"
-    assert len(lines) == 8
-    assert output.stat().st_size > 0
+def run_example(name, *arguments, folder) -> list[str]:
+    script = [sys.executable, ROOT / "examples" / f"{name}.py", *arguments]
+    return subprocess.run(script, capture_output=True, text=True, check=True, cwd=folder).stdout.splitlines()
+
+
+def test_every_example_is_run_here():
+    tested = re.findall(r'run_example\("(\w+)"', Path(__file__).read_text())
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(tested)
+
+
+def test_example_detect(photograph, small, tmp_path):
+    untrained = run_example("detect", photograph, folder=tmp_path)
+    assert untrained[0] == "No --weights: making an UNTRAINED model. What it finds is random."
+    assert untrained[1] == f"5 objects on {photograph}, 128 x 96 pixels"
+    assert len(untrained) == 8
+    assert (tmp_path / "found.png").stat().st_size > 0
+    trained = run_example("detect", photograph, "--weights", small, "--output", "mine.png", folder=tmp_path)
+    assert trained[0].endswith(f"objects on {photograph}, 128 x 96 pixels")
+    assert (tmp_path / "mine.png").stat().st_size > 0
+
+
+def test_example_embed(small, tmp_path):
+    boxes, losses = run_example("embed", folder=tmp_path)
+    assert boxes == "boxes (6, 2, 50, 4), counts (2, 3)"
+    before, after = (float(number) for number in re.findall(r"\d+\.\d+", losses))
+    assert after < before
+    assert run_example("embed", "--weights", small, folder=tmp_path)[0] == "boxes (3, 2, 11, 4), counts (2, 7)"
+
+
+def test_example_attention_maps(photograph, small, tmp_path):
+    drawn, *heads = run_example("attention_maps", photograph, "--weights", small, folder=tmp_path)
+    assert drawn.endswith("drawn in attention.png")
+    assert len(heads) == 4
+    for line in heads:
+        x, y = (float(number) for number in re.findall(r"[+-]\d+\.\d", line))
+        assert max(abs(x), abs(y)) < 128
+
+
+def test_example_replace_head(tmp_path):
+    assert run_example("replace_head", folder=tmp_path) == [
+        "kept ('cat',), made ('hedgehog',)",
+        "logits (6, 1, 50, 5), boxes (6, 1, 50, 4), 19,499,659 parameters train",
+    ]

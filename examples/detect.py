@@ -1,4 +1,4 @@
-"""A first detection: ``python examples/first_detection.py photo.jpg``.
+"""Detect objects on a photograph: ``python examples/detect.py photo.jpg``.
 
 Without ``--weights`` it makes an untrained checkpoint in the published format, so that every step runs where nothing
 can be downloaded: the boxes and names it then prints are random.

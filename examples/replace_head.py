@@ -1,0 +1,52 @@
+"""Give a detector other classes: ``python examples/replace_head.py``.
+
+Two ways. By name: rows of classes that stay are kept, new ones start at the prior probability, and the model still
+saves and loads. By hand: any module takes the place of a head.
+"""
+
+import argparse
+import tempfile
+
+import torch
+from torch import Tensor, nn
+
+from conditional_detr import ConditionalDETR, Config, Metadata
+from conditional_detr.labels import COCO_NAMES
+
+
+class BottleneckHead(nn.Module):
+    """A class head of two layers: (..., D) to (..., C)."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, classes))
+
+    def forward(self, f: Tensor) -> Tensor:
+        """Score the decoder's states."""
+        return self.layers(f)
+
+
+def main() -> None:
+    """Change the classes both ways."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", help="a folder, a file or a hub id; default: a small untrained network")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        if not options.weights:
+            ConditionalDETR(Config(backbone="resnet18", num_queries=50), Metadata(COCO_NAMES)).save_pretrained(folder)
+        model = ConditionalDETR.from_pretrained(options.weights or folder, class_names=["cat", "hedgehog"])
+    report = model.load_report
+    print(f"kept {report.heads.kept_classes}, made {report.heads.made_classes}")
+
+    model.class_head = BottleneckHead(model.config.width, 5)
+    model.metadata = Metadata(["apple", "pear", "plum", "cherry", "quince"])
+    for parameter in model.backbone.parameters():
+        parameter.requires_grad_(False)  # train the transformer and the heads alone
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logits, boxes = model(torch.randn(1, 3, 192, 256))
+    print(f"logits {tuple(logits.shape)}, boxes {tuple(boxes.shape)}, {trainable:,} parameters train")
+
+
+if __name__ == "__main__":
+    main()
