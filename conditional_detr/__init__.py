@@ -2,6 +2,8 @@
 
 from conditional_detr.detections import Detections
 from conditional_detr.detector import Detector
+from conditional_detr.losses import SetLoss
+from conditional_detr.matcher import HungarianMatcher
 from conditional_detr.metadata import Metadata, Preprocessing
 from conditional_detr.model import AttentionMaps, ConditionalDETR, Config, Output
 
@@ -11,8 +13,10 @@ __all__ = [
     "Config",
     "Detections",
     "Detector",
+    "HungarianMatcher",
     "Metadata",
     "Output",
     "Preprocessing",
+    "SetLoss",
 ]
 __version__ = "0.1.0"
