@@ -10,6 +10,7 @@ from rich.table import Table
 
 from conditional_detr.detections import Detections
 from conditional_detr.detector import PUBLISHED, Detector
+from conditional_detr.evaluate_command import evaluate_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
@@ -41,6 +42,9 @@ def detect(
         raise typer.Exit(1) from error
     _show(found)
     typer.echo(f"wrote {drawn} and {written}")
+
+
+app.command("evaluate")(evaluate_command)
 
 
 def _show(found: Detections) -> None:
