@@ -6,6 +6,8 @@ Boxes are x0 y0 x1 y1 here, in any unit; ``torchvision.ops.box_convert`` leads f
 import torch
 from torch import Tensor
 
+from conditional_detr.layers import at_least_float32
+
 SMALLEST_AREA = 1e-12  # a millionth of the picture's sides: corners in float32 hold nothing finer
 
 
@@ -22,10 +24,10 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
         b: (..., 4) x0 y0 x1 y1.
 
     Returns:
-        (...), in [-1, 1].
+        (...), in [-1, 1]; float32 or wider.
     """
-    ax0, ay0, ax1, ay1 = a.unbind(-1)
-    bx0, by0, bx1, by1 = b.unbind(-1)
+    ax0, ay0, ax1, ay1 = at_least_float32(a).unbind(-1)
+    bx0, by0, bx1, by1 = at_least_float32(b).unbind(-1)
     intersection = _area(torch.max(ax0, bx0), torch.max(ay0, by0), torch.min(ax1, bx1), torch.min(ay1, by1))
     union = _area(ax0, ay0, ax1, ay1) + _area(bx0, by0, bx1, by1) - intersection
     hull = _area(torch.min(ax0, bx0), torch.min(ay0, by0), torch.max(ax1, bx1), torch.max(ay1, by1))

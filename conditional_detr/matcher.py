@@ -124,7 +124,10 @@ class HungarianMatcher:
         return self.class_cost * self._focal_cost(x) + self.l1_cost * l1 - self.giou_cost * giou
 
     def _focal_cost(self, x: Tensor) -> Tensor:
-        """Return the focal cost of logits, any shape: that of "this class" less that of "not this class"."""
+        """Return the focal cost of logits, any shape: that of "this class" less that of "not this class".
+
+        q = 1-p is a sigmoid of its own, so that both logarithms are as exact as a log-sigmoid, and bounded.
+        """
         p, q = x.sigmoid(), (-x).sigmoid()
         this = self.alpha * q**self.gamma * -(p + _SMALLEST_PROBABILITY).log()
         other = (1 - self.alpha) * p**self.gamma * -(q + _SMALLEST_PROBABILITY).log()

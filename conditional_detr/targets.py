@@ -159,10 +159,10 @@ def _check_boxes(joined: JoinedTargets) -> None:
         return
     picture, place = _first(wrong, joined)
     field = int(right[wrong][0].int().argmin())
-    box = [round(number, 6) for number in joined.boxes[wrong][0].tolist()]
+    box = ", ".join(f"{number:.6g}" for number in joined.boxes[wrong][0].tolist())
     raise ValueError(
         f'targets[{picture}]["boxes"][{place}]: expected {_FIELDS[field]} in {_RANGES[field]},'
-        f" got {float(values[wrong][0, field]):.6g}; the box is cx cy w h = {box};"
+        f" got {float(values[wrong][0, field]):.6g}; the box is cx cy w h = [{box}];"
         f" {_box_cause(joined.boxes[wrong][0], joined.boxes[joined.pictures == picture])}"
     )
 

@@ -237,6 +237,9 @@ def test_giou_equals_torchvisions_both_ways():
     pairwise = generalized_iou(a[:, None], b)
     torch.testing.assert_close(pairwise, generalized_box_iou(a, b), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(generalized_iou(a, b), pairwise.diagonal(), rtol=0, atol=0)
+    half = generalized_iou(a.bfloat16(), b.bfloat16())
+    assert torch.equal(half, generalized_iou(a.bfloat16().float(), b.bfloat16().float()))
+    assert half.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ LAYERS = [
     {"images"},
     {"model", "labels", "targets"},
     {"backbone", "encoder", "decoder"},
-    {"positions"},
-    {"attention", "layers", "boxes", "metadata", "parameter_names", "skeleton"},
+    {"positions", "boxes"},
+    {"attention", "layers", "metadata", "parameter_names", "skeleton"},
 ]
 EXCEPTIONS = {("model", "weights", "from_pretrained"), ("model", "weights", "save_pretrained")}
 

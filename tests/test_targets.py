@@ -114,7 +114,7 @@ WRONG = {
     "pixels": (
         second(target([BOX, [320.0, 240.0, 64.0, 48.0]])),
         ValueError,
-        r'\["boxes"\]\[1\]: expected cx in \[0, 1\], got 320; .* = \[320.0, 240.0, 64.0, 48.0\]; looks like pixels:',
+        r'\["boxes"\]\[1\]: expected cx in \[0, 1\], got 320; .* = \[320, 240, 64, 48\]; looks like pixels: divide',
     ),
     "corners": (
         second(target([[0.4, 0.5, 0.6, 0.7], [0.1, 0.2, 0.9, 0.95]])),
