@@ -50,6 +50,8 @@ def evaluate_command(
             raise ValueError("expected either --images, to detect on, or --results, detections that are there")
         if weights is not None and results is not None:
             raise ValueError(f"--weights: nothing is detected where --results are given, got {weights}")
+        if json_file is not None and not json_file.absolute().parent.is_dir():  # before hours of work, not after
+            raise NotADirectoryError(f"{json_file}: expected a file in a folder that exists, got {json_file.parent}")
         with _processes() as rank:
             if results is not None:
                 result = evaluate_detections(data, results)

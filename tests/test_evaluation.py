@@ -370,6 +370,10 @@ def test_evaluate_results(coco_eval, tmp_path):
         ),
         (("--data", "{data}", "--images", "{data}"), "error: {data}: expected the folder of the pictures, got a file"),
         (("--data", "{data}", "--images", "{images}", "--device", "abacus"), "error: device: expected one that"),
+        (
+            ("--data", "{data}", "--images", "{images}", "--json", "no/o.json"),
+            "error: no/o.json: expected a file in a",
+        ),
     ],
 )
 def test_evaluate_fails_in_one_line(made, tmp_path, arguments, message):
@@ -377,7 +381,9 @@ def test_evaluate_fails_in_one_line(made, tmp_path, arguments, message):
     arguments = [argument.format(**places) for argument in arguments]
     if "--images" in arguments and "--results" not in arguments:
         arguments += ["--weights", places["weights"]]
-    result = run("evaluate", *arguments, "--json", tmp_path / "out.json")
+    if "--json" not in arguments:
+        arguments += ["--json", str(tmp_path / "out.json")]
+    result = run("evaluate", *arguments)
     assert result.exit_code == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert line.startswith(message.format(**places))
