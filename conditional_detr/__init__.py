@@ -2,6 +2,8 @@
 
 from conditional_detr.detections import Detections
 from conditional_detr.detector import Detector
+from conditional_detr.losses import SetLoss
+from conditional_detr.matcher import HungarianMatcher
 from conditional_detr.metadata import Metadata, Preprocessing
 from conditional_detr.model import AttentionMaps, ConditionalDETR, Config, Output
 from conditional_detr.sources import Limits
@@ -12,9 +14,11 @@ __all__ = [
     "Config",
     "Detections",
     "Detector",
+    "HungarianMatcher",
     "Limits",
     "Metadata",
     "Output",
     "Preprocessing",
+    "SetLoss",
 ]
 __version__ = "0.1.0"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from conditional_detr.attention import attend, attention_scores, attention_weights
-from conditional_detr.layers import MLP, FeedForward, Linear, inverse_sigmoid
-from conditional_detr.positions import at_least_float32, sine_of_points
+from conditional_detr.layers import MLP, FeedForward, Linear, at_least_float32, inverse_sigmoid
+from conditional_detr.positions import sine_of_points
 
 
 class SelfAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""What encoder, decoder and heads share: linear layers, small perceptrons, the inverse sigmoid."""
+"""What several parts share: linear layers, small perceptrons, the inverse sigmoid, the precision to compute in."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -75,6 +75,14 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
         return self.output(self.dropout(F.relu(self.hidden(x))))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision to float32, anything wider unchanged.
+
+    Angles of up to 2π, costs and sums over thousands of queries do not survive bfloat16.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

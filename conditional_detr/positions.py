@@ -10,10 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision to float32, anything wider unchanged: angles of up to 2π do not survive bfloat16."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from conditional_detr.layers import at_least_float32
 
 
 def sine(angle: Tensor, features: int) -> Tensor:

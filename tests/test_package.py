@@ -14,13 +14,15 @@ PACKAGE = Path(conditional_detr.__file__).parent
 LAYERS = [
     {"__init__"},
     {"cli"},
+    {"training"},
     {"detector"},
-    {"weights", "saving", "summary"},
-    {"detections", "heads", "checkpoint", "config_files"},
+    {"weights", "saving", "summary", "losses"},
+    {"detections", "heads", "checkpoint", "config_files", "matcher"},
     {"images"},
-    {"model", "labels"},
+    {"model", "labels", "targets"},
     {"backbone", "encoder", "decoder"},
-    {"positions", "attention", "layers", "metadata", "parameter_names", "skeleton"}
+    {"positions", "boxes"},
+    {"attention", "layers", "metadata", "parameter_names", "skeleton"}
     | {"tensor_checks", "drawing", "files", "pipeline", "sources"},
 ]
 EXCEPTIONS = {("model", "weights", "from_pretrained"), ("model", "saving", "save_pretrained")}

@@ -9,6 +9,7 @@ from conditional_detr.cli.attention import attention
 from conditional_detr.cli.console import warn_in_one_line
 from conditional_detr.cli.convert import convert
 from conditional_detr.cli.detect import detect
+from conditional_detr.cli.evaluate import evaluate
 from conditional_detr.cli.info import info
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
@@ -35,5 +36,6 @@ def main(
 
 app.command()(detect)
 app.command()(attention)
+app.command()(evaluate)
 app.command()(info)
 app.command()(convert)

@@ -9,10 +9,18 @@ from typing import Annotated, NamedTuple
 
 import typer
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from conditional_detr.cli.console import AUTO, FAILED, INTERRUPTED, err, one_line_errors, out, pick_device
+from conditional_detr.cli.console import (
+    AUTO,
+    FAILED,
+    INTERRUPTED,
+    err,
+    one_line_errors,
+    out,
+    pick_device,
+    progress_bar,
+)
 from conditional_detr.cli.inputs import Input, list_pictures
 from conditional_detr.cli.records import Format, Records, open_records
 from conditional_detr.detections import Detections
@@ -114,16 +122,7 @@ class _Work:
         """Go through all pictures, drawing beside the model."""
         outcomes = detector.outcomes((which.picture for which in self.inputs), selection, batch_size=batch_size)
         saved = prepare_ahead(self._draw, zip(self.inputs, outcomes, strict=True), workers=2, depth=8)
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left:"),
-            TimeRemainingColumn(),
-            console=err,
-            disable=not (show_progress and err.is_terminal and len(self.inputs) > 1),
-        )
+        bar = progress_bar(shown=show_progress and len(self.inputs) > 1)
         with bar:
             for which, outcome in bar.track(saved, total=len(self.inputs), description="detecting"):
                 self._take(which, outcome)

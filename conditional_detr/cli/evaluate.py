@@ -1,0 +1,115 @@
+"""``conditional-detr evaluate``: COCO's twelve numbers, on the screen and as json."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from torch import distributed
+
+from conditional_detr.cli.console import AUTO, one_line_errors, out, pick_device, progress_bar
+from conditional_detr.detector import PUBLISHED, Detector
+from conditional_detr.files import write_whole
+from conditional_detr.training.evaluation import MAX_DETECTIONS, CocoResult, evaluate_detections
+from conditional_detr.training.evaluation import evaluate as measure
+
+_MEANINGS = {
+    "AP": "average precision, IoU 0.50 to 0.95",
+    "AP50": "average precision, IoU 0.50",
+    "AP75": "average precision, IoU 0.75",
+    "APs": "average precision, objects under 32 x 32 pixels",
+    "APm": "average precision, objects between",
+    "APl": "average precision, objects over 96 x 96 pixels",
+    "AR1": "average recall, 1 detection of a class a picture",
+    "AR10": "average recall, 10 detections",
+    "AR100": "average recall, 100 detections",
+    "ARs": "average recall, objects under 32 x 32 pixels",
+    "ARm": "average recall, objects between",
+    "ARl": "average recall, objects over 96 x 96 pixels",
+}
+
+
+def evaluate(
+    data: Annotated[Path, typer.Option(help="COCO's json of the data set.")],
+    images: Annotated[Path | None, typer.Option(help="The folder of its pictures, to detect on.")] = None,
+    weights: Annotated[str | None, typer.Option(help=f"A folder, a file, or a hub id; else {PUBLISHED}.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Detections in COCO's json, instead of images.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")] = AUTO,
+    batch_size: Annotated[int, typer.Option(min=1, help="The most pictures that run together.")] = 8,
+) -> None:
+    """Measure detections on a data set in COCO's twelve numbers, with the 100 best of a picture and no threshold.
+
+    Under torchrun every process detects on its share of the pictures.
+    """
+    with one_line_errors():
+        if (images is None) == (results is None):
+            raise ValueError("expected either --images, to detect on, or --results, detections that are there")
+        if weights is not None and results is not None:
+            raise ValueError(f"--weights: nothing is detected where --results are given, got {weights}")
+        if json_file is not None and not json_file.absolute().parent.is_dir():  # before hours of work, not after
+            raise NotADirectoryError(f"{json_file}: expected a file in a folder that exists, got {json_file.parent}")
+        with _processes() as rank:
+            if results is not None:
+                result = evaluate_detections(data, results)
+            else:
+                result = _detect_and_evaluate(data, Path(images or ""), weights or PUBLISHED, device, batch_size, rank)
+        if rank == 0 and json_file is not None:
+            text = json.dumps(result.to_dict(), indent=2) + "\n"
+            write_whole({json_file: lambda path: path.write_text(text, encoding="utf-8")})
+    if rank == 0:
+        _show(result)
+        if json_file is not None:
+            typer.echo(f"wrote {json_file}")
+
+
+def _detect_and_evaluate(
+    data: Path, images: Path, weights: str, device: str, batch_size: int, rank: int
+) -> CocoResult:
+    """Load the weights, detect and measure, with a progress bar in the first process."""
+    detector = Detector.from_pretrained(weights, device=pick_device(device))
+    with progress_bar(shown=rank == 0) as bar:
+        task = bar.add_task("detecting", total=None)
+        return measure(
+            detector,
+            data,
+            images,
+            batch_size=batch_size,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[int]:
+    """Join the other processes that torchrun started, if any; gives the number of this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0
+        return
+    distributed.init_process_group("gloo")  # only numbers on the host are exchanged, whatever the device
+    try:
+        yield distributed.get_rank()
+    finally:
+        distributed.destroy_process_group()
+
+
+def _show(result: CocoResult) -> None:
+    """Print the twelve numbers, and a table of the classes."""
+    twelve = Table("", "", "", title=f"COCO's measures of boxes: {MAX_DETECTIONS} best detections, no threshold")
+    for name, value in result.metrics.items():
+        twelve.add_row(name, _number(value), _MEANINGS[name])
+    names = ("AP", "AP50", "AP75", "AR100")
+    classes = Table("class", "id", "objects", *names)
+    for name, of_class in result.per_class.items():
+        numbers = (_number(of_class[measure]) for measure in names)
+        classes.add_row(name, str(of_class["category_id"]), str(of_class["objects"]), *numbers)
+    out.print(twelve)
+    out.print(classes)
+
+
+def _number(value: float) -> str:
+    """Write a fraction; nothing where there was nothing to measure it on."""
+    return "-" if value < 0 else f"{value:.3f}"

@@ -1,0 +1,1 @@
+"""What surrounds the model in training: evaluation on COCO's terms."""

@@ -1,0 +1,144 @@
+"""COCO's two kinds of json, read and checked: the annotations of a data set, and detections on its pictures."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Id: TypeAlias = int | str
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The objects of a data set.
+
+    Attributes:
+        name: what messages call it: its path.
+        images: what it says of each picture, by id: file_name, and perhaps height and width.
+        categories: class names by id, in any numbering.
+        objects: one dict an object: image_id, category_id, bbox [x0, y0, w, h] in pixels, area, iscrowd.
+    """
+
+    name: str
+    images: dict[Id, Mapping[str, Any]]
+    categories: dict[Id, str]
+    objects: list[dict[str, Any]]
+
+
+def read_annotations(source: str | Path | Mapping[str, Any]) -> Annotations:
+    """Read the annotations of a data set.
+
+    Args:
+        source: a json file, or what such a file holds. An object may lack area, which is then that of its box, and
+            iscrowd, which is then 0.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: no json, or none of COCO's annotations; the message has the file and the place in it.
+    """
+    name, content = _read(source, "annotations")
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{name}: expected an object with images, annotations and categories, got {_kind(content)}")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key), Sequence):
+            raise ValueError(f"{name}: expected a list under {key!r}, got the keys {', '.join(map(repr, content))}")
+    images, categories = (_by_id(content[key], f"{name}: {key}") for key in ("images", "categories"))
+    names = {i: str(_get(category, "name", f"{name}: category {i}")) for i, category in categories.items()}
+    if twice := sorted({n for n in names.values() if list(names.values()).count(n) > 1}):
+        raise ValueError(f"{name}: expected each category's name once, got more than one {', '.join(twice)}")
+    annotations = Annotations(name, images, names, [])
+    for i, entry in enumerate(content["annotations"]):
+        where = f"{name}: annotations[{i}]"
+        found = _checked(entry, annotations, where)
+        area = _number(entry.get("area", found["bbox"][2] * found["bbox"][3]), "area", where)
+        annotations.objects.append({**found, "area": area, "iscrowd": int(bool(entry.get("iscrowd", 0)))})
+    return annotations
+
+
+def read_results(source: str | Path | Sequence[Mapping[str, Any]], annotations: Annotations) -> list[dict[str, Any]]:
+    """Read detections in COCO's form for results: a list of image_id, category_id, bbox [x0, y0, w, h] and score.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: no json, or none of such detections on pictures and of categories of the annotations; the message
+            has the file and the place in it.
+    """
+    name, content = _read(source, "results")
+    if isinstance(content, Mapping) or not isinstance(content, Sequence):
+        raise ValueError(f"{name}: expected a list of detections, got {_kind(content)}")
+    results = []
+    for i, entry in enumerate(content):
+        where = f"{name}: [{i}]"
+        found = _checked(entry, annotations, where)
+        results.append({**found, "score": _number(_get(entry, "score", where), "score", where)})
+    return results
+
+
+def _read(source: Any, name: str) -> tuple[str, Any]:
+    """Return what messages call it, and the content of a json file, or what was given in place of one."""
+    if not isinstance(source, str | Path):
+        return name, source
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a json file, got a folder")
+    try:
+        return str(path), json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also of bytes that are no text
+        raise ValueError(f"{path}: expected json, got something else: {error}") from error
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read: {error}") from error
+
+
+def _by_id(entries: Sequence[Any], where: str) -> dict[Id, Mapping[str, Any]]:
+    """Return entries by their ids, which stand once each and are all numbers or all strings."""
+    found: dict[Id, Mapping[str, Any]] = {}
+    for i, entry in enumerate(entries):
+        key = _get(entry, "id", f"{where}[{i}]")
+        if not isinstance(key, int | str) or isinstance(key, bool) or type(key) is not type(next(iter(found), key)):
+            raise ValueError(f"{where}[{i}]: expected ids that are all whole numbers or all strings, got {key!r}")
+        if key in found:
+            raise ValueError(f"{where}[{i}]: expected each id once, got {key!r} again")
+        found[key] = entry
+    if not found:
+        raise ValueError(f"{where}: expected at least one, got none")
+    return found
+
+
+def _checked(entry: Any, annotations: Annotations, where: str) -> dict[str, Any]:
+    """Return image_id, category_id and bbox of an object or detection."""
+    image, category, box = (_get(entry, key, where) for key in ("image_id", "category_id", "bbox"))
+    if not isinstance(image, int | str) or image not in annotations.images:
+        raise ValueError(f"{where}: expected the id of a picture of {annotations.name}, got image_id {image!r}")
+    if not isinstance(category, int | str) or category not in annotations.categories:
+        known = ", ".join(f"{key} {name}" for key, name in annotations.categories.items())
+        raise ValueError(f"{where}: expected a category of {annotations.name} ({known}), got category_id {category!r}")
+    if not isinstance(box, Sequence) or len(box) != 4:
+        raise ValueError(f"{where}: expected a bbox [x0, y0, w, h], got {box!r}")
+    numbers = [_number(value, "bbox", where) for value in box]
+    if min(numbers[2:]) < 0:
+        raise ValueError(f"{where}: expected a bbox [x0, y0, w, h] with w and h of at least 0, got {box!r}")
+    return {"image_id": image, "category_id": category, "bbox": numbers}
+
+
+def _get(entry: Any, key: str, where: str) -> Any:
+    if not isinstance(entry, Mapping) or key not in entry:
+        got = f"the keys {', '.join(map(repr, entry))}" if isinstance(entry, Mapping) else _kind(entry)
+        raise ValueError(f"{where}: expected an object with {key!r}, got {got}")
+    return entry[key]
+
+
+def _number(value: Any, key: str, where: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{where}: expected finite numbers as {key}, got {value!r}")
+    return value
+
+
+def _kind(content: Any) -> str:
+    """Say in json's words what something is."""
+    if isinstance(content, Mapping):
+        return f"an object with the keys {', '.join(map(repr, content))}"
+    return "a list" if isinstance(content, list | tuple) else repr(content)
