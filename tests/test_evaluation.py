@@ -254,21 +254,27 @@ def test_pictures_stream_with_those_of_one_size_together(made, monkeypatch):
 # ---- processes
 
 
-def one_of_two(rank, port, folder, made, coco_eval):
+def one_of_two(rank, ports, folder, made, coco_eval):
     """Run in one process of two what the tests below read: the command, and the functions on shares."""
     from torch import distributed
 
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(ports[0]))
     data, results = coco_eval
     on_results = run("evaluate", "--data", data, "--results", results, "--json", f"{folder}/results-{rank}.json")
     options = ("--weights", made.weights, "--images", made.images, "--json", f"{folder}/images-{rank}.json")
+    os.environ["MASTER_PORT"] = str(ports[1])  # the first meeting may not be over at its place
     on_images = run("evaluate", "--data", made.data, *options)
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     shares = json.loads(results.read_text())
     pictures = sorted({result["image_id"] for result in shares})
     mine = set(pictures[rank::2]) | set(pictures[:5])  # five pictures are in both shares
-    metrics = evaluate_detections(data, [result for result in shares if result["image_id"] in mine]).metrics
+    share = [result for result in shares if result["image_id"] in mine]
+    if rank == 1:  # has other things to say of the pictures in both
+        share = [{**r, "bbox": [0, 0, 1, 1]} if r["image_id"] in pictures[:5] else r for r in share]
+    metrics = evaluate_detections(data, share).metrics
+    progress = []
+    evaluate(Detector.from_pretrained(made.weights), made.data, made.images, progress=lambda *n: progress.append(n))
     broken = [{"image_id": 1}] if rank == 1 else []
     try:
         evaluate_detections(data, broken)
@@ -280,6 +286,7 @@ def one_of_two(rank, port, folder, made, coco_eval):
         "codes": [on_results.exit_code, on_images.exit_code],
         "printed": [on_results.stdout, on_images.stdout],
         "metrics": metrics,
+        "progress": progress,
         "message": message,
     }
     with open(f"{folder}/{rank}.json", "w") as file:  # noqa: PTH123
@@ -289,11 +296,12 @@ def one_of_two(rank, port, folder, made, coco_eval):
 @pytest.fixture(scope="module")
 def two_processes(made, coco_eval, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    with socket.socket() as one, socket.socket() as other:
+        for probe in (one, other):
+            probe.bind(("localhost", 0))
+        ports = [probe.getsockname()[1] for probe in (one, other)]
     made = SimpleNamespace(weights=made.weights, data=made.data, images=made.images)
-    torch.multiprocessing.spawn(one_of_two, (port, str(folder), made, coco_eval), nprocs=2)
+    torch.multiprocessing.spawn(one_of_two, (ports, str(folder), made, coco_eval), nprocs=2)
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -312,8 +320,13 @@ def test_the_command_in_two_processes(two_processes, made):
 
 
 def test_shares_are_gathered_and_a_picture_counts_once(two_processes):
+    """Five pictures are in both processes' hands: what the first says of them counts."""
     for part in two_processes[1]:
         assert_equal(part["metrics"], KNOWN)
+
+
+def test_each_process_detects_on_its_share(two_processes):
+    assert [part["progress"][-1] for part in two_processes[1]] == [[4, 4], [3, 3]]
 
 
 def test_an_error_in_one_process_is_everyones(two_processes):

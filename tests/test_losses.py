@@ -339,7 +339,9 @@ def one_of_two(rank, folder):
     losses = SetLoss()(model(STATES[:, share]), targets_of(COUNTS)[share])
     losses["total"].backward()
     result = {name: parameter.grad for name, parameter in model.module.named_parameters()}
-    torch.save((result, {name: value.detach() for name, value in losses.items()}), f"{folder}/{rank}.pt")
+    nothing = SetLoss()(model.module(STATES[:, share]), targets_of([0] * STATES[:, share].shape[1]))
+    written = [{name: value.detach() for name, value in each.items()} for each in (losses, nothing)]
+    torch.save((result, *written), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -350,11 +352,15 @@ def test_two_processes_give_the_gradients_of_the_joined_batch(tmp_path):
     losses["total"].backward()
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, parameter in model.named_parameters():
-        for found, _ in parts:
+        for found, *_ in parts:
             assert_close(found[name], parameter.grad, rtol=1e-5)
     for name in (*LOSSES, "total"):
         mean = (parts[0][1][name] + parts[1][1][name]) / 2
         torch.testing.assert_close(mean, losses[name].detach(), rtol=1e-5, atol=0)
+    with torch.no_grad():  # no box in any process: divided by 1, as in one process
+        alone = [SetLoss()(model(f), targets_of([0] * f.shape[1])) for f in (STATES[:, share] for share in SHARES)]
+    for (_, _, nothing), expected in zip(parts, alone, strict=True):
+        torch.testing.assert_close(nothing["total"], expected["total"], rtol=1e-6, atol=0)
 
 
 # ---- speed
