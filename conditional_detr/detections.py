@@ -66,9 +66,12 @@ class Detections:
     def __getitem__(self, which: int | slice | Sequence[int] | Tensor | np.ndarray) -> "Detection | Detections":
         if isinstance(which, slice):
             return self._take(range(len(self))[which])
-        if not isinstance(which, Tensor | np.ndarray | Sequence):
-            place = operator.index(which)
+        scalar = isinstance(which, Tensor | np.ndarray) and which.ndim == 0
+        if scalar or not isinstance(which, Tensor | np.ndarray | Sequence):
+            place = operator.index(which.item() if scalar else which)  # type: ignore[union-attr, arg-type]
             return self.boxes[place].tolist(), self.scores[place].item(), self.names[place]
+        if isinstance(which, str):  # type: ignore[unreachable]  # the annotation asks, this checks
+            raise TypeError(f"expected a place, a slice or several places, got {which!r}; filter() takes names")
         chosen = torch.as_tensor(which)
         if chosen.dtype == torch.bool and chosen.shape == (len(self),):
             return self._take(chosen.nonzero().flatten().tolist())

@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
@@ -65,7 +66,8 @@ class Detector:
 
     Args:
         model: the model; its metadata says how pictures are prepared and what the classes are called. Where it is
-            and in which mode stays as it is.
+            and in which mode stays as it is; one in train mode is set to eval mode while it runs, so it must not run
+            in several threads at once.
         limits: how long fetching a picture's address may take, and how large the file may be.
 
     Raises:
@@ -153,13 +155,12 @@ class Detector:
         _check_count("batch_size", batch_size)
         selection = self.selection(threshold=threshold, top_k=top_k, classes=classes)
         if one:
-            outcomes = iter([self._detect_one(pictures, selection)])  # type: ignore[arg-type]
-        else:
-            outcomes = self.outcomes(pictures, selection, batch_size=batch_size)  # type: ignore[arg-type]
-        results = (self._settle(outcome, on_error) for outcome in outcomes)
-        if one:
-            return next(results)
-        return list(results) if isinstance(pictures, Sequence) else results
+            return self._settle(self._detect_one(pictures, selection), on_error)  # type: ignore[arg-type]
+        outcomes = self.outcomes(pictures, selection, batch_size=batch_size)  # type: ignore[arg-type]
+        if not isinstance(pictures, Sequence):
+            return (self._settle(outcome, on_error) for outcome in outcomes)
+        with closing(outcomes):  # an error that the caller keeps would keep the threads
+            return [self._settle(outcome, on_error) for outcome in outcomes]
 
     def selection(
         self, *, threshold: float = 0.5, top_k: int = 100, classes: Iterable[str | int] | None = None
@@ -172,7 +173,7 @@ class Detector:
 
     def outcomes(
         self, pictures: Iterable[Picture], selection: Selection, *, batch_size: int = 8
-    ) -> Iterator[Detections | Exception]:
+    ) -> Generator[Detections | Exception, None, None]:
         """Detect objects on many pictures, in order and in bounded memory; errors of pictures are given, not raised.
 
         Args:
@@ -195,7 +196,8 @@ class Detector:
                 return [items[0]]
             return [*self._run([item for item in items if isinstance(item, _Prepared)], selection)]
 
-        return run_together(prepared, key, run, size=batch_size, window=_WINDOW * batch_size)
+        with closing(prepared):
+            yield from run_together(prepared, key, run, size=batch_size, window=_WINDOW * batch_size)
 
     def draw_attention(self, found: Detections, which: int = 0, *, layers: Sequence[int] = (-1,)) -> Image.Image:
         """Draw where the query of one detection looks: the paper's figure 1.
@@ -221,7 +223,10 @@ class Detector:
         maps = self._evaluate(lambda x: self.model.attention_maps(x, layers=layers), pixels)
         query = int(found.queries[which])
         return draw_attention(
-            to_pil(opened), *(part[0, :, query].float().cpu() for part in maps), box=box, title=f"{name} {score:.2f}"
+            to_pil(opened),
+            *(part[0, :, query].float().cpu() for part in maps),
+            box=box,
+            title=f"{name} {score:.2f}, decoder layer {', '.join(map(str, layers))}",
         )
 
     @staticmethod
@@ -296,7 +301,7 @@ class Detector:
         names = self.model.metadata.class_names
         used = [i for i, name in enumerate(names) if name is not None]
         if classes is None:
-            return torch.tensor(used)
+            return torch.tensor(used, dtype=torch.int64)
         if isinstance(classes, str):
             raise TypeError(f"classes: expected a list of names or rows, got the string {classes!r}")
         wanted = []

@@ -62,11 +62,11 @@ def draw_boxes(
     counts = [len(boxes), len(labels), len(names), len(scores)]
     if len(set(counts)) > 1:
         raise ValueError(f"expected as many boxes as labels, names and scores, got {counts}")
-    font_at = _font_at(font)
+    sized = font_at(font)
     drawn = image.convert("RGB")
     line = math.ceil(math.sqrt(drawn.width * drawn.height) / 350)
     frames = [_frame(box, line, drawn.size) for box in boxes]
-    tags = _arrange(frames, list(zip(names, scores, strict=True)), drawn.size, font_at)
+    tags = _arrange(frames, list(zip(names, scores, strict=True)), drawn.size, sized)
     colours = [class_colour(label) for label in labels]
     canvas = ImageDraw.Draw(drawn, "RGBA")
     for frame, colour in reversed(list(zip(frames, colours, strict=True))):
@@ -74,8 +74,8 @@ def draw_boxes(
     for (text, size, (x0, y0, x1, y1)), colour in reversed(list(zip(tags, colours, strict=True))):
         if text:
             canvas.rectangle((x0, y0, x1 - 1, y1 - 1), fill=colour, outline=(*_contrast(colour), HALO))
-            baseline = y0 + 1 + font_at(size).getmetrics()[0]
-            canvas.text(((x0 + x1) / 2, baseline), text, _contrast(colour), font_at(size), "ms")
+            baseline = y0 + 1 + sized(size).getmetrics()[0]
+            canvas.text(((x0 + x1) / 2, baseline), text, _contrast(colour), sized(size), "ms")
     return drawn
 
 
@@ -164,7 +164,7 @@ def draw_attention(
         frame = _frame([scale * side for side in box], 2, photo.size)
         for cell in (cell for row in cells.values() for cell in row):
             _outline(ImageDraw.Draw(cell, "RGBA"), frame, BOX, 2)
-    return _sheet(cells, title, _font_at(font)(16))
+    return _sheet(cells, title, font_at(font)(16))
 
 
 def heat_over(photo: Image.Image, attention: Tensor) -> Image.Image:
@@ -182,7 +182,7 @@ def heat_colours(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(values, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], axis=-1)
 
 
-def _font_at(font: str | Path | None) -> Callable[[int], Font]:
+def font_at(font: str | Path | None) -> Callable[[int], Font]:
     """Return what gives a font, PIL's built-in one or a file's, at a size in pixels."""
     try:
         face = cast(Font, ImageFont.load_default(READABLE)) if font is None else ImageFont.truetype(font)
@@ -213,15 +213,15 @@ def _arrange(
     frames: Sequence[Rectangle],
     named: Sequence[tuple[str, float]],
     picture: tuple[int, int],
-    font_at: Callable[[int], Font],
+    sized: Callable[[int], Font],
 ) -> list[tuple[str, int, Rectangle]]:
     """Return text, size of type and place of each label; where they crowd, all are set in smaller type."""
 
     def width(text: str, size: int) -> int:
-        return math.ceil(font_at(size).getlength(text)) + 2 * (size // 3)
+        return math.ceil(sized(size).getlength(text)) + 2 * (size // 3)
 
     def height(size: int) -> int:
-        return sum(font_at(size).getmetrics()) + 2
+        return sum(sized(size).getmetrics()) + 2
 
     largest = max(round(math.sqrt(picture[0] * picture[1]) / 44), READABLE + 1)
     for size in (max(round(share * largest), READABLE) for share in (1, 0.85, 0.7)):

@@ -2,7 +2,10 @@
 
 import os
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
+
+_number = count()
 
 
 def write_whole(writers: Mapping[Path, Callable[[Path], object]]) -> None:
@@ -16,12 +19,19 @@ def write_whole(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     Raises:
         OSError: a file cannot be written.
     """
-    unfinished = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in writers}
+    unfinished = {path: path.with_name(f".{os.getpid()}-{next(_number)}.unfinished") for path in writers}
     try:
         for path, write in writers.items():
+            unfinished[path].touch()
+            mode = unfinished[path].stat().st_mode  # the user's default: safetensors would let nobody else read
             write(unfinished[path])
+            unfinished[path].chmod(mode)
         for path, written in unfinished.items():
             written.replace(path)
+    except OSError as error:
+        named = OSError(f"{path}: cannot be written: {error.strerror or error}")
+        named.errno = error.errno
+        raise named from error
     finally:
         for written in unfinished.values():
             written.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ _KINDS = (
     (0, b"%!PS", "a PostScript document"),
     (4, b"ftyphei", "a HEIC picture, which PIL opens once pillow-heif is installed and registered"),
     (4, b"ftypmif", "a HEIF picture, which PIL opens once pillow-heif is installed and registered"),
+    (4, b"ftypavi", "an AVIF picture that is truncated, or that this PIL was built without"),
     (4, b"ftyp", "a video (MP4 or QuickTime)"),
     (0, b"\x1a\x45\xdf\xa3", "a video (Matroska or WebM)"),
     (8, b"AVI ", "a video (AVI)"),
@@ -152,19 +153,25 @@ def _open_file(file: Path | bytes, name: str) -> Image.Image | Tensor:
             raise FileNotFoundError(f"{name}: no such file")
         if file.is_dir():
             raise IsADirectoryError(f"{name}: expected a picture file, got a folder")
+        if not file.is_file():
+            raise ValueError(f"{name}: expected a picture file, got a pipe or device")
     try:
-        with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
-            if image.format in _DOCUMENTS:
-                raise UnidentifiedImageError
-            return _decode(image, name)
+        image = Image.open(file if isinstance(file, Path) else io.BytesIO(file))
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: expected a picture, got {_kind(file)}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error}; PIL.Image.MAX_IMAGE_PIXELS sets the limit") from error
-    except OSError as error:
-        if name in str(error):
-            raise
-        raise OSError(f"{name}: the picture cannot be read: {error}") from error
+    except Exception as error:  # what PIL raises of broken headers differs from format to format
+        raise _unreadable(name, error) from error
+    with image:
+        if image.format in _DOCUMENTS:
+            raise ValueError(f"{name}: expected a picture, got {_kind(file)}")
+        return _decode(image, name)
+
+
+def _unreadable(name: str, error: Exception) -> OSError:
+    """Return the error of a picture that PIL gave up on."""
+    return OSError(f"{name}: the picture cannot be read: {str(error) or type(error).__name__}")
 
 
 def _kind(file: Path | bytes) -> str:
@@ -175,7 +182,7 @@ def _kind(file: Path | bytes) -> str:
         with file.open("rb") as opened:
             head = opened.read(64)
     if not head:
-        return "an empty file (0 bytes)"
+        return "an empty file (0 bytes); an open file that was read before needs a seek(0)"
     text = head.lstrip().lower() if head.isascii() else b""
     for place, sign, kind in _KINDS:
         if head[place:].startswith(sign) or text.startswith(sign):
@@ -200,11 +207,19 @@ def _decode(image: Image.Image, name: str) -> Image.Image | Tensor:
         raise ValueError(f"{name}: expected a picture with pixels, got {image.width} x {image.height}")
     try:
         image.load()
-        return _to_rgb(_upright(image, name), name)
-    except (Image.DecompressionBombError, ValueError):
-        raise
+        upright = _upright(image, name)
+        # PIL has no direct way from these: through a palette's own colours, out of multiplied transparency
+        via = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
+        if not upright.mode.startswith(("I", "F")):
+            return upright.convert(via.get(upright.mode, upright.mode)).convert("RGB")
+        values = np.asarray(upright)[..., None]
     except Exception as error:
-        raise OSError(f"{name}: the picture cannot be read: {error or type(error).__name__}") from error
+        raise _unreadable(name, error) from error
+    if upright.mode == "F":
+        return _from_array(values, name)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"{name}: expected 16-bit values 0..65535, got {values.min()}..{values.max()}")
+    return _from_array(values.astype(np.uint16), name)
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
@@ -214,20 +229,6 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     except Exception as error:  # what PIL raises depends on where the EXIF is broken
         warnings.warn(f"{name}: its EXIF cannot be read ({error}); taken as upright", stacklevel=2)
         return image
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image | Tensor:
-    """Turn an image of any mode into RGB, or into a tensor if its values are floating point."""
-    if image.mode.startswith("I"):
-        deep = np.asarray(image)
-        if deep.min() < 0 or deep.max() > 65535:
-            raise ValueError(f"{name}: expected 16-bit values 0..65535, got {deep.min()}..{deep.max()}")
-        return _from_array(deep.astype(np.uint16)[..., None], name)
-    if image.mode == "F":
-        return _from_array(np.asarray(image)[..., None], name)
-    # PIL has no direct way from these: through a palette's own colours, out of multiplied transparency
-    via = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
-    return image.convert(via.get(image.mode, image.mode)).convert("RGB")
 
 
 def _from_array(values: np.ndarray, name: str) -> Image.Image | Tensor:
@@ -240,6 +241,7 @@ def _from_array(values: np.ndarray, name: str) -> Image.Image | Tensor:
                 f" got {values.min()}..{values.max()}; 0..255 is for uint8"
             )
         return torch.from_numpy(np.array(values, dtype=np.float32)).permute(2, 0, 1)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if values.dtype not in (np.uint8, np.uint16):
         raise TypeError(f"{name}: expected uint8, uint16 or floating point values, got {values.dtype}")
     if values.dtype == np.uint16:

@@ -1,9 +1,9 @@
 """Two ways of working through pictures one after the other, in bounded memory: ahead of the model, and in batches."""
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 def prepare_ahead(
     prepare: Callable[[Item], Prepared], items: Iterable[Item], *, workers: int, depth: int
-) -> Iterator[Prepared]:
+) -> Generator[Prepared, None, None]:
     """Apply a function to items in threads, so that the next ones are ready when the caller comes back for them.
 
     Args:
@@ -23,20 +23,32 @@ def prepare_ahead(
         depth: how many items are at work or done and not yet taken.
 
     Returns:
-        What the function returned, in the items' order; what it raised is raised at that item's turn.
+        What the function returned, in the items' order; what it raised is raised at that item's turn, and what
+        drawing an item raised after all items before it.
     """
-    items = iter(items)
+    source = iter(items)
+    failure: Exception | None = None
+
+    def draw(count: int) -> Iterator[Item]:
+        nonlocal failure
+        try:
+            yield from itertools.islice(source, count if failure is None else 0)
+        except Exception as error:
+            failure = error
+
     with ThreadPoolExecutor(workers, thread_name_prefix="conditional_detr") as pool:
         queue: deque[Future[Prepared]] = deque()
         try:
             while True:
-                queue.extend(pool.submit(prepare, item) for item in islice(items, depth - len(queue)))
+                queue.extend(pool.submit(prepare, item) for item in draw(depth - len(queue)))
                 if not queue:
-                    return
+                    break
                 yield queue.popleft().result()
         finally:
             for future in queue:
                 future.cancel()
+    if failure is not None:
+        raise failure
 
 
 def run_together(
@@ -48,6 +60,8 @@ def run_together(
     window: int,
 ) -> Iterator[Result]:
     """Run items of one key together, and give the results in the items' order.
+
+    What drawing an item raises is raised after the results of all items before it.
 
     Args:
         items: in any order of keys.
@@ -64,7 +78,15 @@ def run_together(
     def run_group(group: list[tuple[int, Item]]) -> None:
         done.update(zip((place for place, _ in group), run([item for _, item in group]), strict=True))
 
-    for place, item in enumerate(items):
+    source, failure = iter(items), None
+    for place in itertools.count():
+        try:
+            item = next(source)
+        except StopIteration:
+            break
+        except Exception as error:
+            failure = error
+            break
         group_key = key(item)
         if group_key is None:
             run_group([(place, item)])
@@ -82,3 +104,5 @@ def run_together(
         run_group(group)
     for place in sorted(done):
         yield done.pop(place)
+    if failure is not None:
+        raise failure

@@ -4,11 +4,12 @@ A path stays a path; an address is fetched, base64 decoded and an open file read
 """
 
 import base64
-import binascii
 import http.client
 import io
 import os
+import queue
 import re
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -139,7 +140,7 @@ def _decode_base64(text: str) -> bytes | None:
             return content
     except Image.DecompressionBombError:
         return content
-    except (binascii.Error, ValueError, OSError):
+    except Exception:  # no base64, or no picture; what PIL raises of the latter differs from format to format
         return None
 
 
@@ -168,28 +169,54 @@ def _read(file: IO[bytes], name: str) -> bytes:
 
 
 def _fetch(url: str, name: str, limits: Limits) -> bytes:
-    """Fetch an address, within the limits even if its server trickles or tells a wrong length."""
+    """Fetch an address within the limits, however slowly its server goes on or wrong it tells a length.
+
+    A thread does it, and is left to itself at the deadline: only so are slow headers and redirects cut short, too.
+    """
     deadline = time.monotonic() + limits.timeout
-    quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # spaces and letters beyond ASCII
+    done: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            done.put(_download(url, name, limits, deadline))
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            done.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
     try:
-        request = urllib.request.Request(quoted, headers={"User-Agent": "conditional-detr"})
+        outcome = done.get(timeout=limits.timeout)
+    except queue.Empty:
+        outcome = TimeoutError(f"timed out after {limits.timeout} s")
+    if isinstance(outcome, _TooLargeError):
+        raise outcome
+    if isinstance(outcome, Exception):
+        raise OSError(f"{name}: the address cannot be fetched: {outcome}") from outcome
+    return outcome
+
+
+class _TooLargeError(ValueError):
+    """A file above the limit."""
+
+
+def _download(url: str, name: str, limits: Limits, deadline: float) -> bytes:
+    """Read what an address gives, and stop where it is too much or too late."""
+    quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # spaces and letters beyond ASCII
+    request = urllib.request.Request(quoted, headers={"User-Agent": "conditional-detr"})
+    try:
         with urllib.request.urlopen(request, timeout=limits.timeout) as response:
             declared = int(response.headers.get("Content-Length") or 0)
             content = bytearray()
-            while max(declared, len(content)) <= limits.max_bytes:
+            while max(declared, len(content)) <= limits.max_bytes and time.monotonic() < deadline:
                 chunk = response.read1(_CHUNK)  # what has come by now, so that the deadline is looked at in time
                 if not chunk:
                     break
                 content += chunk
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{len(content)} bytes after {limits.timeout} s, and not at its end")
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it holds the connection
-        raise OSError(f"{name}: the address cannot be fetched: {error}") from error
+    except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection
+        raise
     size = max(declared, len(content))
     if size > limits.max_bytes:
-        raise ValueError(f"{name}: expected at most {limits.max_bytes} bytes, got {size} or more")
+        raise _TooLargeError(f"{name}: expected at most {limits.max_bytes} bytes, got {size} or more")
     if len(content) < declared:
-        raise OSError(f"{name}: the address cannot be fetched: broke off after {len(content)} of {declared} bytes")
+        raise OSError(f"broke off after {len(content)} of {declared} bytes")
     return bytes(content)

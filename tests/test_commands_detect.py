@@ -70,7 +70,7 @@ def test_a_folder_with_all_below_it(detect, folder, tmp_path):
     names = ["a.jpg", "a.json", "b.json", "b.png", "deep/a.json", "deep/a.png", "deep/er/c.json", "deep/er/c.png"]
     assert files_in(tmp_path / "out") == names
     assert "4 pictures, 308 objects" in result.output
-    assert "passed over 1 files in folders that are no pictures" in result.stderr
+    assert "passed over files in folders that are no pictures: 1" in result.stderr
     rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in result.stdout.splitlines() if "│" in line}
     counts = {name: [int(cell) for cell in cells] for name, cells in rows.items() if name.startswith("LABEL")}
     assert counts == {f"LABEL_{i}": [44, 4] for i in range(7)}
@@ -79,8 +79,8 @@ def test_a_folder_with_all_below_it(detect, folder, tmp_path):
 def test_globs_lists_and_doubles(detect, folder, tmp_path):
     result = detect(str(folder / "**" / "a.*"), "-", "--no-draw", stdin=f"{folder / 'b.png'}\n\n{folder / 'a.jpg'}\n")
     assert result.exit_code == 0, result.output
-    assert files_in(tmp_path / "out") == ["a-2.json", "a-3.json", "a.json", "b.json"]
-    sources = [json.loads((tmp_path / "out" / f"{n}.json").read_text())["picture"] for n in ("a", "a-2", "a-3")]
+    assert files_in(tmp_path / "out") == ["a-2.json", "a.json", "b.json", "deep/a.json"]
+    sources = [json.loads((tmp_path / "out" / f"{n}.json").read_text())["picture"] for n in ("a", "deep/a", "a-2")]
     assert sources == [str(folder / "a.jpg"), str(folder / "deep" / "a.bmp"), str(folder / "a.jpg")]
 
 
@@ -134,7 +134,7 @@ def test_originals_are_never_overwritten(detect, folder):
     before = (folder / "a.jpg").read_bytes()
     result = detect(folder, output=folder)
     assert result.exit_code == 2
-    assert "a.jpg is one of the pictures and would be overwritten by its annotated copy" in result.stderr
+    assert "a.jpg is one of the pictures and would be overwritten by an annotated copy" in result.stderr
     assert (folder / "a.jpg").read_bytes() == before
     assert detect(folder, "--no-draw", output=folder).exit_code == 0
 
@@ -142,14 +142,36 @@ def test_originals_are_never_overwritten(detect, folder):
 def test_resuming_json_passes_over_what_is_there(detect, folder, tmp_path):
     detect(folder / "a.jpg", "--no-draw")
     marked = tmp_path / "out" / "a.json"
-    marked.write_text("{}")
+    marked.write_text(marked.read_text().replace('"size"', '"mark": 1, "size"'))
     result = detect(folder, "--resume", "--no-draw")
     assert result.exit_code == 0
     assert "1 of 4 pictures are done already" in result.stderr
-    assert marked.read_text() == "{}"
+    assert "mark" in json.loads(marked.read_text())
     assert len(files_in(tmp_path / "out")) == 4
     assert detect(folder, "--no-draw").exit_code == 0
-    assert json.loads(marked.read_text())["picture"] == str(folder / "a.jpg")
+    assert "mark" not in json.loads(marked.read_text())
+
+
+@pytest.mark.parametrize("option", ["--resume", "--no-draw"])
+def test_what_is_not_this_pictures_is_never_overwritten(detect, folder, tmp_path, option):
+    """Another picture's results, somebody's own json, somebody's own picture: an error, unless told to."""
+    detect(folder / "a.jpg", "--no-draw")
+    other = detect(folder / "deep" / "a.bmp", option)
+    assert other.exit_code == 2
+    assert f"a.json: expected the place of those on {folder / 'deep' / 'a.bmp'}, but it holds" in other.stderr
+    assert f"the detections on {folder / 'a.jpg'}; --overwrite replaces it" in other.stderr
+    (tmp_path / "out" / "b.json").write_text('{"shapes": []}')
+    foreign = detect(folder / "b.png", option)
+    assert foreign.exit_code == 2
+    assert "but it holds something else than detections" in foreign.stderr
+    (tmp_path / "out" / "c.png").write_bytes(b"mine")
+    picture = detect(folder / "deep" / "er" / "c.webp")
+    assert picture.exit_code == 2
+    assert "c.png: it is there already, and no annotated picture of an earlier run" in picture.stderr
+    assert (tmp_path / "out" / "c.png").read_bytes() == b"mine"
+    assert detect(folder / "b.png", folder / "deep" / "er" / "c.webp", "--overwrite").exit_code == 0
+    assert json.loads((tmp_path / "out" / "b.json").read_text())["picture"] == str(folder / "b.png")
+    assert detect(folder, "--resume", "--overwrite").exit_code == 2
 
 
 def test_lines_resumed_after_a_kill_are_those_of_one_run(detect, folder, tmp_path):
@@ -196,18 +218,106 @@ def test_a_journal_of_something_else_is_named(detect, folder, tmp_path):
     assert "detections.jsonl, line 1: expected one picture's detections as json" in result.stderr
 
 
-def test_processes_share_the_pictures(detect, folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        assert detect(folder, "--format", "jsonl", "--no-draw").exit_code == 0
+def torchrun(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
+    command += [sys.executable, "-c", "from conditional_detr.cli import app; app()", "detect", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def test_processes_share_the_pictures(small, detect, folder, tmp_path):
+    """A picture that one of them cannot read costs the others nothing, and all end with 1."""
+    (folder / "aa.jpg").write_bytes(b"no picture")
+    options = ("--weights", small, "--output", tmp_path / "out", "--device", "cpu", "--format", "csv", "--no-draw")
+    result = torchrun(folder, *options)
+    assert result.returncode == 1, result.stderr
+    assert "exitcode  : 1" in result.stderr
+    assert "aa.jpg: expected a picture, got a text file" in result.stderr
     parts = [(tmp_path / "out" / f"detections-{rank}-of-2.jsonl").read_text().splitlines() for rank in (1, 2)]
-    assert [len(part) for part in parts] == [2, 2]
-    monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.delenv("RANK")
+    assert [len(part) for part in parts] == [3, 1]
+    lines = [json.loads(line) for part in parts for line in part]
+    with (tmp_path / "out" / "detections.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == sum(len(line["detections"]) for line in lines)
+    (folder / "aa.jpg").unlink()
     assert "4 of 4 pictures are done already" in detect(folder, "--format", "jsonl", "--resume", "--no-draw").stderr
-    pictures = {json.loads(line)["picture"] for part in parts for line in part}
+    pictures = {line["picture"] for line in lines}
     assert pictures == {which.picture for which in list_pictures([str(folder)], output=tmp_path / "out").pictures}
+
+
+def test_processes_cannot_share_standard_input(small, folder, tmp_path, monkeypatch):
+    from torch import distributed
+
+    monkeypatch.setattr(distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("detect", "-", "--weights", small, "--output", tmp_path, stdin=str(folder / "a.jpg"))
+    assert result.exit_code == 2
+    assert "'-' can be read only once" in result.stderr
+    monkeypatch.setenv("RANK", "5")
+    result = run("detect", folder, "--weights", small, "--output", tmp_path)
+    assert result.stderr.startswith("error: expected RANK and WORLD_SIZE as torchrun sets them, got {'RANK': '5'")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file names as POSIX has them")
+def test_odd_names_stop_nothing(detect, folder, tmp_path):
+    picture = (folder / "b.png").read_bytes()
+    odd = ["-dash.png", "new\nline.png", "[bold]b.png", "ü 猫.png", "x" * 251 + ".png"]
+    for name in odd:
+        (folder / name).write_bytes(picture)
+    Path(os.fsdecode(os.fsencode(folder) + b"/bad\xff.png")).write_bytes(picture)
+    result = detect(folder)
+    assert result.exit_code == 1, result.output
+    assert "1 of 10 pictures failed:" in result.stderr
+    assert f"{'x' * 251}.png" in result.stderr
+    assert "cannot be written: File name too long" in result.stderr
+    assert len(list((tmp_path / "out").rglob("*.json"))) == 9
+    assert not list((tmp_path / "out").glob(".*"))
+    again = detect(folder, "--format", "csv", "--no-draw", output=tmp_path / "csv")
+    assert again.exit_code == 0, again.output
+
+
+def test_links_in_circles_and_to_folders(folder, tmp_path):
+    (folder / "deep" / "circle").symlink_to(folder)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(folder / "b.png", elsewhere / "linked.png")
+    (folder / "link").symlink_to(elsewhere)
+    listed = list_pictures([str(folder)], output=tmp_path / "out").pictures
+    assert [str(which.output) for which in listed] == ["a", "b", "deep/a", "deep/er/c", "link/linked"]
+    matched = list_pictures([str(folder / "**" / "b.png")], output=tmp_path / "out").pictures
+    assert [which.picture for which in matched] == [str(folder / "b.png")]
+
+
+def test_a_glob_passes_over_former_results(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    shutil.copytree("deep", "detections/deep")
+    listed = list_pictures(["**/*.bmp"], output=Path("detections")).pictures
+    assert [which.picture for which in listed] == ["deep/a.bmp"]
+
+
+def test_lines_of_standard_input_are_names_and_no_patterns(detect, folder):
+    result = detect("-", "--no-draw", stdin=f"\ufeff{folder / 'a.jpg'}\ngone[1].jpg\n{'A' * 5000}\n")
+    assert result.exit_code == 1
+    assert "2 of 3 pictures failed:" in result.stderr
+    assert "  gone[1].jpg: no such file" in result.stderr
+    assert detect("").exit_code == 2
+
+
+def test_class_names_are_no_markup(detect, small, photograph, tmp_path):
+    from conditional_detr import ConditionalDETR, Metadata
+
+    model = ConditionalDETR.from_pretrained(small)
+    model.metadata = Metadata([f"dog [/b] {i} [small]" for i in range(7)], preprocessing=model.metadata.preprocessing)
+    model.save_pretrained(tmp_path / "named")
+    result = detect(photograph, "--threshold", 0, "--weights", tmp_path / "named")
+    assert result.exit_code == 0, result.output
+    assert "[/b]" in result.stdout
+    assert "[small]" in result.stdout
+
+
+def test_a_font_that_is_none_is_told_at_once(detect, photograph, tmp_path):
+    result = detect(photograph, "--font", photograph)
+    assert result.exit_code == 2
+    assert "photograph.png: expected a TrueType font file that can be read" in result.stderr
 
 
 def test_a_full_disk_stops_with_one_line(detect, folder, tmp_path, monkeypatch):
@@ -217,7 +327,9 @@ def test_a_full_disk_stops_with_one_line(detect, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", full)
     result = detect(folder)
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    error, told = result.stderr.splitlines()[-2:]
+    assert re.fullmatch(r"error: .*\.(jpg|png): cannot be written: No space left on device", error)
+    assert told == "stopped after 0 of 4 pictures; --resume goes on"
     assert files_in(tmp_path / "out") == []
 
 
@@ -271,7 +383,7 @@ def test_attention(small, photograph, tmp_path):
     assert result.exit_code == 0, result.output
     detector = Detector.from_pretrained(small)
     found = detector(photograph, threshold=0, top_k=2, classes=["LABEL_3"])
-    with Image.open(tmp_path / "photograph-attention.png") as drawn:
+    with Image.open(tmp_path / "photograph-attention-2.png") as drawn:
         assert np.array_equal(np.asarray(drawn), np.asarray(detector.draw_attention(found, 1, layers=(0,))))
     assert result.stdout.startswith(f"LABEL_3 {found.scores[1]:.3f} at ")
     refused = run("attention", photograph, "--object", 99, *options)

@@ -29,6 +29,9 @@ def test_one(found):
     assert found[0] == ([10.0, 20.0, 30.5, 40.0], pytest.approx(0.9), "dog")
     assert found[-1] == found[2] == list(found)[2]
     assert found[np.int64(1)][2] == "cat"
+    assert found[found.scores.argmax()] == found[np.array(0)] == found[0]
+    with pytest.raises(TypeError, match=r"got 'cat'; filter\(\) takes names"):
+        found["cat"]
     with pytest.raises(IndexError):
         found[3]
 

@@ -232,7 +232,8 @@ def test_attention_is_drawn_for_the_query_of_a_detection(detector, photograph):
     with torch.no_grad():
         maps = model.attention_maps(pixels, layers=(0, 2))
     of_query = [part[0, :, found.queries[8]] for part in maps]
-    expected = draw_attention(Image.open(photograph), *of_query, box=box, title=f"{name} {score:.2f}")
+    title = f"{name} {score:.2f}, decoder layer 0, 2"
+    expected = draw_attention(Image.open(photograph), *of_query, box=box, title=title)
     figure = detector.draw_attention(found, 8, layers=(0, 2))
     assert np.array_equal(np.asarray(figure), np.asarray(expected))
     assert not np.array_equal(np.asarray(figure), np.asarray(detector.draw_attention(found, 0, layers=(0, 2))))

@@ -60,6 +60,7 @@ GOOD = {
     "png of 16 bits": encoded(Image.fromarray(RGB[..., 0].astype(np.uint16) * 257)),
     "png of 1 bit": encoded(GREY.convert("1")),
     "webp": encoded(kind="WEBP"),
+    "avif": encoded(kind="AVIF"),
     "gif": encoded(kind="GIF"),
     "animated gif": animation(),
     "bmp": encoded(kind="BMP"),
@@ -120,12 +121,19 @@ def test_a_broken_exif_is_told(detector):
         detector(GOOD["jpeg with broken EXIF"])
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A part of a PNG."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def swollen() -> bytes:
+    """A PNG with a comment that would fill the memory when it is unpacked."""
+    comment = chunk(b"zTXt", b"Comment\x00\x00" + zlib.compress(bytes(10**8)))
+    return GOOD["png"][:33] + comment + GOOD["png"][33:]
+
+
 def bomb() -> bytes:
     """A PNG of 60,000 x 60,000 pixels in a few bytes: its header alone says so."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
 
@@ -155,6 +163,9 @@ FILES = {
     "corrupt png": (corrupt(GOOD["png"]), OSError, "cannot be read: .*"),
     "half a gif": (GOOD["gif"][:100], (OSError, ValueError), "cannot be read|expected a picture"),
     "half a webp": (GOOD["webp"][:100], (OSError, ValueError), "cannot be read|expected a picture"),
+    "half a qoi": (b"qoif" + struct.pack(">IIBB", 64, 48, 3, 0) + bytes(20), OSError, "cannot be read"),
+    "half an avif": (GOOD["avif"][: len(GOOD["avif"]) // 2], ValueError, "got an AVIF picture that is truncated"),
+    "swollen png": (swollen(), OSError, "cannot be read: Decompressed data too large"),
     "bomb": (bomb(), ValueError, "decompression bomb.*; PIL.Image.MAX_IMAGE_PIXELS sets the limit"),
 }
 

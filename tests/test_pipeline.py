@@ -86,3 +86,15 @@ def test_full_groups_where_the_keys_allow():
 
     list(run_together(keys, lambda key: key, run, size=4, window=8))
     assert runs == ["aaaa", "bbbb"]
+
+
+def test_what_the_callers_iterator_raises_comes_after_all_that_was_drawn():
+    def broken():
+        yield from range(5)
+        raise KeyError("camera")
+
+    ahead = prepare_ahead(lambda i: 10 * i, broken(), workers=2, depth=4)
+    together = run_together(ahead, lambda item: item % 20, list, size=4, window=16)
+    assert [next(together) for _ in range(5)] == [0, 10, 20, 30, 40]
+    with pytest.raises(KeyError, match="camera"):
+        next(together)

@@ -317,3 +317,10 @@ def test_no_room_for_the_file_is_an_oserror(small, tmp_path, family):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(weights.parent) == before
+
+
+def test_files_are_as_readable_as_the_user_makes_them(tiny, tmp_path):
+    ConditionalDETR.from_pretrained(tiny.folder).save_pretrained(tmp_path)
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1

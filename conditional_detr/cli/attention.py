@@ -27,14 +27,18 @@ def attention(
 ) -> None:
     """Draw where the model looks for an object: a column a head, with its content, spatial and combined attention."""
     with one_line_errors():
-        name = list_pictures([picture], output=output).pictures[0].output
+        if picture == "-" or Path(picture).is_dir():
+            raise ValueError(f"expected one picture, got {'standard input' if picture == '-' else picture}")
+        (source, name), *more = list_pictures([picture], output=output).pictures
+        if more:
+            raise ValueError(f"expected one picture, got {picture}, which means {len(more) + 1}")
         detector = Detector.from_pretrained(weights, device=pick_device(device))
-        found = detector(picture, threshold=0, top_k=which, classes=classes)
+        found = detector(source, threshold=0, top_k=which, classes=classes)
         if len(found) < which:
             raise ValueError(f"--object {which}: expected 1 to {len(found)}, the number of objects")
         figure = detector.draw_attention(found, which - 1, layers=layers or (-1,))
         output.mkdir(parents=True, exist_ok=True)
-        path = output / f"{name.name}-attention.png"
+        path = output / f"{name.name}-attention-{which}.png"
         write_whole({path: lambda unfinished: figure.save(unfinished, "PNG")})
     box, score, called = found[which - 1]
     place = " ".join(f"{value:.1f}" for value in box)

@@ -8,6 +8,7 @@ from typing import TextIO
 
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -27,13 +28,19 @@ out = Console()
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
+def tell(text: str, *, style: str | None = None, to: Console = err) -> None:
+    """Print a line as it is: whatever names stand in it are neither markup nor must they be valid UTF-8."""
+    readable = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    to.print(readable, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def one_line_errors(code: int = UNUSABLE) -> Iterator[None]:
     """Turn what our own checks raise into one line on stderr and an exit code."""
     try:
         yield
     except (OSError, TypeError, ValueError) as error:
-        err.print(f"error: {error}", style="red", markup=False)
+        tell(f"error: {error}", style="red")
         raise typer.Exit(code) from error
 
 
@@ -69,9 +76,11 @@ def warn_in_one_line() -> None:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        err.print(f"warning: {message}", style="yellow", markup=False)
+        tell(f"warning: {message}", style="yellow")
 
     warnings.showwarning = show
+    # that a large picture "could be a decompression bomb" frightens without need: the limit is an error of its own
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def megabytes(size: int) -> str:

@@ -1,30 +1,36 @@
 """``conditional-detr detect``: objects on pictures, from one to a hundred thousand."""
 
+import errno
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 
 from conditional_detr.cli.console import (
     AUTO,
     FAILED,
     INTERRUPTED,
-    err,
     one_line_errors,
     out,
     pick_device,
     progress_bar,
+    tell,
 )
 from conditional_detr.cli.inputs import Input, list_pictures
+from conditional_detr.cli.processes import join_processes
 from conditional_detr.cli.records import Format, Records, open_records
 from conditional_detr.detections import Detections
-from conditional_detr.detector import PUBLISHED, Detector, Selection
+from conditional_detr.detector import PICTURE_ERRORS, PUBLISHED, Detector, Selection
+from conditional_detr.drawing import font_at
 from conditional_detr.files import write_whole
 from conditional_detr.pipeline import prepare_ahead
 
@@ -66,35 +72,42 @@ def detect(
 ) -> None:
     """Detect objects on pictures: print them, draw them, write them.
 
-    A picture that cannot be read is listed at the end and stops nothing. Under torchrun each process takes its share
-    of the pictures. Exit code: 0 all pictures done, 1 some failed, 2 nothing could begin, 130 interrupted.
+    A picture that cannot be read is listed at the end and stops nothing.
+
+    Under torchrun each process takes its share of the pictures, and waits for the others at the end.
+
+    Exit code: 0 all pictures done, 1 some failed, 2 nothing could begin, 130 interrupted.
     """
-    with one_line_errors():
+    with one_line_errors(), join_processes() as process:
+        if resume and overwrite:
+            raise ValueError("expected --resume or --overwrite, got both")
+        if "-" in pictures and process.size > 1:
+            raise ValueError("pictures: expected files, folders or globs under torchrun: '-' can be read only once")
         if max_pixels:
-            Image.MAX_IMAGE_PIXELS = max_pixels // 2  # PIL refuses what has more than twice this
-        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            # PIL refuses what has more than twice this
+            Image.MAX_IMAGE_PIXELS = max_pixels // 2 if max_pixels % 2 == 0 else max_pixels / 2  # type: ignore[assignment]
+        font_at(font)  # at once, not at the first picture
         found = list_pictures(pictures, output=output)
-        share = found.pictures[rank::processes]
-        if draw:
-            _check_originals_stay(found.pictures, output)
         detector = Detector.from_pretrained(weights, device=pick_device(device))
         selection = detector.selection(threshold=threshold, top_k=top_k, classes=classes)
-        records = open_records(format, output, resume=resume, overwrite=overwrite, rank=rank, processes=processes)
-        work = _Work([which for which in share if not records.has(which)], output if draw else None, font, records)
-    if found.passed_over:
-        err.print(f"passed over {found.passed_over} files in folders that are no pictures", style="yellow")
-    if len(share) > len(work.inputs):
-        err.print(f"{len(share) - len(work.inputs)} of {len(share)} pictures are done already")
-    try:
-        with one_line_errors(FAILED):
-            work.run(detector, selection, batch_size, show_progress=rank == 0)
-            files = records.close()
-    except KeyboardInterrupt:
-        err.print(f"interrupted after {work.done} of {len(work.inputs)} pictures; --resume goes on")
-        raise typer.Exit(INTERRUPTED) from None
-    work.report(files or [output])
-    if work.failures:
-        raise typer.Exit(FAILED)
+        records = open_records(format, output, process, resume=resume, overwrite=overwrite)
+        share = found.pictures[process.rank :: process.size]
+        todo = [which for which in share if not records.has(which)]
+        if draw:
+            _check_originals_stay(found.pictures, output)
+            if not (resume or overwrite):
+                _check_drawings_are_ours(todo, output, records)
+        if found.passed_over:
+            tell(f"passed over files in folders that are no pictures: {found.passed_over}", style="yellow")
+        if len(share) > len(todo):
+            tell(f"{len(share) - len(todo)} of {len(share)} pictures are done already")
+        work = _Work(todo, output if draw else None, font, records)
+        code = work.run(detector, selection, batch_size, show_progress=process.rank == 0)
+        work.report(records.close() or [output])
+        failures = process.sum(len(work.failures))
+        code = code or (FAILED if failures else 0)
+    if code:
+        raise typer.Exit(code)
 
 
 class _Saved(NamedTuple):
@@ -118,33 +131,50 @@ class _Work:
     pictures: Counter[str] = field(default_factory=Counter)
     last: Detections | None = None
 
-    def run(self, detector: Detector, selection: Selection, batch_size: int, *, show_progress: bool) -> None:
-        """Go through all pictures, drawing beside the model."""
+    def run(self, detector: Detector, selection: Selection, batch_size: int, *, show_progress: bool) -> int:
+        """Go through all pictures, drawing beside the model; return the exit code of what stopped it, or 0."""
         outcomes = detector.outcomes((which.picture for which in self.inputs), selection, batch_size=batch_size)
         saved = prepare_ahead(self._draw, zip(self.inputs, outcomes, strict=True), workers=2, depth=8)
         bar = progress_bar(shown=show_progress and len(self.inputs) > 1)
-        with bar:
-            for which, outcome in bar.track(saved, total=len(self.inputs), description="detecting"):
-                self._take(which, outcome)
+        try:
+            with bar, closing(outcomes), closing(saved):
+                for which, outcome in bar.track(saved, total=len(self.inputs), description="detecting"):
+                    self._take(which, outcome)
+        except KeyboardInterrupt:
+            tell(f"interrupted after {self.done} of {len(self.inputs)} pictures; --resume goes on")
+            return INTERRUPTED
+        except OSError as error:  # nothing more can be written: to go on would lose what is found
+            tell(f"error: {error}", style="red")
+            tell(f"stopped after {self.done} of {len(self.inputs)} pictures; --resume goes on")
+            return FAILED
+        return 0
 
     def _draw(self, finished: tuple[Input, Detections | Exception]) -> _Saved:
         """Write the annotated picture; a thread does it."""
         which, outcome = finished
-        if self.drawings is not None and isinstance(outcome, Detections):
-            path = _drawing(which, self.drawings)
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if self.drawings is None or isinstance(outcome, Exception):
+            return _Saved(which, outcome)
+        try:
             image = outcome.draw(font=self.font)
-            options = {"quality": 92} if path.suffix == ".jpg" else {"compress_level": 3}
-            kind = "JPEG" if path.suffix == ".jpg" else "PNG"
+        except PICTURE_ERRORS as error:  # the picture was there a moment ago
+            return _Saved(which, error)
+        path = _drawing(which, self.drawings)
+        options = {"quality": 92} if path.suffix == ".jpg" else {"compress_level": 3}
+        kind = "JPEG" if path.suffix == ".jpg" else "PNG"
+
+        def write() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole({path: lambda unfinished: image.save(unfinished, kind, **options)})
-        return _Saved(which, outcome)
+
+        return _Saved(which, _unless_too_long(write) or outcome)
 
     def _take(self, which: Input, outcome: Detections | Exception) -> None:
         """Count and record a picture."""
+        if isinstance(outcome, Detections):
+            outcome = _unless_too_long(partial(self.records.write, which, outcome)) or outcome
         if isinstance(outcome, Exception):
             self.failures.append(str(outcome) if which.picture in str(outcome) else f"{which.picture}: {outcome}")
         else:
-            self.records.write(which, outcome)
             self.objects.update(outcome.names)
             self.pictures.update(set(outcome.names))
             self.last = outcome
@@ -158,20 +188,20 @@ class _Work:
             out.print(self._classes_table())
         finished = self.done - len(self.failures)
         counted = f"{finished} picture{'s' * (finished != 1)}, {self.objects.total()} objects"
-        out.print(f"{counted}; written to {', '.join(map(str, files))}", soft_wrap=True, highlight=False, markup=False)
+        tell(f"{counted}; written to {', '.join(map(str, files))}", to=out)
         if self.failures:
-            err.print(f"{len(self.failures)} of {self.done} pictures failed:", style="red")
+            tell(f"{len(self.failures)} of {self.done} pictures failed:", style="red")
             for failure in self.failures[:_LISTED]:
-                err.print(f"  {failure}", markup=False)
+                tell(f"  {failure}")
             if len(self.failures) > _LISTED:
-                err.print(f"  and {len(self.failures) - _LISTED} more")
+                tell(f"  and {len(self.failures) - _LISTED} more")
 
     def _classes_table(self) -> Table:
         table = Table("class", "objects", "pictures")
         for column in table.columns[1:]:
             column.justify = "right"
         for name, count in self.objects.most_common():
-            table.add_row(name, str(count), str(self.pictures[name]))
+            table.add_row(Text(name), str(count), str(self.pictures[name]))
         return table
 
 
@@ -181,7 +211,7 @@ def _objects_table(found: Detections) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for box, score, name in found:
-        table.add_row(name, f"{score:.3f}", *(f"{value:.1f}" for value in box))
+        table.add_row(Text(name), f"{score:.3f}", *(f"{value:.1f}" for value in box))
     return table
 
 
@@ -191,18 +221,34 @@ def _drawing(which: Input, folder: Path) -> Path:
     return folder / which.output.with_name(which.output.name + suffix)
 
 
+def _unless_too_long(write: Callable[[], None]) -> OSError | None:
+    """Write a file; return the error of a name that is too long for it, which is one picture's trouble alone."""
+    try:
+        write()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return error
+    return None
+
+
 def _check_originals_stay(inputs: Sequence[Input], output: Path) -> None:
     """Raise ValueError if an annotated picture would take the place of a picture that is to be read."""
+    drawings = {os.path.abspath(_drawing(which, output)) for which in inputs}  # noqa: PTH100  # Path would take minutes
+    for which in inputs:
+        if os.path.abspath(which.picture) in drawings:  # noqa: PTH100
+            raise ValueError(
+                f"--output {output}: {which.picture} is one of the pictures and would be overwritten by an annotated"
+                " copy; name another folder, or --no-draw"
+            )
 
-    def originals() -> Iterator[Path]:
-        for which in inputs:
-            path = _drawing(which, output)
-            if path.exists():
-                yield path
 
-    taken = {path.resolve() for path in originals()} & {Path(which.picture).resolve() for which in inputs}
-    if taken:
-        raise ValueError(
-            f"--output {output}: {min(taken)} is one of the pictures and would be overwritten by its annotated copy;"
-            " name another folder, or --no-draw"
-        )
+def _check_drawings_are_ours(inputs: Sequence[Input], output: Path, records: Records) -> None:
+    """Raise ValueError if an annotated picture would take the place of a file that no earlier run has made."""
+    for which in inputs:
+        path = _drawing(which, output)
+        if not records.knows(which) and os.path.exists(path):  # noqa: PTH110  # False for a name that is too long
+            raise ValueError(
+                f"{path}: it is there already, and no annotated picture of an earlier run; --overwrite replaces it,"
+                " --output names another folder"
+            )

@@ -1,17 +1,15 @@
 """``conditional-detr evaluate``: COCO's twelve numbers, on the screen and as json."""
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
-from torch import distributed
+from rich.text import Text
 
 from conditional_detr.cli.console import AUTO, one_line_errors, out, pick_device, progress_bar
+from conditional_detr.cli.processes import join_processes
 from conditional_detr.detector import PUBLISHED, Detector
 from conditional_detr.files import write_whole
 from conditional_detr.training.evaluation import MAX_DETECTIONS, CocoResult, evaluate_detections
@@ -53,7 +51,7 @@ def evaluate(
             raise ValueError(f"--weights: nothing is detected where --results are given, got {weights}")
         if json_file is not None and not json_file.absolute().parent.is_dir():  # before hours of work, not after
             raise NotADirectoryError(f"{json_file}: expected a file in a folder that exists, got {json_file.parent}")
-        with _processes() as rank:
+        with join_processes() as (rank, _):
             if results is not None:
                 result = evaluate_detections(data, results)
             else:
@@ -83,19 +81,6 @@ def _detect_and_evaluate(
         )
 
 
-@contextlib.contextmanager
-def _processes() -> Iterator[int]:
-    """Join the other processes that torchrun started, if any; gives the number of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0
-        return
-    distributed.init_process_group("gloo")  # only numbers on the host are exchanged, whatever the device
-    try:
-        yield distributed.get_rank()
-    finally:
-        distributed.destroy_process_group()
-
-
 def _show(result: CocoResult) -> None:
     """Print the twelve numbers, and a table of the classes."""
     twelve = Table("", "", "", title=f"COCO's measures of boxes: {MAX_DETECTIONS} best detections, no threshold")
@@ -105,7 +90,7 @@ def _show(result: CocoResult) -> None:
     classes = Table("class", "id", "objects", *names)
     for name, of_class in result.per_class.items():
         numbers = (_number(of_class[measure]) for measure in names)
-        classes.add_row(name, str(of_class["category_id"]), str(of_class["objects"]), *numbers)
+        classes.add_row(Text(name), str(of_class["category_id"]), str(of_class["objects"]), *numbers)
     out.print(twelve)
     out.print(classes)
 

@@ -1,9 +1,11 @@
 """Which pictures the command line means: files, folders, globs, addresses, lists on standard input."""
 
 import glob
+import os
 import re
 import sys
 import urllib.parse
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -45,62 +47,99 @@ def list_pictures(arguments: Sequence[str], *, output: Path) -> Inputs:
     """Find the pictures that arguments mean.
 
     Args:
-        arguments: files, folders (with all folders below), globs, http(s) addresses; "-": one such a line on
-            standard input. A name that is nothing of these stays, to fail at its turn.
-        output: the folder of results: pictures in it are none of a folder's own.
+        arguments: files, folders (with all folders below), globs, http(s) addresses; "-": a file, folder or address
+            each line of standard input. A name that is nothing of these stays, to fail at its turn.
+        output: the folder of results: pictures in it are none of a folder's or glob's own.
 
     Raises:
-        ValueError: a folder or glob without a picture, or nothing at all.
+        ValueError: an empty name, a folder or glob without a picture, or nothing at all.
     """
+    results = os.path.realpath(output)
     found: list[tuple[str, PurePath]] = []
     passed_over = 0
-    for argument in _expand_standard_input(arguments):
-        path = Path(argument)
+    for argument, listed in _expand_standard_input(arguments):
+        if not argument:
+            raise ValueError("pictures: expected files, folders, globs or addresses, got an empty name")
         if re.match("https?://", argument, re.IGNORECASE):
             found.append((argument, _name_of_address(argument)))
-        elif path.is_dir():
-            pictures, others = _list_folder(path, output)
+        elif _is(argument, os.path.isdir):
+            pictures, others = _list_folder(argument, results)
             passed_over += others
-            found += [(str(file), file.relative_to(path)) for file in pictures]
+            found += pictures
             if not pictures:
                 raise ValueError(f"{argument}: the folder has no pictures, and {others} other files")
-        elif not path.exists() and glob.has_magic(argument):
-            matches = glob.glob(argument, recursive=True)  # noqa: PTH207  # pathlib takes no absolute patterns
-            files = sorted(file for file in map(Path, matches) if file.is_file())
-            found += [(str(file), PurePath(file.name)) for file in files]
-            if not files:
-                raise ValueError(f"{argument}: no file matches")
+        elif not listed and glob.has_magic(argument) and not _is(argument, os.path.lexists):
+            found += _list_glob(argument, results)
         else:
-            found.append((argument, PurePath(path.name)))
+            found.append((argument, PurePath(PurePath(argument).name)))
     if not found:
         raise ValueError("pictures: expected at least one, got none")
-    outputs = _without_doubles(name.with_suffix("") for _, name in found)
+    outputs = _without_doubles(name.with_suffix("") if name.name else name for _, name in found)
     pictures_found = [Input(picture, name) for (picture, _), name in zip(found, outputs, strict=True)]
     return Inputs(pictures_found, passed_over)
 
 
-def _expand_standard_input(arguments: Sequence[str]) -> Iterator[str]:
-    """Give the arguments, "-" replaced by what stands on standard input."""
+def _expand_standard_input(arguments: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Give the arguments, "-" replaced by the lines of standard input, and whether they stood there."""
     for argument in arguments:
         if argument == "-":
-            yield from filter(None, (line.rstrip("\r\n") for line in sys.stdin))
+            lines = (line.rstrip("\r\n").removeprefix("\ufeff") for line in sys.stdin)
+            yield from ((line, True) for line in lines if line)
         else:
-            yield argument
+            yield argument, False
 
 
-def _list_folder(folder: Path, output: Path) -> tuple[list[Path], int]:
-    """Return the pictures in a folder and those below it, and the number of other files."""
-    results = output.resolve()
-    inside = folder.resolve() in results.parents  # a former run's annotated pictures are not pictures of the folder
-    pictures, others = [], 0
-    for path in folder.rglob("*"):
-        if not path.is_file() or (inside and results in path.resolve().parents):
+def _is(name: str, kind: object) -> bool:
+    """Ask the file system about a name that may be none at all, such as a data URI."""
+    try:
+        return bool(kind(name))  # type: ignore[operator]
+    except (OSError, ValueError):
+        return False
+
+
+def _list_folder(folder: str, results: str) -> tuple[list[tuple[str, PurePath]], int]:
+    """Return the pictures in a folder and those below it, and the number of other files.
+
+    Links to folders are followed, each folder is gone through once.
+    """
+    pictures, others, seen = [], 0, set()
+
+    def tell(error: OSError) -> None:
+        warnings.warn(f"{error.filename}: the folder cannot be entered: {error.strerror}", stacklevel=2)
+
+    for place, below, files in os.walk(folder, followlinks=True, onerror=tell):
+        real = os.path.realpath(place)
+        if real in seen or (real == results and place != folder):
+            below.clear()
             continue
-        if path.suffix.lower() in SUFFIXES:
-            pictures.append(path)
-        else:
-            others += 1
+        seen.add(real)
+        below.sort()
+        for file in files:
+            path = os.path.join(place, file)  # noqa: PTH118  # a Path each would take most of the time and memory
+            if PurePath(file).suffix.lower() in SUFFIXES:
+                pictures.append((path, PurePath(os.path.relpath(path, folder))))
+            else:
+                others += 1
     return sorted(pictures), others
+
+
+def _list_glob(pattern: str, results: str) -> list[tuple[str, PurePath]]:
+    """Return the files that match a glob, each once, by their path below the part of it that is fixed.
+
+    Raises:
+        ValueError: no file matches.
+    """
+    parts = PurePath(pattern).parts
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    base = PurePath(*parts[:fixed])
+    matches: dict[str, str] = {}  # by the real path: links may lead in circles
+    for match in sorted(glob.glob(pattern, recursive=True)):  # noqa: PTH207  # pathlib takes no absolute patterns
+        real = os.path.realpath(match)
+        if os.path.isfile(match) and not real.startswith(results + os.sep):  # noqa: PTH113
+            matches.setdefault(real, match)
+    if not matches:
+        raise ValueError(f"{pattern}: no file matches")
+    return [(match, PurePath(os.path.relpath(match, base))) for match in matches.values()]
 
 
 def _name_of_address(url: str) -> PurePath:
