@@ -18,7 +18,8 @@ class Annotations:
         name: what messages call it: its path.
         images: what it says of each picture, by id: file_name, and perhaps height and width.
         categories: class names by id, in any numbering.
-        objects: one dict an object: image_id, category_id, bbox [x0, y0, w, h] in pixels, area, iscrowd.
+        objects: one dict an object: image_id, category_id, bbox [x0, y0, w, h] in pixels, area, iscrowd, and place:
+            which of the file's annotations it is.
     """
 
     name: str
@@ -53,8 +54,49 @@ def read_annotations(source: str | Path | Mapping[str, Any]) -> Annotations:
         where = f"{name}: annotations[{i}]"
         found = _checked(entry, annotations, where)
         area = _number(entry.get("area", found["bbox"][2] * found["bbox"][3]), "area", where)
-        annotations.objects.append({**found, "area": area, "iscrowd": int(bool(entry.get("iscrowd", 0)))})
+        crowd = entry.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            raise ValueError(f"{where}: expected 0 or 1 as iscrowd, got {crowd!r}")
+        annotations.objects.append({**found, "area": area, "iscrowd": int(crowd), "place": i})
     return annotations
+
+
+def picture_paths(annotations: Annotations, folder: str | Path) -> dict[Id, Path]:
+    """Return where each picture is, having looked that it is there.
+
+    Raises:
+        OSError: no such folder, or a picture that is not in it.
+        ValueError: a picture without file_name.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        got = "a file" if folder.exists() else "nothing of that name"
+        raise NotADirectoryError(f"{folder}: expected the folder of the pictures, got {got}")
+    paths = {}
+    for image, entry in annotations.images.items():
+        if not isinstance(entry.get("file_name"), str):
+            raise ValueError(
+                f"{annotations.name}: picture {image}: expected a file_name, got {entry.get('file_name')!r}"
+            )
+        paths[image] = folder / entry["file_name"]
+    if missing := [path for path in paths.values() if not path.exists()]:
+        count = f"{len(missing)} of the {len(paths)} pictures of {annotations.name} are missing"
+        raise FileNotFoundError(f"{missing[0]}: no such file; {count}")
+    return paths
+
+
+def check_size(entry: Mapping[str, Any], size: tuple[int, int], path: Path, name: str) -> None:
+    """Raise ValueError if annotations were made for a picture of another size, such as before it was turned.
+
+    Args:
+        entry: what the annotations say of the picture.
+        size: its height and width, upright.
+        path: its file.
+        name: what the annotations are called.
+    """
+    said = entry.get("height", size[0]), entry.get("width", size[1])
+    if said != size:
+        raise ValueError(f"{path}: expected {said[1]} x {said[0]} pixels, as {name} says, got {size[1]} x {size[0]}")
 
 
 def read_results(source: str | Path | Sequence[Mapping[str, Any]], annotations: Annotations) -> list[dict[str, Any]]:
