@@ -19,14 +19,8 @@ from conditional_detr.images import normalise, open_picture, resized_size, size_
 from conditional_detr.metadata import Metadata, Preprocessing
 from conditional_detr.training.augmentation import Augmentation as Augmentation
 from conditional_detr.training.augmentation import scene_of
-from conditional_detr.training.coco_files import (
-    Id,
-    check_size,
-    picture_paths,
-    read_annotations,
-    said_size,
-)
-from conditional_detr.training.objects import clip_objects, misread, name_rows, warn_of
+from conditional_detr.training.coco_files import Id, check_size, picture_paths, read_annotations, said_size
+from conditional_detr.training.objects import clip_objects, misread, name_rows, warn_of, warn_of_names
 
 Sample: TypeAlias = tuple[Tensor, dict[str, Any]]
 """Pixels (3, H, W) float32, normalised; and the target: labels (T,) int64, boxes (T, 4) cx cy w h in [0, 1] of the
@@ -78,8 +72,11 @@ class CocoData(Dataset[Sample]):
 
         Raises:
             OSError: a file that cannot be read or is not there.
-            ValueError: annotations that are none, without any object, or whose boxes look like another format.
+            ValueError: annotations that are none, without any object, or whose boxes look like another format; classes
+                without a row; a negative seed.
         """
+        if seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {seed}")
         self.annotations = read_annotations(annotations)
         self.images = Path(images)
         self.augmentation = augmentation or Augmentation()
@@ -101,7 +98,13 @@ class CocoData(Dataset[Sample]):
         return Metadata(self.class_names, self.category_ids, self.preprocessing)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other augmentations from now on; workers notice at the next sample."""
+        """Draw other augmentations from now on; workers notice at the next sample.
+
+        Raises:
+            ValueError: a negative epoch.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch: expected at least 0, got {epoch}")
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -134,6 +137,7 @@ class CocoData(Dataset[Sample]):
         if not found.usable.any():
             raise ValueError(f"{data.name}: expected objects to train on, got {len(data.objects)}, none of use")
         warn_of(data, found.findings)
+        warn_of_names(data)
         rows = {name: row for row, name in enumerate(self.class_names)}
         boxes: dict[Id, list[np.ndarray]] = {image: [] for image in self._ids}
         labels: dict[Id, list[int]] = {image: [] for image in self._ids}
