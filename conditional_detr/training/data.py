@@ -170,7 +170,8 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None, list[dict
         raise ValueError("samples: expected at least one, got none")
     for i, sample in enumerate(samples):
         if not isinstance(sample, tuple | list) or len(sample) != 2 or not isinstance(sample[0], Tensor):
-            raise TypeError(f"samples[{i}]: expected (pixels, target), got {type(sample).__name__}")
+            of = f" of {type(sample[0]).__name__}" if isinstance(sample, tuple | list) and sample else ""
+            raise TypeError(f"samples[{i}]: expected (pixels, target), got {type(sample).__name__}{of}")
         if sample[0].dim() != 3 or sample[0].shape[0] != 3:
             raise ValueError(f"samples[{i}]: expected pixels (3, H, W), got {tuple(sample[0].shape)}")
         if sample[0].dtype != torch.float32:

@@ -21,7 +21,8 @@ SIZE = (192, 256)  # height and width of a picture
 MOST_OBJECTS = 8
 LEAST_VISIBLE = 0.5  # of a shape; what would hide more of it is not drawn
 _FINER = 3  # masks are drawn so many times larger and averaged: smooth edges
-_RADII = 0.06, 0.3  # of the picture's shorter side
+_RADII = 0.06, 0.35  # of the picture's shorter side
+_NOISE = 1.0, 6.0  # standard deviation, of 255
 _PATTERNS: tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], ...] = (
     lambda u, v: np.zeros_like(u),  # plain
     lambda u, v: np.tanh(3 * np.sin(u)),  # stripes
@@ -70,7 +71,7 @@ def draw_picture(seed: int, index: int, *, size: tuple[int, int] = SIZE) -> tupl
         x0, y0, x1, y1 = _box(mask > 0)
         fill = _texture(random, (y1 - y0, x1 - x0), colour, 25, min(size))
         pixels[y0:y1, x0:x1] += mask[y0:y1, x0:x1, None] * (fill - pixels[y0:y1, x0:x1])
-    pixels += random.normal(0, random.uniform(1, 6), pixels.shape)
+    pixels += random.normal(0, random.uniform(*_NOISE), pixels.shape)
     image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
     labels = np.array([shape.label for shape in shapes], dtype=np.int64)
     return image, np.array([_box(shape.visible) for shape in shapes], dtype=np.float64), labels
