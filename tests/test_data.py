@@ -94,7 +94,7 @@ def test_objects_under_a_pixel_stay(tmp_path):
     torch.testing.assert_close(data[0][1]["boxes"][0, 2:], torch.tensor([0.5 / 64, 0.2 / 48]), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("size", [(427, 640), (333, 500), (601, 777), (480, 641), (45, 1001)])
+@pytest.mark.parametrize("size", [(427, 640), (333, 500), (601, 777), (51, 961), (45, 1001)])
 def test_full_pictures_stay_targets_at_any_size(tmp_path, size):
     """Resizing rounds; a box as large as its picture must not come out larger."""
     content = coco.content()

@@ -170,7 +170,8 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None, list[dict
         raise ValueError("samples: expected at least one, got none")
     for i, sample in enumerate(samples):
         if not isinstance(sample, tuple | list) or len(sample) != 2 or not isinstance(sample[0], Tensor):
-            of = f" of {type(sample[0]).__name__}" if isinstance(sample, tuple | list) and sample else ""
+            # the annotation asks, this checks
+            of = f" of {type(sample[0]).__name__}" if isinstance(sample, tuple | list) and sample else ""  # type: ignore[unreachable]
             raise TypeError(f"samples[{i}]: expected (pixels, target), got {type(sample).__name__}{of}")
         if sample[0].dim() != 3 or sample[0].shape[0] != 3:
             raise ValueError(f"samples[{i}]: expected pixels (3, H, W), got {tuple(sample[0].shape)}")
@@ -223,22 +224,27 @@ def batches(
     generator = np.random.default_rng((seed, epoch))
     size = batch_size * processes
     order = generator.permutation(len(data)).tolist() if shuffle else list(range(len(data)))
+    shapes = getattr(data, "shapes", None) if shuffle else None
+    steps = _steps(order, shapes, size)
+    if shuffle:
+        steps = [steps[i] for i in generator.permutation(len(steps))]
+    return [step[rank::processes] for step in _with_samples_for_all(steps, processes)]
+
+
+def _steps(order: list[int], shapes: Sequence[tuple[int, int]] | None, size: int) -> list[list[int]]:
+    """Cut an order of samples into steps: full ones of one shape, then of what is left over, by the sides' ratio."""
     steps: list[list[int]] = []
-    shapes = getattr(data, "shapes", None)
-    if shuffle and shapes is not None:
+    if shapes is not None:
         groups: dict[tuple[int, int], list[int]] = {}
         for i in order:
-            groups.setdefault(tuple(shapes[i]), []).append(i)
+            groups.setdefault(shapes[i], []).append(i)
         order = []
         for group in groups.values():
             full = len(group) // size * size
             steps += [group[i : i + size] for i in range(0, full, size)]
             order += group[full:]
         order.sort(key=lambda i: shapes[i][0] / shapes[i][1])
-    steps += [order[i : i + size] for i in range(0, len(order), size)]
-    if shuffle:
-        steps = [steps[i] for i in generator.permutation(len(steps))]
-    return [step[rank::processes] for step in _with_samples_for_all(steps, processes)]
+    return steps + [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def _with_samples_for_all(steps: list[list[int]], processes: int) -> list[list[int]]:

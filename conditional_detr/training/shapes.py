@@ -115,17 +115,8 @@ def write_shapes(
         name = f"{i:06d}.jpg"
         image.save(folder / split / name, quality=92)
         images.append({"id": i + 1, "file_name": name, "height": image.height, "width": image.width})
-        for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist(), strict=True):
-            objects.append(
-                {
-                    "id": len(objects) + 1,
-                    "image_id": i + 1,
-                    "category_id": label + 1,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0),
-                    "iscrowd": 0,
-                }
-            )
+        for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
+            objects.append(_object(len(objects) + 1, i + 1, label + 1, box))
         if progress is not None:
             progress(i + 1, pictures)
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASS_NAMES)]
@@ -133,6 +124,13 @@ def write_shapes(
     path = folder / f"instances_{split}.json"
     write_whole({path: lambda unfinished: unfinished.write_text(text, encoding="utf-8")})
     return path
+
+
+def _object(number: int, picture: int, category: int, box: list[float]) -> dict[str, Any]:
+    """Return an object as COCO's json has it."""
+    x0, y0, x1, y1 = box
+    bbox, area = [x0, y0, x1 - x0, y1 - y0], (x1 - x0) * (y1 - y0)
+    return {"id": number, "image_id": picture, "category_id": category, "bbox": bbox, "area": area, "iscrowd": 0}
 
 
 def _outline(name: str) -> np.ndarray:
