@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from conditional_detr.metadata import Preprocessing
@@ -80,6 +80,21 @@ def size_of(opened: Image.Image | Tensor) -> tuple[int, int]:
     if isinstance(opened, Tensor):
         return opened.shape[1], opened.shape[2]
     return opened.height, opened.width
+
+
+def size_of_file(path: Path) -> tuple[int, int]:
+    """Return (height, width) of a picture file, upright, by its head alone.
+
+    Raises:
+        OSError: no such file, or one that is truncated or corrupt.
+        ValueError: a file that is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception:  # whatever is wrong, opening it in full says so
+        return size_of(open_picture(path, str(path)))
 
 
 def resized_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:

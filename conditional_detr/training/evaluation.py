@@ -19,7 +19,14 @@ from torch import distributed
 from conditional_detr.detections import Detections
 from conditional_detr.detector import Detector
 from conditional_detr.model import ConditionalDETR
-from conditional_detr.training.coco_files import Annotations, Id, read_annotations, read_results
+from conditional_detr.training.coco_files import (
+    Annotations,
+    Id,
+    check_size,
+    picture_paths,
+    read_annotations,
+    read_results,
+)
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MAX_DETECTIONS = 100  # a picture, all classes together; pycocotools counts as many of each class
@@ -73,7 +80,7 @@ def evaluate(
     detector = detector if isinstance(detector, Detector) else Detector(detector)
     data = read_annotations(annotations)
     check_classes(detector, data)
-    paths = _picture_paths(data, Path(images))
+    paths = picture_paths(data, images)
     rank, processes = _process()
     share = sorted(paths)[rank::processes]
 
@@ -121,22 +128,6 @@ def check_classes(detector: Detector, data: Annotations) -> None:
         )
 
 
-def _picture_paths(data: Annotations, folder: Path) -> dict[Id, Path]:
-    """Return where each picture is, having looked that it is there."""
-    if not folder.is_dir():
-        got = "a file" if folder.exists() else "nothing of that name"
-        raise NotADirectoryError(f"{folder}: expected the folder of the pictures, got {got}")
-    paths = {}
-    for image, entry in data.images.items():
-        if not isinstance(entry.get("file_name"), str):
-            raise ValueError(f"{data.name}: picture {image}: expected a file_name, got {entry.get('file_name')!r}")
-        paths[image] = folder / entry["file_name"]
-    if missing := [path for path in paths.values() if not path.exists()]:
-        count = f"{len(missing)} of the {len(paths)} pictures of {data.name} are missing"
-        raise FileNotFoundError(f"{missing[0]}: no such file; {count}")
-    return paths
-
-
 def _detect(
     detector: Detector,
     data: Annotations,
@@ -152,21 +143,11 @@ def _detect(
     several = detector(pictures, threshold=0.0, top_k=MAX_DETECTIONS, classes=names, batch_size=batch_size)
     found: Found = {}
     for image, detections in zip(order, several, strict=True):
-        _check_size(detections, data.images[image], paths[image], data.name)
+        check_size(data.images[image], detections.size, paths[image], data.name)
         found[image] = _rows(detections, names)
         if progress is not None:
             progress(len(found), len(paths))
     return found
-
-
-def _check_size(detections: Detections, entry: Mapping[str, Any], path: Path, name: str) -> None:
-    """Raise ValueError if the annotations were made for a picture of another size, such as before it was turned."""
-    said = entry.get("height", detections.size[0]), entry.get("width", detections.size[1])
-    if said != detections.size:
-        raise ValueError(
-            f"{path}: expected {said[1]} x {said[0]} pixels, as {name} says,"
-            f" got {detections.size[1]} x {detections.size[0]}"
-        )
 
 
 def _rows(detections: Detections, names: list[str]) -> np.ndarray:
