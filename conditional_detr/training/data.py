@@ -96,6 +96,10 @@ class CocoData(Dataset[Sample]):
         """Draw other augmentations from now on; workers notice at the next sample."""
         self._epoch.fill_(epoch)
 
+    def describe(self, index: int) -> str:
+        """Return the file of a sample's picture."""
+        return str(self._paths[self._ids[index]])
+
     def __len__(self) -> int:
         return len(self._ids)
 
