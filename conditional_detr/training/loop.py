@@ -140,9 +140,15 @@ class _Run:
     @property
     def settings(self) -> dict[str, Any]:
         """What a state was made with."""
-        others = {"criterion": repr(self.stepper.criterion), "architecture": repr(self.stepper.model.config)}
+        model = self.stepper.model
+        others = {
+            "criterion": self.stepper.criterion,
+            "architecture": model.config,
+            "classes": model.metadata.class_names,
+        }
         pictures, processes = len(self.train_data), self.accelerator.num_processes
-        return {**asdict(self.config), **others, "pictures": pictures, "processes": processes}
+        described = {name: repr(value) for name, value in others.items()}
+        return {**asdict(self.config), **described, "pictures": pictures, "processes": processes}
 
     def begin(self, resume: bool) -> None:
         """Load what is to go on, and get ready for several processes."""
