@@ -38,7 +38,7 @@ def draw_boxes(
     boxes: Sequence[Sequence[float]],
     labels: Sequence[int],
     names: Sequence[str],
-    scores: Sequence[float],
+    scores: Sequence[float] | None,
     *,
     font: str | Path | None = None,
 ) -> Image.Image:
@@ -49,7 +49,7 @@ def draw_boxes(
         boxes: K boxes x0 y0 x1 y1 in pixels, best first: the best lie on top, and their labels choose places first.
         labels: K class numbers; each has its own colour, see :func:`class_colour`.
         names: K class names.
-        scores: K numbers, written with two digits.
+        scores: K numbers, written with two digits; None: the names alone.
         font: a TrueType file, for scripts that PIL's built-in font lacks.
 
     Returns:
@@ -59,14 +59,15 @@ def draw_boxes(
         OSError: the font's file is missing or no font.
         ValueError: not K of each, or boxes that are not four finite numbers.
     """
-    counts = [len(boxes), len(labels), len(names), len(scores)]
+    scored: Sequence[float | None] = [None] * len(boxes) if scores is None else scores
+    counts = [len(boxes), len(labels), len(names), len(scored)]
     if len(set(counts)) > 1:
         raise ValueError(f"expected as many boxes as labels, names and scores, got {counts}")
     font_at = _font_at(font)
     drawn = image.convert("RGB")
     line = math.ceil(math.sqrt(drawn.width * drawn.height) / 350)
     frames = [_frame(box, line, drawn.size) for box in boxes]
-    tags = _arrange(frames, list(zip(names, scores, strict=True)), drawn.size, font_at)
+    tags = _arrange(frames, list(zip(names, scored, strict=True)), drawn.size, font_at)
     colours = [class_colour(label) for label in labels]
     canvas = ImageDraw.Draw(drawn, "RGBA")
     for frame, colour in reversed(list(zip(frames, colours, strict=True))):
@@ -86,14 +87,14 @@ def class_colour(label: int) -> Colour:
 
 
 def fit_label(
-    name: str, score: float, room: float, size: int, measure: Callable[[str, int], float]
+    name: str, score: float | None, room: float, size: int, measure: Callable[[str, int], float]
 ) -> tuple[str, int]:
     """Return a label's text and size of type for the room there is; ``measure`` gives a text's width at a size.
 
     Too wide, it is set smaller, down to readable type; then loses its score; then is cut short, to nothing at worst.
     """
     name = " ".join(name.split())
-    text = f"{name} {score:.2f}".strip()
+    text = name if score is None else f"{name} {score:.2f}".strip()
     for smaller in range(size, READABLE - 1, -1):
         if measure(text, smaller) <= room:
             return text, smaller
@@ -211,7 +212,7 @@ def _outline(canvas: ImageDraw.ImageDraw, frame: Rectangle, colour: Colour, line
 
 def _arrange(
     frames: Sequence[Rectangle],
-    named: Sequence[tuple[str, float]],
+    named: Sequence[tuple[str, float | None]],
     picture: tuple[int, int],
     font_at: Callable[[int], Font],
 ) -> list[tuple[str, int, Rectangle]]:

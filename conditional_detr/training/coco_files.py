@@ -18,8 +18,8 @@ class Annotations:
         name: what messages call it: its path.
         images: what it says of each picture, by id: file_name, and perhaps height and width.
         categories: class names by id, in any numbering.
-        objects: one dict an object: image_id, category_id, bbox [x0, y0, w, h] in pixels, area, iscrowd, and place:
-            which of the file's annotations it is.
+        objects: one dict an object: image_id, category_id, bbox [x0, y0, w, h] in pixels, area, iscrowd, id (None
+            where it has none), and place: which of the file's annotations it is.
     """
 
     name: str
@@ -28,12 +28,15 @@ class Annotations:
     objects: list[dict[str, Any]]
 
 
-def read_annotations(source: str | Path | Mapping[str, Any] | Annotations) -> Annotations:
+def read_annotations(
+    source: str | Path | Mapping[str, Any] | Annotations, *, refused: list[str] | None = None
+) -> Annotations:
     """Read the annotations of a data set.
 
     Args:
         source: a json file, or what such a file holds, or annotations that were read before, which are given back.
             An object may lack area, which is then that of its box, and iscrowd, which is then 0.
+        refused: takes the messages of objects that are none, which are then left out instead of raising.
 
     Raises:
         OSError: a file that cannot be read.
@@ -53,14 +56,27 @@ def read_annotations(source: str | Path | Mapping[str, Any] | Annotations) -> An
         raise ValueError(f"{name}: expected each category's name once, got more than one {', '.join(twice)}")
     annotations = Annotations(name, images, names, [])
     for i, entry in enumerate(content["annotations"]):
-        where = f"{name}: annotations[{i}]"
-        found = _checked(entry, annotations, where)
-        area = _number(entry.get("area", found["bbox"][2] * found["bbox"][3]), "area", where)
-        crowd = entry.get("iscrowd", 0)
-        if crowd not in (0, 1):
-            raise ValueError(f"{where}: expected 0 or 1 as iscrowd, got {crowd!r}")
-        annotations.objects.append({**found, "area": area, "iscrowd": int(crowd), "place": i})
+        try:
+            annotations.objects.append({**_object(entry, annotations, f"{name}: annotations[{i}]"), "place": i})
+        except ValueError as error:  # noqa: PERF203  # a message an object
+            if refused is None:
+                raise
+            refused.append(str(error))
     return annotations
+
+
+def said_size(annotations: Annotations, image: Id) -> tuple[int, int] | None:
+    """Return the height and width of a picture as the annotations have it, None if they lack one.
+
+    Raises:
+        ValueError: they are no whole pixels.
+    """
+    height, width = (annotations.images[image].get(side) for side in ("height", "width"))
+    for value in (height, width):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            where, got = f"{annotations.name}: picture {image}", f"{height!r} and {width!r}"
+            raise ValueError(f"{where}: expected height and width in whole pixels, got {got}")
+    return None if height is None or width is None else (height, width)
 
 
 def picture_paths(annotations: Annotations, folder: str | Path) -> dict[Id, Path]:
@@ -150,6 +166,18 @@ def _by_id(entries: Sequence[Any], where: str) -> dict[Id, Mapping[str, Any]]:
     if not found:
         raise ValueError(f"{where}: expected at least one, got none")
     return found
+
+
+def _object(entry: Any, annotations: Annotations, where: str) -> dict[str, Any]:
+    """Return an object, what it may lack filled in."""
+    found = _checked(entry, annotations, where)
+    area = _number(entry.get("area", found["bbox"][2] * found["bbox"][3]), "area", where)
+    crowd = entry.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        raise ValueError(f"{where}: expected 0 or 1 as iscrowd, got {crowd!r}")
+    if not isinstance(entry.get("id"), int | str | None):
+        raise ValueError(f"{where}: expected a whole number or a string as id, got {entry['id']!r}")
+    return {**found, "area": area, "iscrowd": int(crowd), "id": entry.get("id")}
 
 
 def _checked(entry: Any, annotations: Annotations, where: str) -> dict[str, Any]:

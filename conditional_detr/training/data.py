@@ -19,8 +19,14 @@ from conditional_detr.images import normalise, open_picture, resized_size, size_
 from conditional_detr.metadata import Metadata, Preprocessing
 from conditional_detr.training.augmentation import Augmentation as Augmentation
 from conditional_detr.training.augmentation import scene_of
-from conditional_detr.training.coco_files import Annotations, Id, check_size, picture_paths, read_annotations
-from conditional_detr.training.objects import clip_objects, misread, warn_of
+from conditional_detr.training.coco_files import (
+    Id,
+    check_size,
+    picture_paths,
+    read_annotations,
+    said_size,
+)
+from conditional_detr.training.objects import clip_objects, misread, name_rows, warn_of
 
 Sample: TypeAlias = tuple[Tensor, dict[str, Any]]
 """Pixels (3, H, W) float32, normalised; and the target: labels (T,) int64, boxes (T, 4) cx cy w h in [0, 1] of the
@@ -81,7 +87,9 @@ class CocoData(Dataset[Sample]):
         self.seed = seed
         self._paths = picture_paths(self.annotations, self.images)
         self._ids = list(self._paths)
-        sizes = {image: _size(self.annotations, image, path) for image, path in self._paths.items()}
+        sizes = {
+            image: said_size(self.annotations, image) or size_of_file(path) for image, path in self._paths.items()
+        }
         self.shapes = [resized_size(*sizes[image], preprocessing) for image in self._ids]
         self.class_names, self.category_ids = name_rows(self.annotations, class_names)
         self._boxes, self._labels = self._targets(sizes)
@@ -142,42 +150,6 @@ class CocoData(Dataset[Sample]):
             {image: torch.tensor(np.array(b), dtype=torch.float32).reshape(-1, 4) for image, b in boxes.items()},
             {image: torch.tensor(of_picture, dtype=torch.int64) for image, of_picture in labels.items()},
         )
-
-
-def name_rows(
-    data: Annotations, class_names: Sequence[str | None] | None
-) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
-    """Return the class of each row of the class head, and the data set's id of it.
-
-    Args:
-        data: the annotations.
-        class_names: the rows that are wanted; None: the annotations' classes, by their ids.
-
-    Returns:
-        The names; and an id a row: the annotations' where it is a number, else one that is not taken.
-
-    Raises:
-        TypeError: one string in place of names.
-        ValueError: a class of the annotations that has no row, or a name that stands twice.
-    """
-    ids = {name: category for category, name in data.categories.items()}
-    if isinstance(class_names, str):
-        raise TypeError(f"class_names: expected a sequence of strings, got {class_names!r}")
-    if class_names is None:
-        class_names = [
-            data.categories[category] for category in sorted(data.categories, key=lambda i: (str(type(i)), i))
-        ]
-    named = [name for name in class_names if name is not None]
-    if len(set(named)) < len(named):
-        raise ValueError(f"class_names: expected each name once, got {', '.join(named)}")
-    if missing := [name for name in ids if name not in named]:
-        raise ValueError(
-            f"class_names: expected all classes of {data.name}, got {', '.join(named)} without {', '.join(missing)}"
-        )
-    taken = {category for category in ids.values() if isinstance(category, int)}
-    free = (number for number in range(len(class_names) + len(taken)) if number not in taken)
-    known = [ids.get(name) if name is not None else None for name in class_names]
-    return tuple(class_names), tuple(i if isinstance(i, int) else next(free) for i in known)
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None, list[dict[str, Any]]]:
@@ -280,16 +252,6 @@ def _with_samples_for_all(steps: list[list[int]], processes: int) -> list[list[i
                 steps[place] = both[:processes]
             break
     return steps
-
-
-def _size(data: Annotations, image: Id, path: Path) -> tuple[int, int]:
-    """Return a picture's height and width, from the annotations, or where they have none, from its file."""
-    height, width = (data.images[image].get(side) for side in ("height", "width"))
-    for value in (height, width):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            got = f"{height!r} and {width!r}"
-            raise ValueError(f"{data.name}: picture {image}: expected height and width in whole pixels, got {got}")
-    return size_of_file(path) if height is None or width is None else (height, width)
 
 
 def _fractions(boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -182,6 +182,7 @@ class _Run:
             while self.epoch < self.config.epochs and not self.stopped_early:
                 self._train_epoch(stop)
                 self._end_epoch()
+                self._stop_if_asked(stop)
         except (OSError, ValueError) as error:
             where = "there is no checkpoint yet"
             if self.saved_step is not None:
@@ -223,21 +224,19 @@ class _Run:
             self.losses.append(numbers["loss"])
             if self.journal is not None:
                 self.journal.step({"step": self.step, "epoch": self.epoch, **numbers})
-            asked = self._anyone(stop.asked)
-            if asked or self.step % self.config.save_every == 0:
+            if self.step % self.config.save_every == 0:
                 self._save()
-            if asked:
-                self._say(f"stopped after step {self.step}; resume goes on from {self.folder / LAST}")
-                raise KeyboardInterrupt
+            self._stop_if_asked(stop)
 
-    def _anyone(self, asked: bool) -> bool:
-        """Return whether any process was asked to stop: all have to agree."""
-        share = torch.tensor(float(asked), device=self.accelerator.device)
-        return (
-            self.accelerator.reduce(share, reduction="mean").item() > 0
-            if self.accelerator.num_processes > 1
-            else asked
-        )
+    def _stop_if_asked(self, stop: StopRequest) -> None:
+        """Save and raise KeyboardInterrupt if any process was asked to stop: all have to agree."""
+        asked = torch.tensor(float(stop.asked), device=self.accelerator.device)
+        if self.accelerator.reduce(asked, reduction="mean").item() == 0:
+            return
+        if self.saved_step != self.step:
+            self._save()
+        self._say(f"stopped after step {self.step}; resume goes on from {self.folder / LAST}")
+        raise KeyboardInterrupt
 
     def _describe(self, index: int) -> str:
         """Name a picture of the training data, by its file where it has one."""

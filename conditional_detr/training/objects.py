@@ -1,7 +1,7 @@
-"""Which objects of annotations become targets, and what stands in the way of the others."""
+"""Which rows of the class head, and which targets, annotations come to; and what stands in the way."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +16,7 @@ ZERO_AREA = "have zero area, and are left out of the targets"
 OUTSIDE = "lie outside their pictures, and are left out of the targets"
 REACHING = f"reach more than {ROUNDING:g} pixel outside their pictures, and are clipped"
 TWICE = "stand twice, the same box of the same class, and both count"
-NAME_TWICE = "pictures have a file_name that stood before, and both count"
-ID_TWICE = "have an id that stood before"
+ID_TWICE = "have an id that stood before, and both count"
 
 
 class Objects(NamedTuple):
@@ -52,8 +51,12 @@ def clip_objects(data: Annotations, sizes: Mapping[Id, tuple[int, int]]) -> Obje
     zero_area = (given[:, 2:] < SMALLEST_SIDE).any(axis=1)
     outside = ~zero_area & (boxes[:, 2:] - boxes[:, :2] < SMALLEST_SIDE).any(axis=1)
     reaching = ~zero_area & ~outside & (np.abs(corners - boxes) > ROUNDING).any(axis=1)
-    masks = {ZERO_AREA: zero_area, OUTSIDE: outside, REACHING: reaching, TWICE: _repeated(data, places)}
+    masks = {ZERO_AREA: zero_area, OUTSIDE: outside, REACHING: reaching}
     findings = {what: [places[row] for row in np.flatnonzero(mask)] for what, mask in masks.items()}
+    kept = [data.objects[place] for place in places]
+    boxes_of_class = [(entry["image_id"], entry["category_id"], *entry["bbox"]) for entry in kept]
+    findings[TWICE] = [places[row] for row in repeated(boxes_of_class)]
+    findings[ID_TWICE] = repeated([entry["id"] for entry in data.objects])
     return Objects(boxes, ~zero_area & ~outside, places, findings)
 
 
@@ -75,31 +78,66 @@ def misread(data: Annotations, sizes: Mapping[Id, tuple[int, int]]) -> str:
     return ""
 
 
+def name_rows(
+    data: Annotations, class_names: Sequence[str | None] | None
+) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
+    """Return the class of each row of the class head, and the data set's id of it.
+
+    Args:
+        data: the annotations.
+        class_names: the rows that are wanted; None: the annotations' classes, by their ids.
+
+    Returns:
+        The names; and an id a row: the annotations' where it is a number, else one that is not taken.
+
+    Raises:
+        TypeError: one string in place of names.
+        ValueError: a class of the annotations that has no row, or a name that stands twice.
+    """
+    ids = {name: category for category, name in data.categories.items()}
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names: expected a sequence of strings, got {class_names!r}")
+    if class_names is None:
+        class_names = [
+            data.categories[category] for category in sorted(data.categories, key=lambda i: (str(type(i)), i))
+        ]
+    named = [name for name in class_names if name is not None]
+    if len(set(named)) < len(named):
+        raise ValueError(f"class_names: expected each name once, got {', '.join(named)}")
+    if missing := [name for name in ids if name not in named]:
+        raise ValueError(
+            f"class_names: expected all classes of {data.name}, got {', '.join(named)} without {', '.join(missing)}"
+        )
+    taken = {category for category in ids.values() if isinstance(category, int)}
+    free = (number for number in range(len(class_names) + len(taken)) if number not in taken)
+    known = [ids.get(name) if name is not None else None for name in class_names]
+    return tuple(class_names), tuple(i if isinstance(i, int) else next(free) for i in known)
+
+
 def warn_of(data: Annotations, findings: Mapping[str, Sequence[int]]) -> None:
     """Warn of each kind of finding once, with its number and the first of its objects."""
     for what, places in findings.items():
         if places:
-            message = f"{data.name}: {len(places)} of {len(data.objects)} objects {what}: {name_objects(data, places)}"
-            warnings.warn(message, stacklevel=3)
+            named = ", ".join(name_object(data, place) for place in places[:SHOWN])
+            more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
+            warnings.warn(
+                f"{data.name}: {len(places)} of {len(data.objects)} objects {what}: {named}{more}", stacklevel=4
+            )
 
 
-def name_objects(data: Annotations, places: Sequence[int]) -> str:
-    """Name the first of some objects: their place in the file and their picture."""
-    named = []
-    for place in places[:SHOWN]:
-        entry = data.objects[place]
-        picture = data.images[entry["image_id"]].get("file_name", f"picture {entry['image_id']}")
-        named.append(f"annotations[{entry['place']}] of {picture}")
-    return ", ".join(named) + (f" and {len(places) - SHOWN} more" if len(places) > SHOWN else "")
+def name_object(data: Annotations, place: int) -> str:
+    """Name one of the annotations' objects: its place in the file, and its picture."""
+    entry = data.objects[place]
+    picture = data.images[entry["image_id"]].get("file_name", f"picture {entry['image_id']}")
+    return f"annotations[{entry['place']}] of {picture}"
 
 
-def _repeated(data: Annotations, places: Sequence[int]) -> np.ndarray:
-    """Tell which objects stood before: the same picture, class and box."""
-    seen = set()
-    repeated = np.zeros(len(places), dtype=bool)
-    for row, place in enumerate(places):
-        entry = data.objects[place]
-        key = (entry["image_id"], entry["category_id"], *entry["bbox"])
-        repeated[row] = key in seen
+def repeated(keys: Sequence[Hashable]) -> list[int]:
+    """Return the places of keys that stood before; None is no key."""
+    seen: set[Hashable] = set()
+    places = []
+    for place, key in enumerate(keys):
+        if key is not None and key in seen:
+            places.append(place)
         seen.add(key)
-    return repeated
+    return places
