@@ -16,9 +16,10 @@ from conditional_detr.model import ConditionalDETR, Config
 from conditional_detr.training.checkpoints import LAST, STATE
 from conditional_detr.training.coco_files import read_annotations
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.data import Augmentation, CocoData, name_rows
+from conditional_detr.training.data import Augmentation, CocoData
 from conditional_detr.training.loop import TrainResult
 from conditional_detr.training.loop import train as run
+from conditional_detr.training.objects import name_rows
 from conditional_detr.weights import from_pretrained
 
 NOTHING = "none"
