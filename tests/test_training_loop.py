@@ -1,9 +1,11 @@
 """Training learns; its parts by hand-worked numbers and torch's own; processes; what stops it."""
 
 import math
-import socket
+import os
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from conftest import assert_same
 from torch import nn
-from training_runs import Rectangles, five_steps, one_of_two, small_model, steps_of
+from training_runs import Rectangles, five_steps, small_model, steps_of
 
 from conditional_detr import ConditionalDETR, Config, HungarianMatcher, SetLoss
 from conditional_detr.training.config import TrainConfig
@@ -422,12 +424,16 @@ def test_what_cannot_be_read_stops_with_its_own_message(tmp_path, workers):
 # ---- processes
 
 
-def test_two_processes_train_as_one_with_the_joined_batch(tmp_path):
+def test_two_processes_of_accelerate_launch_train_as_one_with_the_joined_batch(tmp_path):
     """Five steps of unlike numbers of boxes: the same losses, norms, weights and AP; the first process writes."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, tmp_path / "two"), nprocs=2)
+    script = Path(__file__).with_name("training_runs.py")
+    # of --cpu, accelerate starts one process only, whatever number is asked for
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    options += ["--dynamo_backend", "no", "--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, script, tmp_path / "two"]
+    path = os.pathsep.join(sys.path)
+    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     model, result = five_steps(tmp_path / "one", batch_size=4)
     _assert_same_run(
         tmp_path / "one", tmp_path / "two", model, ConditionalDETR.from_pretrained(tmp_path / "two" / "last")

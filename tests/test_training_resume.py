@@ -5,12 +5,15 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_same
-from training_runs import RESUMED, Rectangles, killed_at, resumable, small_model, steps_of
+from training_runs import RESUMED, Rectangles, resumable, small_model, steps_of
 
 from conditional_detr import ConditionalDETR, SetLoss
 from conditional_detr.training import checkpoints
@@ -31,15 +34,17 @@ def uninterrupted(tmp_path_factory):
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """Two runs that were killed after step 5, one with workers and one without: the last checkpoint is of step 4."""
-    context = torch.multiprocessing.get_context("spawn")
     folders = {workers: tmp_path_factory.mktemp(f"killed{workers}") for workers in (0, 2)}
-    threads = torch.get_num_threads()
-    processes = [context.Process(target=killed_at, args=(f, 5, w, threads)) for w, f in folders.items()]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
+    code = "import sys; from training_runs import killed_at; killed_at(sys.argv[1], *map(int, sys.argv[2:]))"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, folder, "5", str(workers), str(torch.get_num_threads())],
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        for workers, folder in folders.items()
+    ]
+    assert [process.wait(120) for process in processes] == [-signal.SIGKILL] * 2
     return folders
 
 

@@ -4,6 +4,9 @@ import json
 import os
 import random
 import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -70,8 +73,6 @@ class Rectangles:
 
 
 def small_model(seed=0, **changes):
-    from dataclasses import replace
-
     torch.manual_seed(seed)
     return ConditionalDETR(replace(SMALL, **changes), Metadata(("red", "blue")))
 
@@ -98,8 +99,6 @@ RESUMED = TrainConfig(
 
 def resumable(folder, *, workers, resume=False):
     """The run that is killed and goes on: dropout, noise from the global generators, accumulation, all that moves."""
-    from dataclasses import replace
-
     data, config = Rectangles(11, noise=0.1), replace(RESUMED, workers=workers)
     model = small_model(dropout=0.1)
     return model, train(model, data, Rectangles(3, seed=1), config, folder=folder, resume=resume, progress=False)
@@ -116,16 +115,7 @@ def killed_at(folder, step, workers, threads):
             os.kill(os.getpid(), signal.SIGKILL)
 
     Journal.step = step_and_die
-    resumable(folder, workers=workers)
-
-
-def one_of_two(rank, port, folder):
-    """Train in one process of two, on half of each batch."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), ACCELERATE_USE_CPU="1")
-    five_steps(folder, batch_size=2)
-    torch.distributed.destroy_process_group()
+    resumable(Path(folder), workers=workers)
 
 
 def five_steps(folder, *, batch_size):
@@ -140,3 +130,8 @@ def five_steps(folder, *, batch_size):
     model = small_model(dropout=0.0)
     val = Rectangles(5, seed=1)
     return model, train(model, data, val, config, folder=folder, progress=False)
+
+
+if __name__ == "__main__":  # of accelerate launch, in each of two processes on half of each batch
+    five_steps(Path(sys.argv[1]), batch_size=2)
+    torch.distributed.destroy_process_group()
