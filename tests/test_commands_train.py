@@ -37,7 +37,7 @@ SHORT = ("--shortest-edge", 64, "--batch-size", 4, "--accumulation", 1, "--worke
 
 
 def test_fine_tunes_weights_resumes_and_detects(shapes, small, tmp_path):
-    """The classes are the data set's; the loss starts low enough for 3 layers; --resume needs no --weights."""
+    """The classes are the data set's, their loss starts low; --resume needs no --weights."""
     output = tmp_path / "run"
     options = (*data_of(shapes), *SHORT, "--output", output)
     begun = run("train", *options, "--weights", small, "--epochs", 1)
@@ -46,7 +46,7 @@ def test_fine_tunes_weights_resumes_and_detects(shapes, small, tmp_path):
     assert f"after 2 steps: {output / 'last'}" in begun.stdout
     assert "after the first epoch, on 8 training pictures with" in begun.stderr
     first, second = steps_of(output)
-    assert first["loss"] < 20
+    assert first["class"] < 2  # new rows begin at the prior; boxes of random weights are anywhere
     model = ConditionalDETR.from_pretrained(output / "best")
     assert model.metadata.class_names == CLASS_NAMES
     categories = json.loads((shapes / "instances_train.json").read_text())["categories"]
