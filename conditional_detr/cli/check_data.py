@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from PIL import Image
 from rich.table import Table
 
 from conditional_detr.cli.console import FAILED, one_line_errors, out, progress_bar
@@ -33,6 +34,8 @@ def check_data(
         for path in (json_file, sheet):
             if path is not None and not path.absolute().parent.is_dir():  # before all the work, not after
                 raise NotADirectoryError(f"{path}: expected a file in a folder that exists, got {path.parent}")
+        if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"{sheet}: expected a picture's suffix, such as .jpg or .png, got {sheet.suffix!r}")
         with progress_bar(shown=True) as bar:
             task = bar.add_task("checking", total=None)
             report = check(data, images, progress=lambda done, total: bar.update(task, completed=done, total=total))

@@ -97,7 +97,7 @@ def picture_paths(annotations: Annotations, folder: str | Path) -> dict[Id, Path
                 f"{annotations.name}: picture {image}: expected a file_name, got {entry.get('file_name')!r}"
             )
         paths[image] = folder / entry["file_name"]
-    if missing := [path for path in paths.values() if not path.exists()]:
+    if missing := [path for path in paths.values() if not path.is_file()]:
         count = f"{len(missing)} of the {len(paths)} pictures of {annotations.name} are missing"
         raise FileNotFoundError(f"{missing[0]}: no such file; {count}")
     return paths
@@ -112,7 +112,8 @@ def check_size(entry: Mapping[str, Any], size: tuple[int, int], path: Path, name
         path: its file.
         name: what the annotations are called.
     """
-    said = entry.get("height", size[0]), entry.get("width", size[1])
+    height, width = entry.get("height"), entry.get("width")
+    said = size[0] if height is None else height, size[1] if width is None else width
     if said != size:
         raise ValueError(f"{path}: expected {said[1]} x {said[0]} pixels, as {name} says, got {size[1]} x {size[0]}")
 

@@ -19,14 +19,8 @@ from conditional_detr.images import normalise, open_picture, resized_size, size_
 from conditional_detr.metadata import Metadata, Preprocessing
 from conditional_detr.training.augmentation import Augmentation as Augmentation
 from conditional_detr.training.augmentation import scene_of
-from conditional_detr.training.coco_files import (
-    Id,
-    check_size,
-    picture_paths,
-    read_annotations,
-    said_size,
-)
-from conditional_detr.training.objects import clip_objects, misread, name_rows, warn_of
+from conditional_detr.training.coco_files import Id, check_size, picture_paths, read_annotations, said_size
+from conditional_detr.training.objects import clip_objects, misread, name_rows, warn_of, warn_of_names
 
 Sample: TypeAlias = tuple[Tensor, dict[str, Any]]
 """Pixels (3, H, W) float32, normalised; and the target: labels (T,) int64, boxes (T, 4) cx cy w h in [0, 1] of the
@@ -78,8 +72,11 @@ class CocoData(Dataset[Sample]):
 
         Raises:
             OSError: a file that cannot be read or is not there.
-            ValueError: annotations that are none, without any object, or whose boxes look like another format.
+            ValueError: annotations that are none, without any object, or whose boxes look like another format; classes
+                without a row; a negative seed.
         """
+        if seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {seed}")
         self.annotations = read_annotations(annotations)
         self.images = Path(images)
         self.augmentation = augmentation or Augmentation()
@@ -101,7 +98,13 @@ class CocoData(Dataset[Sample]):
         return Metadata(self.class_names, self.category_ids, self.preprocessing)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other augmentations from now on; workers notice at the next sample."""
+        """Draw other augmentations from now on; workers notice at the next sample.
+
+        Raises:
+            ValueError: a negative epoch.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch: expected at least 0, got {epoch}")
         self._epoch.fill_(epoch)
 
     def describe(self, index: int) -> str:
@@ -138,6 +141,7 @@ class CocoData(Dataset[Sample]):
         if not found.usable.any():
             raise ValueError(f"{data.name}: expected objects to train on, got {len(data.objects)}, none of use")
         warn_of(data, found.findings)
+        warn_of_names(data)
         rows = {name: row for row, name in enumerate(self.class_names)}
         boxes: dict[Id, list[np.ndarray]] = {image: [] for image in self._ids}
         labels: dict[Id, list[int]] = {image: [] for image in self._ids}
@@ -170,7 +174,9 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None, list[dict
         raise ValueError("samples: expected at least one, got none")
     for i, sample in enumerate(samples):
         if not isinstance(sample, tuple | list) or len(sample) != 2 or not isinstance(sample[0], Tensor):
-            raise TypeError(f"samples[{i}]: expected (pixels, target), got {type(sample).__name__}")
+            # the annotation asks, this checks
+            of = f" of {type(sample[0]).__name__}" if isinstance(sample, tuple | list) and sample else ""  # type: ignore[unreachable]
+            raise TypeError(f"samples[{i}]: expected (pixels, target), got {type(sample).__name__}{of}")
         if sample[0].dim() != 3 or sample[0].shape[0] != 3:
             raise ValueError(f"samples[{i}]: expected pixels (3, H, W), got {tuple(sample[0].shape)}")
         if sample[0].dtype != torch.float32:
@@ -222,22 +228,27 @@ def batches(
     generator = np.random.default_rng((seed, epoch))
     size = batch_size * processes
     order = generator.permutation(len(data)).tolist() if shuffle else list(range(len(data)))
+    shapes = getattr(data, "shapes", None) if shuffle else None
+    steps = _steps(order, shapes, size)
+    if shuffle:
+        steps = [steps[i] for i in generator.permutation(len(steps))]
+    return [step[rank::processes] for step in _with_samples_for_all(steps, processes)]
+
+
+def _steps(order: list[int], shapes: Sequence[tuple[int, int]] | None, size: int) -> list[list[int]]:
+    """Cut an order of samples into steps: full ones of one shape, then of what is left over, by the sides' ratio."""
     steps: list[list[int]] = []
-    shapes = getattr(data, "shapes", None)
-    if shuffle and shapes is not None:
+    if shapes is not None:
         groups: dict[tuple[int, int], list[int]] = {}
         for i in order:
-            groups.setdefault(tuple(shapes[i]), []).append(i)
+            groups.setdefault(shapes[i], []).append(i)
         order = []
         for group in groups.values():
             full = len(group) // size * size
             steps += [group[i : i + size] for i in range(0, full, size)]
             order += group[full:]
         order.sort(key=lambda i: shapes[i][0] / shapes[i][1])
-    steps += [order[i : i + size] for i in range(0, len(order), size)]
-    if shuffle:
-        steps = [steps[i] for i in generator.permutation(len(steps))]
-    return [step[rank::processes] for step in _with_samples_for_all(steps, processes)]
+    return steps + [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def _with_samples_for_all(steps: list[list[int]], processes: int) -> list[list[int]]:

@@ -174,10 +174,17 @@ def _check_pictures(
 
 def _check_objects(data: Annotations, sizes: Mapping[Id, tuple[int, int]], problems: Cases, notes: Cases) -> None:
     """Find what is wrong with the boxes of pictures whose size is known, and what is rare."""
+    busy = {entry["image_id"] for entry in data.objects}
+    notes["pictures without an object"] = [
+        str(entry.get("file_name", f"picture {image}")) for image, entry in data.images.items() if image not in busy
+    ]
     data = replace(data, objects=[entry for entry in data.objects if entry["image_id"] in sizes])
-    if looks := misread(data, sizes):
-        problems["boxes all together"].append(looks)
+    if looks := misread(data, sizes):  # what else is wrong with each follows from that
+        problems["data set whose boxes are not x0 y0 w h in pixels"].append(looks)
+        return
     found = clip_objects(data, sizes)
+    if not found.usable.any():
+        problems["data set without an object to train on"].append(data.name)
     for what, places in found.findings.items():
         problems[f"objects that {what}"] = [name_object(data, place) for place in places]
     bounds = np.array([sizes[data.objects[place]["image_id"]][::-1] for place in found.places]).reshape(-1, 2)
@@ -189,10 +196,6 @@ def _check_objects(data: Annotations, sizes: Mapping[Id, tuple[int, int]], probl
     for kind, mask in masks.items():
         rows = np.flatnonzero(mask & found.usable)
         notes[kind] = [name_object(data, found.places[row]) for row in rows]
-    busy = {entry["image_id"] for entry in data.objects}
-    notes["pictures without an object"] = [
-        str(entry.get("file_name", f"picture {image}")) for image, entry in data.images.items() if image not in busy
-    ]
 
 
 def _measure(sides: list[list[float]]) -> dict[str, float]:

@@ -125,6 +125,15 @@ def warn_of(data: Annotations, findings: Mapping[str, Sequence[int]]) -> None:
             )
 
 
+def warn_of_names(data: Annotations) -> None:
+    """Warn of pictures that are in the annotations more than once."""
+    names = [str(entry["file_name"]) for entry in data.images.values()]
+    if twice := sorted({names[place] for place in repeated(names)}):
+        more = f" and {len(twice) - SHOWN} more" if len(twice) > SHOWN else ""
+        message = f"{data.name}: {len(twice)} pictures are there more than once: {', '.join(twice[:SHOWN])}{more}"
+        warnings.warn(message, stacklevel=4)
+
+
 def name_object(data: Annotations, place: int) -> str:
     """Name one of the annotations' objects: its place in the file, and its picture."""
     entry = data.objects[place]

@@ -21,7 +21,8 @@ SIZE = (192, 256)  # height and width of a picture
 MOST_OBJECTS = 8
 LEAST_VISIBLE = 0.5  # of a shape; what would hide more of it is not drawn
 _FINER = 3  # masks are drawn so many times larger and averaged: smooth edges
-_RADII = 0.06, 0.3  # of the picture's shorter side
+_RADII = 0.06, 0.35  # of the picture's shorter side
+_NOISE = 1.0, 6.0  # standard deviation, of 255
 _PATTERNS: tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], ...] = (
     lambda u, v: np.zeros_like(u),  # plain
     lambda u, v: np.tanh(3 * np.sin(u)),  # stripes
@@ -70,7 +71,7 @@ def draw_picture(seed: int, index: int, *, size: tuple[int, int] = SIZE) -> tupl
         x0, y0, x1, y1 = _box(mask > 0)
         fill = _texture(random, (y1 - y0, x1 - x0), colour, 25, min(size))
         pixels[y0:y1, x0:x1] += mask[y0:y1, x0:x1, None] * (fill - pixels[y0:y1, x0:x1])
-    pixels += random.normal(0, random.uniform(1, 6), pixels.shape)
+    pixels += random.normal(0, random.uniform(*_NOISE), pixels.shape)
     image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
     labels = np.array([shape.label for shape in shapes], dtype=np.int64)
     return image, np.array([_box(shape.visible) for shape in shapes], dtype=np.float64), labels
@@ -114,17 +115,8 @@ def write_shapes(
         name = f"{i:06d}.jpg"
         image.save(folder / split / name, quality=92)
         images.append({"id": i + 1, "file_name": name, "height": image.height, "width": image.width})
-        for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist(), strict=True):
-            objects.append(
-                {
-                    "id": len(objects) + 1,
-                    "image_id": i + 1,
-                    "category_id": label + 1,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0),
-                    "iscrowd": 0,
-                }
-            )
+        for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
+            objects.append(_object(len(objects) + 1, i + 1, label + 1, box))
         if progress is not None:
             progress(i + 1, pictures)
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASS_NAMES)]
@@ -132,6 +124,13 @@ def write_shapes(
     path = folder / f"instances_{split}.json"
     write_whole({path: lambda unfinished: unfinished.write_text(text, encoding="utf-8")})
     return path
+
+
+def _object(number: int, picture: int, category: int, box: list[float]) -> dict[str, Any]:
+    """Return an object as COCO's json has it."""
+    x0, y0, x1, y1 = box
+    bbox, area = [x0, y0, x1 - x0, y1 - y0], (x1 - x0) * (y1 - y0)
+    return {"id": number, "image_id": picture, "category_id": category, "bbox": bbox, "area": area, "iscrowd": 0}
 
 
 def _outline(name: str) -> np.ndarray:
