@@ -15,6 +15,7 @@ from torchvision.ops import box_convert
 from conditional_detr.detections import Detections
 from conditional_detr.drawing import draw_attention
 from conditional_detr.images import normalise, open_picture, resize, size_of, to_pil
+from conditional_detr.layers import evaluation_mode
 from conditional_detr.model import ConditionalDETR
 from conditional_detr.pipeline import prepare_ahead, run_together
 from conditional_detr.sources import LIMITS, Limits, Local, Picture, bring, is_one_picture, name_of
@@ -288,13 +289,8 @@ class Detector:
     def _evaluate(self, function: Any, pixels: Tensor) -> Any:
         """Apply the model or a part of it in eval mode, where it is, and leave its mode as it was."""
         weight = self.model.projection.weight
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
+        with evaluation_mode(self.model):
             return function(pixels.to(weight.device, weight.dtype))
-        finally:
-            for module in training:  # each by itself: a part may have been set to eval mode on purpose
-                module.training = True
 
     def _rows(self, classes: Iterable[str | int] | None) -> Tensor:
         """Return the rows of the class head to report: named ones, and of those the wanted ones."""

@@ -1,6 +1,7 @@
-"""What several parts share: linear layers, small perceptrons, the inverse sigmoid, the precision to compute in."""
+"""What several parts share: linear layers, small perceptrons, the inverse sigmoid, precision and mode."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -95,3 +96,15 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
         eps: lower bound of numerator and denominator.
     """
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode, and in the end each of its parts back into the mode that it was in."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:  # each by itself: a part may have been set to eval mode on purpose
+            part.training = True

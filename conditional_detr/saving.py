@@ -70,21 +70,33 @@ def save_as(
             does not fit the config, or is not finite in ``dtype``; "original": the authors' code does not build this
             trunk.
     """
+    writers = writers_of(model, target, family, dtype=dtype)
+    files = tuple(writers)
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(writers)
+    if family == "original":
+        _tell_what_is_lost(model, files[0])
+    return files
+
+
+def writers_of(
+    model: ConditionalDETR, target: str | Path, family: Family = "published", *, dtype: torch.dtype | None = None
+) -> dict[Path, Callable[[Path], object]]:
+    """Return what writes each file of :func:`save_as`, the weights first, for those who write others with them.
+
+    Raises:
+        ValueError: as of :func:`save_as`.
+    """
     files = files_of(target, family)
     state = _checked_state(model, dtype)
     if family == "original":
         _check_trunk_is_the_authors(model.config, state)
     tensors = _renamed(state, Naming(family))
-    files[0].parent.mkdir(parents=True, exist_ok=True)
     if family == "original":
-        content = {"model": tensors, "args": write_arguments(model.config)}
-        _write({files[0]: partial(torch.save, content)})
-        _tell_what_is_lost(model, files[0])
-    else:
-        jsons = (write_config(model.config, model.metadata), write_preprocessor(model.metadata.preprocessing))
-        writers = [partial(_write_safetensors, tensors), *(partial(_write_json, content) for content in jsons)]
-        _write(dict(zip(files, writers, strict=True)))
-    return files
+        return {files[0]: partial(torch.save, {"model": tensors, "args": write_arguments(model.config)})}
+    jsons = (write_config(model.config, model.metadata), write_preprocessor(model.metadata.preprocessing))
+    writers = [partial(_write_safetensors, tensors), *(partial(_write_json, content) for content in jsons)]
+    return dict(zip(files, writers, strict=True))
 
 
 def files_of(target: str | Path, family: Family) -> tuple[Path, ...]:
@@ -169,8 +181,8 @@ def _tell_what_is_lost(model: ConditionalDETR, path: Path) -> None:
         _log.warning("%s holds no %s: this format has no place for them", path, ", ".join(lost))
 
 
-def _write(writers: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Write files, all of them or none.
+def write_tensors(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Write files, all of them or none, some with torch or safetensors.
 
     Raises:
         OSError: a file cannot be written.

@@ -45,8 +45,8 @@ def test_block_runs_and_prints_what_it_says(workplace, capsys, code, printed):
 
 def test_there_are_blocks_and_the_first_comes_early():
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(BLOCKS) == 6
-    assert sum(bool(printed) for _, printed in BLOCKS) == 5
+    assert len(BLOCKS) == 7
+    assert sum(bool(printed) for _, printed in BLOCKS) == 6
     assert lines.index("```python") < 30
 
 
@@ -93,3 +93,27 @@ def test_example_replace_head(tmp_path):
         "kept ('cat',), made ('hedgehog',)",
         "logits (6, 1, 50, 5), boxes (6, 1, 50, 4), 19,499,659 parameters train",
     ]
+
+
+def test_example_plain_loop(tmp_path):
+    *epochs, saved = run_example("plain_loop", "--epochs", "3", "--pictures", "32", folder=tmp_path)
+    losses = [float(line.split()[-1]) for line in epochs]
+    assert losses[2] < losses[0]
+    assert saved == "saved in plain"
+    again = run_example("plain_loop", "--epochs", "1", "--pictures", "8", "--weights", "plain", folder=tmp_path)
+    assert float(again[0].split()[-1]) < losses[0]
+    lines = (ROOT / "examples" / "plain_loop.py").read_text().splitlines()
+    assert len(lines) <= 90
+    assert not any("conditional_detr.training" in line for line in lines)
+
+
+def test_examples_finetune_and_evaluate(tmp_path):
+    trained, found = run_example("finetune", "--epochs", "1", folder=tmp_path)
+    assert re.fullmatch(r"4 steps, weights in finetuned/best, AP 0\.\d+", trained)
+    assert re.fullmatch(r"\d+ objects above 0\.3 on shapes/train/.*", found)
+    resumed, _ = run_example("finetune", "--epochs", "2", "--resume", folder=tmp_path)
+    assert resumed.startswith("8 steps")
+    data = ("--data", "shapes/instances_val.json", "--images", "shapes/val")
+    twelve, *classes = run_example("evaluate", *data, "--weights", "finetuned/best", folder=tmp_path)
+    assert re.match(r"AP 0\.\d{3}  AP50 0\.\d{3}  AP75", twelve)
+    assert sorted(line.split()[0] for line in classes) == ["cross", "disc", "ring", "square", "star", "triangle"]

@@ -12,6 +12,7 @@ from conditional_detr.cli.convert import convert
 from conditional_detr.cli.detect import detect
 from conditional_detr.cli.evaluate import evaluate
 from conditional_detr.cli.info import info
+from conditional_detr.cli.train import train
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
@@ -37,6 +38,7 @@ def main(
 
 app.command()(detect)
 app.command()(attention)
+app.command()(train)
 app.command()(evaluate)
 app.command()(check_data)
 app.command()(info)

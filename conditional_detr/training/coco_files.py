@@ -28,18 +28,22 @@ class Annotations:
     objects: list[dict[str, Any]]
 
 
-def read_annotations(source: str | Path | Mapping[str, Any], *, refused: list[str] | None = None) -> Annotations:
+def read_annotations(
+    source: str | Path | Mapping[str, Any] | Annotations, *, refused: list[str] | None = None
+) -> Annotations:
     """Read the annotations of a data set.
 
     Args:
-        source: a json file, or what such a file holds. An object may lack area, which is then that of its box, and
-            iscrowd, which is then 0.
+        source: a json file, or what such a file holds, or annotations that were read before, which are given back.
+            An object may lack area, which is then that of its box, and iscrowd, which is then 0.
         refused: takes the messages of objects that are none, which are then left out instead of raising.
 
     Raises:
         OSError: a file that cannot be read.
         ValueError: no json, or none of COCO's annotations; the message has the file and the place in it.
     """
+    if isinstance(source, Annotations):
+        return source
     name, content = _read(source, "annotations")
     if not isinstance(content, Mapping):
         raise ValueError(f"{name}: expected an object with images, annotations and categories, got {_kind(content)}")

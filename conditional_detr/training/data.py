@@ -107,6 +107,10 @@ class CocoData(Dataset[Sample]):
             raise ValueError(f"epoch: expected at least 0, got {epoch}")
         self._epoch.fill_(epoch)
 
+    def describe(self, index: int) -> str:
+        """Return the file of a sample's picture."""
+        return str(self._paths[self._ids[index]])
+
     def __len__(self) -> int:
         return len(self._ids)
 

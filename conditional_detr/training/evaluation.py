@@ -55,7 +55,7 @@ class CocoResult:
 
 def evaluate(
     detector: Detector | ConditionalDETR,
-    annotations: str | Path | Mapping[str, Any],
+    annotations: str | Path | Mapping[str, Any] | Annotations,
     images: str | Path,
     *,
     batch_size: int = 8,
@@ -66,7 +66,7 @@ def evaluate(
     Args:
         detector: the detector, or a model, which becomes one. Its class names say which category is which: it must
             have all those of the data set, and is asked for no others.
-        annotations: COCO's json of the data set, or what it holds.
+        annotations: COCO's json of the data set, or what it holds, or what was read of it.
         images: the folder of its pictures.
         batch_size: the most pictures that run together.
         progress: called with the number of pictures done and of all, of this process.

@@ -1,0 +1,112 @@
+"""The settings of a training run, and presets for the usual cases."""
+
+import math
+from dataclasses import dataclass
+
+SCHEDULES: tuple[str, ...] = ("step", "cosine", "constant")
+PRECISIONS: tuple[str | None, ...] = (None, "bfloat16", "float16")
+_AT_LEAST_ONE = ("epochs", "batch_size", "accumulation", "evaluate_every", "save_every")
+_AT_LEAST_ZERO = ("warmup", "patience", "workers", "seed")
+_NOT_NEGATIVE = ("lr", "backbone_lr", "weight_decay", "clip", "ema", "drop_at")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The defaults are the paper's, but for the number of pictures a step, which depends on the machine.
+
+    A preset with changes is ``dataclasses.replace(TrainConfig.finetune(), epochs=10)``.
+
+    Attributes:
+        epochs: how often every picture is seen.
+        batch_size: pictures a forward pass of one process. A step takes batch_size x accumulation x processes.
+        accumulation: forward and backward passes a step; the step is that of the joined batch.
+        lr: AdamW's learning rate.
+        backbone_lr: of the trunk; 0 freezes it.
+        weight_decay: AdamW's.
+        clip: the largest norm of all gradients together; 0: no limit.
+        warmup: steps in which the rates rise from 0.
+        schedule: "step": a tenth of the rates from ``drop_at`` on; "cosine": down to 0 at the end; "constant".
+        drop_at: in [0, 1], the part of the epochs before "step" steps.
+        ema: decay of the weights' moving average, which is what is then evaluated and saved; 0: none. In the first
+            steps it is lower, (1 + n) / (10 + n), so that the first weights are forgotten.
+        autocast: precision of the forward pass, "bfloat16" or "float16" (which needs a GPU); None: the model's own.
+        gradient_checkpointing: compute layers again in the backward pass instead of keeping what they computed: less
+            memory, more time, the same numbers.
+        patience: evaluations without a better AP before training stops; 0: never.
+        evaluate_every: epochs from one evaluation to the next; the last epoch is always evaluated.
+        save_every: steps from one checkpoint to the next; the end of an epoch always has one.
+        workers: processes that prepare pictures beside the training; 0: none.
+        seed: everything drawn follows from it.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of its range.
+    """
+
+    epochs: int = 50
+    batch_size: int = 4
+    accumulation: int = 1
+    lr: float = 1e-4
+    backbone_lr: float = 1e-5
+    weight_decay: float = 1e-4
+    clip: float = 0.1
+    warmup: int = 0
+    schedule: str = "step"
+    drop_at: float = 0.8
+    ema: float = 0.0
+    autocast: str | None = None
+    gradient_checkpointing: bool = False
+    patience: int = 0
+    evaluate_every: int = 1
+    save_every: int = 500
+    workers: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole = {**dict.fromkeys(_AT_LEAST_ONE, 1), **dict.fromkeys(_AT_LEAST_ZERO, 0)}
+        for name, minimum in {**whole, **dict.fromkeys(_NOT_NEGATIVE, 0)}.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int if name in whole else int | float):
+                raise TypeError(f"{name}: expected {'an int' if name in whole else 'a number'}, got {value!r}")
+            if not minimum <= value < math.inf:
+                raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise TypeError(f"gradient_checkpointing: expected a bool, got {self.gradient_checkpointing!r}")
+        if self.ema >= 1:
+            raise ValueError(f"ema: expected a decay below 1, got {self.ema}")
+        if self.drop_at > 1:
+            raise ValueError(f"drop_at: expected a part of the epochs, up to 1, got {self.drop_at}")
+        for name, known in (("schedule", SCHEDULES), ("autocast", PRECISIONS)):
+            if getattr(self, name) not in known:
+                expected = ", ".join(map(repr, known))
+                raise ValueError(f"{name}: expected one of {expected}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_scratch(cls) -> "TrainConfig":
+        """Return the paper's recipe, for a transformer without weights on a data set of COCO's size.
+
+        The paper's 16 pictures a step are 4 here, accumulated 4 times, for one process.
+        """
+        return cls(accumulation=4)
+
+    @classmethod
+    def finetune(cls) -> "TrainConfig":
+        """Return settings for trained weights and thousands of pictures of one's own."""
+        return cls(epochs=24, accumulation=4, warmup=200, schedule="cosine", ema=0.999, patience=8)
+
+    @classmethod
+    def finetune_small(cls) -> "TrainConfig":
+        """Return settings for trained weights and tens to hundreds of pictures."""
+        return cls(
+            epochs=80,
+            batch_size=4,
+            accumulation=2,
+            warmup=50,
+            schedule="cosine",
+            ema=0.995,
+            patience=20,
+            save_every=200,
+        )
+
+
+PRESETS = ("from_scratch", "finetune", "finetune_small")

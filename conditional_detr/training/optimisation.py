@@ -1,0 +1,79 @@
+"""What a step does to the weights: groups of parameters, their rates, the moving average, and memory saved."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+from conditional_detr.model import ConditionalDETR
+from conditional_detr.training.config import TrainConfig
+
+_TRUNK = "backbone."
+_DROP = 0.1  # what is left of the rates after "step" stepped
+
+
+def parameter_groups(model: ConditionalDETR, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return AdamW's groups: what trains of the trunk with its own rate, and all else that trains.
+
+    Raises:
+        ValueError: nothing trains.
+    """
+    trunk: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (trunk if name.startswith(_TRUNK) else others).append(parameter)
+    groups = [(others, config.lr), (trunk, config.backbone_lr)]
+    found = [{"params": group, "lr": rate, "initial_lr": rate} for group, rate in groups if group]
+    if not found:
+        raise ValueError("model: expected parameters that train, got none with requires_grad")
+    return found
+
+
+def rate_factor(config: TrainConfig, step: int, epochs: float) -> float:
+    """Return what the learning rates are multiplied with.
+
+    Args:
+        config: the settings.
+        step: how many steps were done, of all.
+        epochs: how many epochs were done, with the part of the present one.
+    """
+    done = epochs / config.epochs
+    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    if config.schedule == "cosine":
+        return warm * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    if config.schedule == "step" and done >= config.drop_at:
+        return warm * _DROP
+    return warm
+
+
+def moving_average(model: ConditionalDETR, decay: float) -> AveragedModel:
+    """Return a copy of the model that follows it: after n updates by a part 1 - min(decay, (1 + n) / (10 + n))."""
+
+    @torch.no_grad()
+    def follow(averages: Sequence[Tensor], weights: Sequence[Tensor], count: Tensor | int) -> None:
+        n = int(count)
+        torch._foreach_lerp_(list(averages), list(weights), 1 - min(decay, (1 + n) / (10 + n)))
+
+    average = AveragedModel(model, multi_avg_fn=follow)
+    return average.requires_grad_(False)
+
+
+@contextmanager
+def computed_twice(model: ConditionalDETR, wanted: bool) -> Iterator[None]:
+    """Keep only the inputs of layers and trunk stages that train, and compute them again in the backward pass."""
+    parts = [*model.encoder.layers, *model.decoder.layers, *model.backbone.trunk.children()] if wanted else []
+    parts = [part for part in parts if any(parameter.requires_grad for parameter in part.parameters())]
+    for part in parts:
+        part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.forward  # the instance's; that of its class is there again

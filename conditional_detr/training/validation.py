@@ -1,0 +1,85 @@
+"""AP of a model in training, on a data set in COCO's form or on any other."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torchvision.ops import box_convert
+
+from conditional_detr.detector import Detector, Selection, select
+from conditional_detr.layers import evaluation_mode
+from conditional_detr.model import ConditionalDETR
+from conditional_detr.training.data import Sample, batches, collate
+from conditional_detr.training.evaluation import MAX_DETECTIONS, evaluate, evaluate_detections
+from conditional_detr.training.feeding import Samples
+
+
+def measure(model: ConditionalDETR, data: Samples, batch_size: int) -> dict[str, float]:
+    """Return COCO's twelve numbers.
+
+    Of a data set in COCO's form, which has ``annotations`` and ``images``, they are those of the original pictures,
+    as ``conditional-detr evaluate`` measures. Of any other they are those of its samples as they come: sizes are in
+    their pixels, and all targets count. Under torch.distributed, every process does its share.
+
+    Raises:
+        OSError: pictures that cannot be read.
+        ValueError: classes that the model does not have, or targets that do not fit.
+    """
+    annotations, images = getattr(data, "annotations", None), getattr(data, "images", None)
+    if annotations is not None and images is not None:
+        return evaluate(Detector(model), annotations, images, batch_size=batch_size).metrics
+    pictures: dict[int, dict[str, Any]] = {}
+    objects: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    rank, processes = 0, 1
+    if distributed.is_available() and distributed.is_initialized():
+        rank, processes = distributed.get_rank(), distributed.get_world_size()
+    selection = Selection(torch.arange(model.config.num_classes), 0.0, MAX_DETECTIONS)
+    for indices in batches(data, batch_size, seed=0, epoch=0, shuffle=False, rank=rank, processes=processes):
+        samples = [data[index] for index in indices]
+        logits, boxes = predict(model, samples)
+        for i, (index, (pixels, target)) in enumerate(zip(indices, samples, strict=True)):
+            height, width = pixels.shape[1:]
+            pictures[index] = {"id": index, "height": height, "width": width}
+            scale = torch.tensor([width, height, width, height])
+            wanted = box_convert(target["boxes"].float(), "cxcywh", "xyxy") * scale
+            objects += _entries(index, wanted, target["labels"])
+            found, scores, labels, _ = select(logits[i], boxes[i], (height, width), selection)
+            results += _entries(index, found, labels, score=scores)
+    shares: list[Any] = [(pictures, objects)]
+    if processes > 1:
+        shares = [None] * processes
+        distributed.all_gather_object(shares, (pictures, objects))
+    return evaluate_detections(_joined(shares, model), results).metrics
+
+
+@torch.inference_mode()
+def predict(model: ConditionalDETR, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Return the last layer's logits (B, N, C) and boxes (B, N, 4) of samples, on the host; the model's modes stay."""
+    pixels, padding, _ = collate(samples)
+    weight = model.projection.weight
+    masks = None if padding is None else padding.to(weight.device)
+    with evaluation_mode(model):
+        output = model(pixels.to(weight.device, weight.dtype), masks)
+    return output.logits[-1].float().cpu(), output.boxes[-1].float().cpu()
+
+
+def _entries(picture: int, boxes: Tensor, labels: Tensor, **others: Tensor) -> list[dict[str, Any]]:
+    """Return boxes (K, 4) x0 y0 x1 y1 in COCO's form."""
+    boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1)
+    columns = {"bbox": boxes.tolist(), "category_id": labels.tolist(), **{k: v.tolist() for k, v in others.items()}}
+    rows = zip(*columns.values(), strict=True)
+    return [{"image_id": picture, **dict(zip(columns, row, strict=True))} for row in rows]
+
+
+def _joined(shares: list[Any], model: ConditionalDETR) -> Mapping[str, Any]:
+    """Return the annotations of all processes; a picture that several had counts once."""
+    pictures: dict[int, dict[str, Any]] = {}
+    objects: list[dict[str, Any]] = []
+    for its_pictures, its_objects in shares:
+        objects += [entry for entry in its_objects if entry["image_id"] not in pictures]
+        pictures |= its_pictures
+    names = model.metadata.class_names
+    categories = [{"id": row, "name": f"{row} {name}"} for row, name in enumerate(names)]
+    return {"images": list(pictures.values()), "annotations": objects, "categories": categories}
