@@ -197,7 +197,7 @@ def _kind(file: Path | bytes) -> str:
         with file.open("rb") as opened:
             head = opened.read(64)
     if not head:
-        return "an empty file (0 bytes); an open file that was read before needs a seek(0)"
+        return "an empty file (0 bytes)"
     text = head.lstrip().lower() if head.isascii() else b""
     for place, sign, kind in _KINDS:
         if head[place:].startswith(sign) or text.startswith(sign):
