@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import box_convert
 
 from conditional_detr.detections import Detections
 from conditional_detr.drawing import draw_attention
@@ -18,6 +17,7 @@ from conditional_detr.images import normalise, open_picture, resize, size_of, to
 from conditional_detr.layers import evaluation_mode
 from conditional_detr.model import ConditionalDETR
 from conditional_detr.pipeline import prepare_ahead, run_together
+from conditional_detr.selection import Selection, check_count, choose, select
 from conditional_detr.sources import LIMITS, Limits, Local, Picture, bring, is_one_picture, name_of
 
 if TYPE_CHECKING:
@@ -37,20 +37,6 @@ class _Options(TypedDict, total=False):
     top_k: int
     classes: Iterable[str | int] | None
     batch_size: int
-
-
-class Selection(NamedTuple):
-    """Which of all query-class pairs are objects to report.
-
-    Attributes:
-        rows: (R,) int64, rows of the class head to choose from.
-        threshold: scores must be above this.
-        top_k: the most objects a picture.
-    """
-
-    rows: Tensor
-    threshold: float
-    top_k: int
 
 
 class _Prepared(NamedTuple):
@@ -153,7 +139,7 @@ class Detector:
             raise TypeError(
                 f"pictures: expected a picture, or a list or iterator of them, got {type(pictures).__name__}"
             )
-        _check_count("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         selection = self.selection(threshold=threshold, top_k=top_k, classes=classes)
         if one:
             return self._settle(self._detect_one(pictures, selection), on_error)  # type: ignore[arg-type]
@@ -167,10 +153,7 @@ class Detector:
         self, *, threshold: float = 0.5, top_k: int = 100, classes: Iterable[str | int] | None = None
     ) -> Selection:
         """Check what is to be reported against the model's classes; arguments and errors as of a call."""
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold: expected 0..1, got {threshold}")
-        _check_count("top_k", top_k)
-        return Selection(self._rows(classes), threshold, top_k)
+        return choose(self.model.metadata.class_names, threshold=threshold, top_k=top_k, classes=classes)
 
     def outcomes(
         self, pictures: Iterable[Picture], selection: Selection, *, batch_size: int = 8
@@ -291,51 +274,3 @@ class Detector:
         weight = self.model.projection.weight
         with evaluation_mode(self.model):
             return function(pixels.to(weight.device, weight.dtype))
-
-    def _rows(self, classes: Iterable[str | int] | None) -> Tensor:
-        """Return the rows of the class head to report: named ones, and of those the wanted ones."""
-        names = self.model.metadata.class_names
-        used = [i for i, name in enumerate(names) if name is not None]
-        if classes is None:
-            return torch.tensor(used, dtype=torch.int64)
-        if isinstance(classes, str):
-            raise TypeError(f"classes: expected a list of names or rows, got the string {classes!r}")
-        wanted = []
-        for wish in classes:
-            row = names.index(wish) if isinstance(wish, str) and wish in names else wish
-            if row not in used:
-                raise ValueError(
-                    f"classes: got {wish!r}, expected any of {', '.join(str(names[i]) for i in used)}, or their rows"
-                )
-            wanted.append(row)
-        return torch.tensor(sorted(set(wanted)), dtype=torch.int64)
-
-
-def select(
-    logits: Tensor, boxes: Tensor, size: tuple[int, int], selection: Selection
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Choose the best query-class pairs of one picture.
-
-    Args:
-        logits: (N, C).
-        boxes: (N, 4) cx cy w h in [0, 1].
-        size: (height, width) of the picture in pixels.
-        selection: what to choose.
-
-    Returns:
-        boxes (K, 4) x0 y0 x1 y1 in pixels, inside the picture; scores (K,); labels (K,); queries (K,); best first.
-    """
-    rows, threshold, top_k = selection
-    scores = logits[:, rows].sigmoid().flatten()  # (N·R,)
-    scores, pairs = scores.topk(min(top_k, len(scores)))
-    pairs, scores = pairs[scores > threshold], scores[scores > threshold]
-    queries, labels = pairs // len(rows), rows[pairs % len(rows)]
-    height, width = size
-    limits = torch.tensor([width, height, width, height], dtype=torch.float32)
-    chosen = box_convert(boxes[queries], "cxcywh", "xyxy") * limits
-    return torch.minimum(chosen.clamp(min=0), limits), scores, labels, queries
-
-
-def _check_count(name: str, count: int) -> None:
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"{name}: expected an int of at least 1, got {count!r}")

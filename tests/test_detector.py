@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from conditional_detr import ConditionalDETR, Detections, Detector, Metadata, Preprocessing
-from conditional_detr.detector import Selection, select
+from conditional_detr.selection import Selection, select
 
 
 @pytest.fixture(scope="module")

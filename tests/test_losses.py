@@ -10,8 +10,8 @@ from set_prediction import OnDevice, predictions, targets_of, transformers_losse
 from torch import nn
 
 from conditional_detr import ConditionalDETR, HungarianMatcher, Output, SetLoss
-from conditional_detr.detector import Selection, select
 from conditional_detr.losses import focal_loss
+from conditional_detr.selection import Selection, select
 from conditional_detr.targets import move
 
 LOSSES = ("class", "l1", "giou")

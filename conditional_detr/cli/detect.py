@@ -29,10 +29,11 @@ from conditional_detr.cli.inputs import Input, list_pictures
 from conditional_detr.cli.processes import join_processes
 from conditional_detr.cli.records import Format, Records, open_records
 from conditional_detr.detections import Detections
-from conditional_detr.detector import PICTURE_ERRORS, PUBLISHED, Detector, Selection
+from conditional_detr.detector import PICTURE_ERRORS, PUBLISHED, Detector
 from conditional_detr.drawing import font_at
 from conditional_detr.files import write_whole
 from conditional_detr.pipeline import prepare_ahead
+from conditional_detr.selection import Selection
 
 _LISTED = 20  # failures that are spelled out at the end
 _JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, distributed
 from torchvision.ops import box_convert
 
-from conditional_detr.detector import Detector, Selection, select
+from conditional_detr.detector import Detector
 from conditional_detr.layers import evaluation_mode
 from conditional_detr.model import ConditionalDETR
+from conditional_detr.selection import Selection, select
 from conditional_detr.training.data import Sample, batches, collate
 from conditional_detr.training.evaluation import MAX_DETECTIONS, evaluate, evaluate_detections
 from conditional_detr.training.feeding import Samples

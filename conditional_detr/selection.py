@@ -1,0 +1,92 @@
+"""Which of all query-class pairs of a picture are objects to report."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+
+class Selection(NamedTuple):
+    """Which of all query-class pairs are objects to report.
+
+    Attributes:
+        rows: (R,) int64, rows of the class head to choose from.
+        threshold: scores must be above this.
+        top_k: the most objects a picture.
+    """
+
+    rows: Tensor
+    threshold: float
+    top_k: int
+
+
+def choose(
+    names: Sequence[str | None], *, threshold: float, top_k: int, classes: Iterable[str | int] | None
+) -> Selection:
+    """Check what is to be reported.
+
+    Args:
+        names: the model's class names; None for a row without a class, which is never reported.
+        threshold: scores must be above this, in [0, 1].
+        top_k: the most objects a picture.
+        classes: names or rows of the classes to report; None: all.
+
+    Raises:
+        TypeError: one string in place of a list of names.
+        ValueError: a class that the model does not have, a number out of its range.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: expected 0..1, got {threshold}")
+    check_count("top_k", top_k)
+    return Selection(_rows(names, classes), threshold, top_k)
+
+
+def select(
+    logits: Tensor, boxes: Tensor, size: tuple[int, int], selection: Selection
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choose the best query-class pairs of one picture.
+
+    Args:
+        logits: (N, C).
+        boxes: (N, 4) cx cy w h in [0, 1].
+        size: (height, width) of the picture in pixels.
+        selection: what to choose.
+
+    Returns:
+        boxes (K, 4) x0 y0 x1 y1 in pixels, inside the picture; scores (K,); labels (K,); queries (K,); best first.
+    """
+    rows, threshold, top_k = selection
+    scores = logits[:, rows].sigmoid().flatten()  # (N·R,)
+    scores, pairs = scores.topk(min(top_k, len(scores)))
+    pairs, scores = pairs[scores > threshold], scores[scores > threshold]
+    queries, labels = pairs // len(rows), rows[pairs % len(rows)]
+    height, width = size
+    limits = torch.tensor([width, height, width, height], dtype=torch.float32)
+    chosen = box_convert(boxes[queries], "cxcywh", "xyxy") * limits
+    return torch.minimum(chosen.clamp(min=0), limits), scores, labels, queries
+
+
+def check_count(name: str, count: int) -> None:
+    """Raise ValueError unless a count is a whole number of at least 1."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{name}: expected an int of at least 1, got {count!r}")
+
+
+def _rows(names: Sequence[str | None], classes: Iterable[str | int] | None) -> Tensor:
+    """Return the rows of the class head to report: named ones, and of those the wanted ones."""
+    used = [i for i, name in enumerate(names) if name is not None]
+    if classes is None:
+        return torch.tensor(used, dtype=torch.int64)
+    if isinstance(classes, str):
+        raise TypeError(f"classes: expected a list of names or rows, got the string {classes!r}")
+    wanted = []
+    for wish in classes:
+        row = names.index(wish) if isinstance(wish, str) and wish in names else wish
+        if row not in used:
+            raise ValueError(
+                f"classes: got {wish!r}, expected any of {', '.join(str(names[i]) for i in used)}, or their rows"
+            )
+        wanted.append(row)
+    return torch.tensor(sorted(set(wanted)), dtype=torch.int64)
