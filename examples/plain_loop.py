@@ -47,7 +47,7 @@ def main() -> None:
     """Train a small detector and save it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", help="what to start from; default: a small untrained network")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--pictures", type=int, default=400)
     parser.add_argument("--output", default="plain")
     options = parser.parse_args()
@@ -57,7 +57,7 @@ def main() -> None:
         model = ConditionalDETR.from_pretrained(options.weights, class_names=names)
     else:
         sizes = {"width": 64, "heads": 4, "encoder_layers": 1, "decoder_layers": 2, "feedforward": 128}
-        config = Config(num_classes=2, num_queries=20, backbone="resnet18", backbone_stage=3, dropout=0.0, **sizes)
+        config = Config(num_classes=2, num_queries=20, backbone="resnet18", backbone_stage=2, dropout=0.0, **sizes)
         model = ConditionalDETR(config, Metadata(names))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
@@ -65,7 +65,7 @@ def main() -> None:
     loader = DataLoader(DiscsAndSquares(options.pictures), batch_size=8, shuffle=True, collate_fn=collate)
     criterion = SetLoss()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=5e-4, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(loader))
     for epoch in range(options.epochs):
         total = 0.0

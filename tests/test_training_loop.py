@@ -205,6 +205,9 @@ def test_rates_in_the_log(tmp_path):
     config = TrainConfig(epochs=2, batch_size=2, lr=1e-3, warmup=2, drop_at=0.5, workers=0)
     run(small_model(), Rectangles(4), config=config, folder=tmp_path)
     assert [entry["lr"] for entry in steps_of(tmp_path)] == pytest.approx([5e-4, 1e-3, 1e-4, 1e-4])
+    run(small_model(), Rectangles(4), config=replace(config, warmup=0, schedule="cosine"), folder=tmp_path / "cosine")
+    falling = [1e-3 * (1 + math.cos(math.pi * quarter / 4)) / 2 for quarter in range(4)]
+    assert [entry["lr"] for entry in steps_of(tmp_path / "cosine")] == pytest.approx(falling)
 
 
 def test_every_parameter_that_trains_is_in_one_group_with_its_rate():
@@ -283,6 +286,7 @@ def test_frozen_parts_stay(tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = TrainConfig(epochs=2, batch_size=2, lr=1e-2, backbone_lr=0, weight_decay=0.5, workers=0)
     run(model, Rectangles(4), config=config, folder=tmp_path)
+    assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     changed = {
         name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])
     }

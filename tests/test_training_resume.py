@@ -57,6 +57,7 @@ def test_killed_in_mid_epoch_and_resumed_gives_the_same_to_the_last_bit(uninterr
     assert [entry["step"] for entry in before] == [1, 2, 3, 4, 5]
     state = torch.load(folder / "last" / checkpoints.STATE, weights_only=True)
     assert (state["step"], state["epoch"], state["batch"]) == (4, 1, 2)  # in the middle of the second epoch
+    (folder / "last" / f".{checkpoints.STATE}.4711").write_bytes(b"half")  # what a kill while writing leaves
     again, resumed = resumable(folder, workers=workers, resume=True)
     assert steps_of(folder) == steps_of(whole)
     assert before == steps_of(whole)[:5]
