@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -133,3 +134,12 @@ def test_what_cannot_begin_is_one_line(shapes, small, tmp_path, arguments, messa
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert message in line
     assert not (tmp_path / "run").exists()
+
+
+def test_without_the_packages_one_line_says_what_to_install(shapes, small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    result = run("train", *data_of(shapes), *SHORT, "--weights", small, "--output", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        "error: training needs accelerate, which is not installed: pip install 'conditional-detr[train]'"
+    )

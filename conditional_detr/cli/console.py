@@ -36,10 +36,10 @@ def tell(text: str, *, style: str | None = None, to: Console = err) -> None:
 
 @contextmanager
 def one_line_errors(code: int = UNUSABLE) -> Iterator[None]:
-    """Turn what our own checks raise into one line on stderr and an exit code."""
+    """Turn what our own checks raise, and packages that are missing, into one line on stderr and an exit code."""
     try:
         yield
-    except (OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         tell(f"error: {error}", style="red")
         raise typer.Exit(code) from error
 
