@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 
+_UNFINISHED = ".unfinished"
 _number = count()
 
 
@@ -19,7 +20,7 @@ def write_whole(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     Raises:
         OSError: a file cannot be written.
     """
-    unfinished = {path: path.with_name(f".{os.getpid()}-{next(_number)}.unfinished") for path in writers}
+    unfinished = {path: path.with_name(f".{os.getpid()}-{next(_number)}{_UNFINISHED}") for path in writers}
     try:
         for path, write in writers.items():
             unfinished[path].touch()
@@ -35,3 +36,9 @@ def write_whole(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     finally:
         for written in unfinished.values():
             written.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed had not finished writing, in a folder where nobody writes now."""
+    for path in folder.glob(f".*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ LAYERS = [
     {"backbone", "encoder", "decoder"},
     {"positions", "boxes"},
     {"attention", "layers", "metadata", "parameter_names", "skeleton"}
-    | {"tensor_checks", "drawing", "files", "pipeline", "sources", "selection"},
+    | {"tensor_checks", "drawing", "files", "pipeline", "sources", "selection", "progress"},
 ]
 EXCEPTIONS = {("model", "weights", "from_pretrained"), ("model", "saving", "save_pretrained")}
 

@@ -57,7 +57,7 @@ def test_killed_in_mid_epoch_and_resumed_gives_the_same_to_the_last_bit(uninterr
     assert [entry["step"] for entry in before] == [1, 2, 3, 4, 5]
     state = torch.load(folder / "last" / checkpoints.STATE, weights_only=True)
     assert (state["step"], state["epoch"], state["batch"]) == (4, 1, 2)  # in the middle of the second epoch
-    (folder / "last" / f".{checkpoints.STATE}.4711").write_bytes(b"half")  # what a kill while writing leaves
+    (folder / "last" / ".4711-0.unfinished").write_bytes(b"half")  # what a kill while writing leaves
     again, resumed = resumable(folder, workers=workers, resume=True)
     assert steps_of(folder) == steps_of(whole)
     assert before == steps_of(whole)[:5]
@@ -179,12 +179,26 @@ def _loaded(state):
 
 
 def test_what_a_killed_process_left_unfinished_goes(tmp_path):
-    for folder in ("last", "best"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / ".model.safetensors.4711").write_bytes(b"half")
-        (tmp_path / folder / ".gitignore").write_text("*")
-    checkpoints.remove_unfinished(tmp_path)
-    assert sorted(path.name for path in tmp_path.glob("*/.*")) == [".gitignore"] * 2
+    """Processes that are killed in the middle of a file, one in each folder of a run."""
+    code = """
+import os, signal, sys
+from pathlib import Path
+from conditional_detr.files import write_whole
+
+def write(path):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_whole({Path(sys.argv[1]) / "model.safetensors": write})
+"""
+    folders = [tmp_path, tmp_path / "last", tmp_path / "best"]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        (folder / ".gitignore").write_text("*")
+        assert subprocess.run([sys.executable, "-c", code, folder]).returncode == -signal.SIGKILL
+        assert len(list(folder.glob(".*"))) == 2
+    train(small_model(), Rectangles(4), None, replace(RESUMED, epochs=1), folder=tmp_path, resume=True, **QUIET)
+    assert [path.name for folder in folders for path in folder.glob(".*")] == [".gitignore"] * 3
 
 
 def test_resume_without_a_checkpoint_begins(tmp_path):

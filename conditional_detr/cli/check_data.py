@@ -8,8 +8,9 @@ import typer
 from PIL import Image
 from rich.table import Table
 
-from conditional_detr.cli.console import FAILED, one_line_errors, out, progress_bar
+from conditional_detr.cli.console import FAILED, err, one_line_errors, out
 from conditional_detr.files import write_whole
+from conditional_detr.progress import progress_bar
 from conditional_detr.training.coco_files import read_annotations
 from conditional_detr.training.contact_sheet import draw_sheet
 from conditional_detr.training.data_report import Cases, DataReport
@@ -36,7 +37,7 @@ def check_data(
                 raise NotADirectoryError(f"{path}: expected a file in a folder that exists, got {path.parent}")
         if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
             raise ValueError(f"{sheet}: expected a picture's suffix, such as .jpg or .png, got {sheet.suffix!r}")
-        with progress_bar(shown=True) as bar:
+        with progress_bar(err, shown=True) as bar:
             task = bar.add_task("checking", total=None)
             report = check(data, images, progress=lambda done, total: bar.update(task, completed=done, total=total))
         _show(report)

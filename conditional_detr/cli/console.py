@@ -10,7 +10,6 @@ import torch
 import typer
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 FAILED = 1
 """Exit code of a command that did its work in part: some pictures, for example, could not be read."""
@@ -49,20 +48,6 @@ def pick_device(wish: str) -> str:
     if wish == AUTO:
         wish = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if wish == "cuda" else wish
-
-
-def progress_bar(*, shown: bool) -> Progress:
-    """Return a progress bar on stderr, where that is a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-        console=err,
-        disable=not (shown and err.is_terminal),
-    )
 
 
 def warn_in_one_line() -> None:

@@ -19,10 +19,10 @@ from conditional_detr.cli.console import (
     AUTO,
     FAILED,
     INTERRUPTED,
+    err,
     one_line_errors,
     out,
     pick_device,
-    progress_bar,
     tell,
 )
 from conditional_detr.cli.inputs import Input, list_pictures
@@ -33,6 +33,7 @@ from conditional_detr.detector import PICTURE_ERRORS, PUBLISHED, Detector
 from conditional_detr.drawing import font_at
 from conditional_detr.files import write_whole
 from conditional_detr.pipeline import prepare_ahead
+from conditional_detr.progress import progress_bar
 from conditional_detr.selection import Selection
 
 _LISTED = 20  # failures that are spelled out at the end
@@ -136,7 +137,7 @@ class _Work:
         """Go through all pictures, drawing beside the model; return the exit code of what stopped it, or 0."""
         outcomes = detector.outcomes((which.picture for which in self.inputs), selection, batch_size=batch_size)
         saved = prepare_ahead(self._draw, zip(self.inputs, outcomes, strict=True), workers=2, depth=8)
-        bar = progress_bar(shown=show_progress and len(self.inputs) > 1)
+        bar = progress_bar(err, shown=show_progress and len(self.inputs) > 1)
         try:
             with bar, closing(outcomes), closing(saved):
                 for which, outcome in bar.track(saved, total=len(self.inputs), description="detecting"):

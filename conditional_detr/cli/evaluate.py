@@ -8,10 +8,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from conditional_detr.cli.console import AUTO, one_line_errors, out, pick_device, progress_bar
+from conditional_detr.cli.console import AUTO, err, one_line_errors, out, pick_device
 from conditional_detr.cli.processes import join_processes
 from conditional_detr.detector import PUBLISHED, Detector
 from conditional_detr.files import write_whole
+from conditional_detr.progress import progress_bar
 from conditional_detr.training.evaluation import MAX_DETECTIONS, CocoResult, evaluate_detections
 from conditional_detr.training.evaluation import evaluate as measure
 
@@ -70,7 +71,7 @@ def _detect_and_evaluate(
 ) -> CocoResult:
     """Load the weights, detect and measure, with a progress bar in the first process."""
     detector = Detector.from_pretrained(weights, device=pick_device(device))
-    with progress_bar(shown=rank == 0) as bar:
+    with progress_bar(err, shown=rank == 0) as bar:
         task = bar.add_task("detecting", total=None)
         return measure(
             detector,

@@ -10,7 +10,7 @@ import torch
 import typer
 from torch import distributed
 
-from conditional_detr.cli.console import INTERRUPTED, err, one_line_errors, out
+from conditional_detr.cli.console import INTERRUPTED, one_line_errors, out, tell
 from conditional_detr.metadata import Metadata, Preprocessing
 from conditional_detr.model import ConditionalDETR, Config
 from conditional_detr.training.checkpoints import LAST, STATE
@@ -205,10 +205,8 @@ def _run(
         result = run(model, train_data, val_data, config, folder=output, resume=resume)
         first = not distributed.is_initialized() or distributed.get_rank() == 0
         return result if first else None
-    except ModuleNotFoundError as error:
-        raise ValueError(str(error)) from error
     except KeyboardInterrupt:
-        err.print(f"interrupted; --resume goes on from {output / LAST}")
+        tell(f"interrupted; --resume goes on from {output / LAST}")
         raise typer.Exit(INTERRUPTED) from None
     finally:
         if distributed.is_initialized():

@@ -5,7 +5,6 @@ All files of a checkpoint are whole before the first is moved to its place, so a
 that were there. The state has everything in itself: a run goes on from it whatever the weights beside it are.
 """
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -70,10 +69,3 @@ def load_state(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | No
             f"{path}: expected the settings that this run began with, got {got}; only {', '.join(FREE)} may change"
         )
     return state
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed had not finished writing."""
-    for path in folder.glob("*/.*"):
-        if re.fullmatch(r"\..+\.\d+", path.name):
-            path.unlink(missing_ok=True)

@@ -107,6 +107,3 @@ class TrainConfig:
             patience=20,
             save_every=200,
         )
-
-
-PRESETS = ("from_scratch", "finetune", "finetune_small")

@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from conditional_detr.files import write_whole
+from conditional_detr.progress import progress_bar
 from conditional_detr.training.curves import draw_curves, read_log
 
 LOG = "log.jsonl"
@@ -39,16 +39,7 @@ class Journal:
         self._log = (folder / LOG).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         self._console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=not shown)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left:"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not (shown and self._console.is_terminal),
-        )
+        self._bar = progress_bar(self._console, shown=shown)
         self._task = self._bar.add_task("training", total=total, completed=step)
 
     def __enter__(self) -> "Journal":

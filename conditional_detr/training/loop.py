@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from conditional_detr.files import remove_unfinished
 from conditional_detr.losses import SetLoss
 from conditional_detr.model import ConditionalDETR
-from conditional_detr.training.checkpoints import BEST, LAST, STATE, load_state, remove_unfinished, save_checkpoint
+from conditional_detr.training.checkpoints import BEST, LAST, STATE, load_state, save_checkpoint
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.data import batches
 from conditional_detr.training.feeding import Samples, feed
@@ -163,7 +164,8 @@ class _Run:
                 setattr(self, name, state[name])
             self.saved_step = self.step
         if self.accelerator.is_main_process:
-            remove_unfinished(self.folder)
+            for folder in (self.folder, self.folder / LAST, self.folder / BEST):
+                remove_unfinished(folder)
         self.stepper.join_processes()
 
     @contextlib.contextmanager
