@@ -154,13 +154,27 @@ def _hub_answers(repository: str, revision: str | None, token: str | bool | None
 
 def _open_files(weights: Path, folder: Path) -> Checkpoint:
     """Open a weight file and the json files beside it."""
-    if weights.suffix == ".safetensors":
-        tensors, arguments = _read_safetensors(weights), None
-    elif weights.suffix in {".bin", ".pth", ".pt"}:
-        tensors, arguments = _read_pickle(weights)
-    else:
-        raise ValueError(f"{weights}: expected a .safetensors, .bin, .pth or .pt file")
+    tensors, arguments = _read_tensors(weights)
     return Checkpoint(weights, tensors, _read_json(folder / CONFIG), _read_json(folder / PREPROCESSOR), arguments)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a .safetensors, .bin, .pth or .pt file, without running any code in it.
+
+    Raises:
+        OSError: the file is not there.
+        ValueError: it is none of these, or damaged.
+    """
+    return _read_tensors(path)[0]
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Read the tensors of a weight file, and the authors' training arguments if it has them."""
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path), None
+    if path.suffix in {".bin", ".pth", ".pt"}:
+        return _read_pickle(path)
+    raise ValueError(f"{path}: expected a .safetensors, .bin, .pth or .pt file")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

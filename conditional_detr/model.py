@@ -168,9 +168,7 @@ class ConditionalDETR(nn.Module):
         features, padding = self.backbone(pixels, padding)  # (B, C, h, w), (B, h, w)
         memory, positions = self.encode(features, padding)  # (B, S, D)
         f, s = self.decode(memory, positions, padding)  # (L, B, N, D), (B, N, 2)
-        logits = self.class_head(f)  # (L, B, N, C)
-        boxes = (self.box_head(f) + F.pad(s, (0, 2))).sigmoid()  # b = sigmoid(FFN(f) + [s, 0, 0])
-        return Output(logits, boxes)
+        return self.predict(f, s)  # (L, B, N, C), (L, B, N, 4)
 
     def encode(self, features: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Project the feature map to tokens and relate them to each other.
@@ -189,19 +187,35 @@ class ConditionalDETR(nn.Module):
         memory = self.encoder(tokens, p_k, None if padding is None else padding.flatten(1))
         return memory, p_k
 
-    def decode(self, memory: Tensor, positions: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, memory: Tensor, positions: Tensor, padding: Tensor | None = None, *, object_queries: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Let the object queries find objects in the memory.
 
         Args:
             memory: (B, S, D).
             positions: (B, S, D), p_k.
             padding: (B, h, w) or (B, S) bool, True = padded; None: nothing is padded.
+            object_queries: (B, N, D), o_q, any number of them; None: the model's own, the same for every picture.
 
         Returns:
             f (L, B, N, D), decoder states after the final norm; s (B, N, 2), reference points before the sigmoid.
         """
-        o_q = self.object_queries.weight.repeat(memory.shape[0], 1, 1)  # (B, N, D)
+        o_q = self.object_queries.weight.repeat(memory.shape[0], 1, 1) if object_queries is None else object_queries
         return self.decoder(o_q, memory, positions, None if padding is None else padding.flatten(1))
+
+    def predict(self, f: Tensor, s: Tensor) -> Output:
+        """Read classes and boxes off decoder states: b = sigmoid(FFN(f) + [s, 0, 0]) (paper, section 3.2).
+
+        Args:
+            f: (L, B, N, D), decoder states.
+            s: (B, N, 2), reference points before the sigmoid.
+
+        Returns:
+            Output of logits (L, B, N, C) and boxes (L, B, N, 4).
+        """
+        boxes = (self.box_head(f) + F.pad(s, (0, 2))).sigmoid()
+        return Output(self.class_head(f), boxes)
 
     def attention_maps(
         self, pixels: Tensor, padding: Tensor | None = None, *, layers: Sequence[int] = (-1,)

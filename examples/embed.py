@@ -31,9 +31,8 @@ class CountingDetector(nn.Module):
         features, padding = self.detr.backbone(pixels, padding)
         memory, positions = self.detr.encode(features, padding)
         f, s = self.detr.decode(memory, positions, padding)  # (L, B, N, D), (B, N, 2)
-        boxes = (self.detr.box_head(f) + F.pad(s, (0, 2))).sigmoid()
         counts = self.count(f[-1]).sigmoid().sum(dim=1)  # (B, C)
-        return Output(self.detr.class_head(f), boxes), counts
+        return self.detr.predict(f, s), counts
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ LAYERS = [
     {"cli"},
     {"training"},
     {"detector"},
-    {"weights", "saving", "summary", "losses"},
+    {"weights", "trunk_weights", "saving", "summary", "losses"},
     {"detections", "heads", "checkpoint", "config_files", "matcher"},
     {"images"},
     {"model", "labels", "targets"},

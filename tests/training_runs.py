@@ -92,6 +92,7 @@ RESUMED = TrainConfig(
     warmup=4,
     schedule="cosine",
     ema=0.9,
+    query_groups=2,
     save_every=2,
 )
 """3 steps an epoch on 11 pictures: checkpoints of steps 2, 3, 4, 6, 8, 9."""

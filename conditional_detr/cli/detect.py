@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, NamedTuple
 
 import typer
@@ -25,7 +25,7 @@ from conditional_detr.cli.console import (
     pick_device,
     tell,
 )
-from conditional_detr.cli.inputs import Input, list_pictures
+from conditional_detr.cli.inputs import Input, Inputs, list_pictures
 from conditional_detr.cli.processes import join_processes
 from conditional_detr.cli.records import Format, Records, open_records
 from conditional_detr.detections import Detections
@@ -35,20 +35,31 @@ from conditional_detr.files import write_whole
 from conditional_detr.pipeline import prepare_ahead
 from conditional_detr.progress import progress_bar
 from conditional_detr.selection import Selection
+from conditional_detr.training.shapes import draw_picture, index_in
 
 _LISTED = 20  # failures that are spelled out at the end
+_DEMO = PurePath("demo")
+_DEMO_WEIGHTS = "shapes"
 _JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}
 
 
 def detect(
     pictures: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="Files, folders (with all below), globs, http(s) addresses; '-': one a line from standard input.",
             show_default=False,
         ),
-    ],
-    weights: Annotated[str, typer.Option(help="A folder, a file, or a hub id 'owner/name'.")] = PUBLISHED,
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Draw a picture of shapes, and detect on it with the weights 'shapes'.")
+    ] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder, a file, the name of shipped weights, or a hub id 'owner/name'.", show_default=PUBLISHED
+        ),
+    ] = None,
     threshold: Annotated[float, typer.Option(help="Report objects that score above this, 0 to 1.")] = 0.5,
     top_k: Annotated[int, typer.Option(help="Report at most this many objects a picture, the best.")] = 100,
     classes: Annotated[
@@ -72,7 +83,7 @@ def detect(
         typer.Option(help="Refuse pictures of more pixels.", show_default="178956970, PIL's limit", min=1),
     ] = None,
 ) -> None:
-    """Detect objects on pictures: print them, draw them, write them.
+    """Detect objects on pictures: print them, draw them, write them. To see it work at once: --demo.
 
     A picture that cannot be read is listed at the end and stops nothing.
 
@@ -83,13 +94,17 @@ def detect(
     with one_line_errors(), join_processes() as process:
         if resume and overwrite:
             raise ValueError("expected --resume or --overwrite, got both")
+        if demo == bool(pictures):
+            raise ValueError(f"pictures: expected either some or --demo, got {'both' if demo else 'neither'}")
+        pictures = pictures or []
         if "-" in pictures and process.size > 1:
             raise ValueError("pictures: expected files, folders or globs under torchrun: '-' can be read only once")
         if max_pixels:
             # PIL refuses what has more than twice this
             Image.MAX_IMAGE_PIXELS = max_pixels // 2 if max_pixels % 2 == 0 else max_pixels / 2  # type: ignore[assignment]
         font_at(font)  # at once, not at the first picture
-        found = list_pictures(pictures, output=output)
+        found = _draw_demo(output) if demo else list_pictures(pictures, output=output)
+        weights = weights or (_DEMO_WEIGHTS if demo else PUBLISHED)
         detector = Detector.from_pretrained(weights, device=pick_device(device))
         selection = detector.selection(threshold=threshold, top_k=top_k, classes=classes)
         records = open_records(format, output, process, resume=resume, overwrite=overwrite)
@@ -110,6 +125,15 @@ def detect(
         code = code or (FAILED if failures else 0)
     if code:
         raise typer.Exit(code)
+
+
+def _draw_demo(output: Path) -> Inputs:
+    """Draw a picture of shapes that no training has seen, into the folder of results."""
+    image, *_ = draw_picture(0, index_in(_DEMO.name, 0))
+    path = output / f"{_DEMO}-picture.png"
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole({path: lambda unfinished: image.save(unfinished, "PNG")})
+    return Inputs([Input(str(path), _DEMO)], 0)
 
 
 class _Saved(NamedTuple):

@@ -20,6 +20,7 @@ from conditional_detr.training.data import Augmentation, CocoData
 from conditional_detr.training.loop import TrainResult
 from conditional_detr.training.loop import train as run
 from conditional_detr.training.objects import name_rows
+from conditional_detr.trunk_weights import load_trunk
 from conditional_detr.weights import from_pretrained
 
 NOTHING = "none"
@@ -70,11 +71,17 @@ def train(
     architecture: Annotated[
         str, typer.Option(help="With --weights none: Config's fields, 'backbone=resnet18 num_queries=100'.")
     ] = "",
+    trunk: Annotated[
+        Path | None, typer.Option(help="With --weights none: a file with weights of timm's or torchvision's trunk.")
+    ] = None,
     num_queries: Annotated[int | None, typer.Option(min=1, help="Object queries; else those of the weights.")] = None,
     preset: Annotated[Preset, typer.Option(help="Settings to start from.")] = Preset.FINETUNE_SMALL,
     augmentation: Annotated[
         Augment | None, typer.Option(help="Else small with finetune_small, paper with the other presets.")
     ] = None,
+    vertical_flip: Annotated[
+        bool, typer.Option("--vertical-flip", help="Upside down is as likely, as under a microscope or from above.")
+    ] = False,
     shortest_edge: Annotated[int | None, typer.Option(min=1, help="Pixels of a picture's shorter side.")] = None,
     longest_edge: Annotated[int | None, typer.Option(min=1, help="The most pixels of its longer side.")] = None,
     epochs: Annotated[int | None, typer.Option(help="How often every picture is seen.")] = None,
@@ -87,6 +94,7 @@ def train(
     warmup: Annotated[int | None, typer.Option(help="Steps in which the rates rise from 0.")] = None,
     schedule: Annotated[Schedule | None, typer.Option(help="How the rates then change.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the weights' moving average; 0: none.")] = None,
+    query_groups: Annotated[int | None, typer.Option(help="Groups of queries that learn side by side.")] = None,
     autocast: Annotated[Precision, typer.Option(help="Precision of the forward pass.")] = Precision.FLOAT32,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
@@ -114,12 +122,11 @@ def train(
         changes = {name: value.value if isinstance(value := given[name], Enum) else value for name in names}
         changes["autocast"] = None if autocast is Precision.FLOAT32 else autocast.value
         config = replace(getattr(TrainConfig, preset.value)(), **changes)
-        model = _model(data, output if resume else None, weights, architecture, num_queries, seed)
+        model = _model(data, output if resume else None, weights, architecture, trunk, num_queries, seed)
         edges = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
         preprocessing = _preprocessing(model.metadata.preprocessing, edges)
-        data_sets = _data_sets(
-            data, images, val_data, val_images, _augmentation(augmentation, preset), preprocessing, seed
-        )
+        changes_of_pictures = _augmentation(augmentation, preset, vertical_flip)
+        data_sets = _data_sets(data, images, val_data, val_images, changes_of_pictures, preprocessing, seed)
         model.metadata = data_sets[0].metadata
         result = _run(model, *data_sets, config, output, resume)
     if result is not None:
@@ -127,7 +134,13 @@ def train(
 
 
 def _model(
-    data: Path, output: Path | None, weights: str | None, architecture: str, num_queries: int | None, seed: int
+    data: Path,
+    output: Path | None,
+    weights: str | None,
+    architecture: str,
+    trunk: Path | None,
+    num_queries: int | None,
+    seed: int,
 ) -> ConditionalDETR:
     """Return the model to begin with: the output's own if it is to go on, else of weights, or untrained."""
     names, _ = name_rows(read_annotations(data), None)
@@ -137,12 +150,18 @@ def _model(
     if weights is None:
         raise ValueError("--weights: expected what to start from: a folder, a file, a hub id, or none for untrained")
     if weights != NOTHING:
-        if architecture:
-            raise ValueError(f"--architecture: weights have their own, got {architecture!r} with --weights {weights}")
+        for name, value in (("architecture", architecture), ("trunk", trunk)):
+            if value:
+                raise ValueError(f"--{name}: weights have their own, got {str(value)!r} with --weights {weights}")
         return from_pretrained(weights, class_names=names, num_queries=num_queries)
     queries = {} if num_queries is None else {"num_queries": num_queries}
     config = Config(**{**_read_architecture(architecture), **queries, "num_classes": len(names)})
-    return ConditionalDETR(config, Metadata(names))
+    model = ConditionalDETR(config, Metadata(names))
+    if trunk is not None:
+        report = load_trunk(model, trunk)
+        unused = f", and {len(report.left_over)} tensors that it does not have" if report.left_over else ""
+        tell(f"{trunk}: all {len(report.filled)} tensors of the trunk{unused}")
+    return model
 
 
 def _read_architecture(text: str) -> dict[str, Any]:
@@ -168,11 +187,14 @@ def _preprocessing(present: Preprocessing, edges: dict[str, int | None]) -> Prep
     return replace(present, shortest_edge=short or present.shortest_edge, longest_edge=long or present.longest_edge)
 
 
-def _augmentation(wish: Augment | None, preset: Preset) -> Augmentation | None:
+def _augmentation(wish: Augment | None, preset: Preset, vertical_flip: bool) -> Augmentation | None:
     """Return what is to be done to training pictures."""
     if wish is None:
         wish = Augment.SMALL if preset is Preset.FINETUNE_SMALL else Augment.PAPER
-    return None if wish is Augment.NOTHING else getattr(Augmentation, wish.value)()
+    chosen = Augmentation() if wish is Augment.NOTHING else getattr(Augmentation, wish.value)()
+    if vertical_flip:
+        chosen = replace(chosen, vertical_flip=0.5)
+    return None if chosen == Augmentation() else chosen
 
 
 def _data_sets(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 SCHEDULES: tuple[str, ...] = ("step", "cosine", "constant")
 PRECISIONS: tuple[str | None, ...] = (None, "bfloat16", "float16")
-_AT_LEAST_ONE = ("epochs", "batch_size", "accumulation", "evaluate_every", "save_every")
+_AT_LEAST_ONE = ("epochs", "batch_size", "accumulation", "evaluate_every", "save_every", "query_groups")
 _AT_LEAST_ZERO = ("warmup", "patience", "workers", "seed")
 _NOT_NEGATIVE = ("lr", "backbone_lr", "weight_decay", "clip", "ema", "drop_at")
 
@@ -29,6 +29,8 @@ class TrainConfig:
         drop_at: in [0, 1], the part of the epochs before "step" steps.
         ema: decay of the weights' moving average, which is what is then evaluated and saved; 0: none. In the first
             steps it is lower, (1 + n) / (10 + n), so that the first weights are forgotten.
+        query_groups: groups of object queries that learn side by side, the model's own and others that are left behind
+            (Group DETR): fewer epochs of somewhat more time each; 1: the paper's training.
         autocast: precision of the forward pass, "bfloat16" or "float16" (which needs a GPU); None: the model's own.
         gradient_checkpointing: compute layers again in the backward pass instead of keeping what they computed: less
             memory, more time, the same numbers.
@@ -54,6 +56,7 @@ class TrainConfig:
     schedule: str = "step"
     drop_at: float = 0.8
     ema: float = 0.0
+    query_groups: int = 1
     autocast: str | None = None
     gradient_checkpointing: bool = False
     patience: int = 0

@@ -18,8 +18,15 @@ _TRUNK = "backbone."
 _DROP = 0.1  # what is left of the rates after "step" stepped
 
 
-def parameter_groups(model: ConditionalDETR, config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: ConditionalDETR, config: TrainConfig, other_queries: nn.Embedding | None = None
+) -> list[dict[str, Any]]:
     """Return AdamW's groups: what trains of the trunk with its own rate, and all else that trains.
+
+    Args:
+        model: the model.
+        config: the settings.
+        other_queries: those of further groups, which train if the model's own do.
 
     Raises:
         ValueError: nothing trains.
@@ -29,6 +36,8 @@ def parameter_groups(model: ConditionalDETR, config: TrainConfig) -> list[dict[s
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (trunk if name.startswith(_TRUNK) else others).append(parameter)
+    if other_queries is not None and model.object_queries.weight.requires_grad:
+        others.extend(other_queries.parameters())
     groups = [(others, config.lr), (trunk, config.backbone_lr)]
     found = [{"params": group, "lr": rate, "initial_lr": rate} for group, rate in groups if group]
     if not found:

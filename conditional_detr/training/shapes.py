@@ -77,6 +77,11 @@ def draw_picture(seed: int, index: int, *, size: tuple[int, int] = SIZE) -> tupl
     return image, np.array([_box(shape.visible) for shape in shapes], dtype=np.float64), labels
 
 
+def index_in(split: str, place: int) -> int:
+    """Return the index under which :func:`draw_picture` draws one of the pictures, from 0, of a split."""
+    return (zlib.crc32(split.encode()) << 32) + place
+
+
 def write_shapes(
     folder: str | Path,
     pictures: int,
@@ -107,11 +112,10 @@ def write_shapes(
         raise ValueError(f"pictures: expected at least 1, got {pictures}")
     folder = Path(folder)
     (folder / split).mkdir(parents=True, exist_ok=True)
-    first = zlib.crc32(split.encode()) << 32
     images: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
     for i in range(pictures):
-        image, boxes, labels = draw_picture(seed, first + i, size=size)
+        image, boxes, labels = draw_picture(seed, index_in(split, i), size=size)
         name = f"{i:06d}.jpg"
         image.save(folder / split / name, quality=92)
         images.append({"id": i + 1, "file_name": name, "height": image.height, "width": image.width})

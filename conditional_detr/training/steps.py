@@ -13,6 +13,7 @@ from conditional_detr.model import ConditionalDETR
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.feeding import Batch, seed_of
 from conditional_detr.training.optimisation import moving_average, parameter_groups, rate_factor
+from conditional_detr.training.query_groups import QueryGroups
 
 Group: TypeAlias = Sequence[tuple[list[int], Batch]]
 """The batches of one step, each with the places of its pictures in the data set."""
@@ -32,6 +33,7 @@ class Stepper:
 
     Attributes:
         model: the model.
+        groups: the model with the groups of queries that only training has; None if it has one group.
         average: the moving average of its weights; None if there is none.
         optimizer: AdamW.
         scaler: of float16's gradients; of other precisions it does nothing.
@@ -51,8 +53,12 @@ class Stepper:
         if config.backbone_lr == 0:
             model.backbone.requires_grad_(False)
         model.train().to(self.device)
+        model.backbone.to(memory_format=torch.channels_last)  # in which convolutions are faster
+        groups = config.query_groups
+        self.groups = QueryGroups(model, groups, config.seed).to(self.device) if groups > 1 else None
         self.average = moving_average(model, config.ema) if config.ema else None
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay)
+        trained = parameter_groups(model, config, None if self.groups is None else self.groups.others)
+        self.optimizer = torch.optim.AdamW(trained, weight_decay=config.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.autocast == "float16")
         self._wrapped: Any = None
 
@@ -68,6 +74,7 @@ class Stepper:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "other_queries": None if self.groups is None else self.groups.others.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -77,10 +84,12 @@ class Stepper:
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.groups is not None:
+            self.groups.others.load_state_dict(state["other_queries"])
 
     def join_processes(self) -> None:
         """Get ready for steps, once the weights are what they shall be: all processes take the first one's."""
-        self._wrapped = self.accelerator.prepare_model(self.model)
+        self._wrapped = self.accelerator.prepare_model(self.groups or self.model)
 
     def take(self, group: Group, *, step: int, epochs: float) -> dict[str, float]:
         """Do a step on the joined batch of a group, of all processes.
@@ -139,14 +148,14 @@ class Stepper:
     def _losses(self, batch: Batch, indices: Sequence[int], step: int) -> dict[str, Tensor]:
         """Return the losses of a batch; an error names its pictures."""
         pixels, padding, targets = batch
-        pixels = pixels.to(self.device, non_blocking=True)
+        pixels = pixels.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         padding = None if padding is None else padding.to(self.device, non_blocking=True)
         precision = self.config.autocast
         dtype = getattr(torch, precision) if precision else None
         with torch.autocast(self.device.type, dtype=dtype, enabled=precision is not None):
             output = self._wrapped(pixels, padding)
         try:
-            return self.criterion(output, targets)
+            return self.criterion(output, targets * self.config.query_groups)
         except (TypeError, ValueError) as error:
             raise ValueError(f"step {step + 1}: {error}; {self._names(indices)}") from error
 
