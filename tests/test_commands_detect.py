@@ -13,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
 from conditional_detr import Detector
 from conditional_detr.cli import app
 from conditional_detr.cli.inputs import list_pictures
+from conditional_detr.training.shapes import draw_picture, index_in
 
 
 def run(*arguments, stdin=None):
@@ -33,6 +36,36 @@ def detect(small, tmp_path):
         return run("detect", "--weights", small, "--output", output, "--device", "cpu", *arguments, stdin=stdin)
 
     return detect
+
+
+def test_demo_finds_the_shapes_that_were_drawn(tmp_path, monkeypatch):
+    """A picture that no training has seen, with the weights that are shipped, and no network; again, the same."""
+    monkeypatch.chdir(tmp_path)
+    result = run("detect", "--demo", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert files_in(tmp_path) == [f"detections/{name}" for name in ("demo-picture.png", "demo.json", "demo.png")]
+    _, boxes, labels = draw_picture(0, index_in("demo", 6))
+    with Image.open("detections/demo-picture.png") as picture:
+        assert picture.tobytes() == draw_picture(0, index_in("demo", 6))[0].tobytes()
+    written = json.loads(Path("detections/demo.json").read_text())
+    found = sorted((entry["label"], *entry["box"]) for entry in written["detections"])
+    drawn = sorted((int(label), *box) for label, box in zip(labels, boxes.tolist(), strict=True))
+    assert [entry[0] for entry in found] == [entry[0] for entry in drawn]
+    overlaps = box_iou(*(torch.tensor([entry[1:] for entry in entries]) for entries in (found, drawn)))
+    assert overlaps.diagonal().min() > 0.7
+    again = run("detect", "--demo", "--device", "cpu")
+    assert again.exit_code == 0, again.output
+    assert json.loads(Path("detections/demo.json").read_text()) == written
+
+
+def test_demo_takes_other_weights_and_no_pictures(small, detect, photograph):
+    result = detect("--demo", "--threshold", 0)
+    assert result.exit_code == 0, result.output
+    assert "77 objects" in result.output
+    for arguments, got in [(("--demo", photograph), "both"), ((), "neither")]:
+        refused = detect(*arguments)
+        assert refused.exit_code == 2
+        assert refused.stderr == f"error: pictures: expected either some or --demo, got {got}\n"
 
 
 @pytest.fixture

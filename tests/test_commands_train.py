@@ -6,11 +6,13 @@ import sys
 
 import pytest
 import torch
+from torchvision.models import resnet18
 from training_runs import steps_of
 from typer.testing import CliRunner
 
 from conditional_detr import ConditionalDETR, Detector
 from conditional_detr.cli import app
+from conditional_detr.cli.train import Augment, Preset, _augmentation
 from conditional_detr.training.journal import Journal
 from conditional_detr.training.shapes import CLASS_NAMES, write_shapes
 
@@ -92,6 +94,32 @@ def test_untrained_of_an_architecture(shapes, tmp_path):
     assert {name: saved[name] for name in expected} == expected
 
 
+def test_a_trunk_that_has_weights(shapes, tmp_path):
+    """It is filled, all else is drawn as without it; groups of queries and vertical flips are settings like any."""
+    torch.manual_seed(1)
+    tensors = resnet18().state_dict()
+    torch.save(tensors, tmp_path / "resnet18.pth")
+    architecture = "backbone=resnet18 backbone_stage=2 width=32 heads=4 encoder_layers=0 decoder_layers=1"
+    options = (*data_of(shapes, val=False), *SHORT, "--weights", "none", "--architecture", architecture)
+    options += ("--preset", "from_scratch", "--augmentation", "none", "--epochs", 1, "--backbone-lr", 0)
+    options += ("--query-groups", 3, "--vertical-flip", "--output", tmp_path / "run")
+    result = run("train", *options, "--trunk", tmp_path / "resnet18.pth")
+    assert result.exit_code == 0, result.output
+    assert "resnet18.pth: all 50 tensors of the trunk, and 52 tensors that it does not have" in result.stderr
+    trunk = ConditionalDETR.from_pretrained(tmp_path / "run" / "last").backbone.trunk.state_dict()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in trunk.items())
+    saved = torch.load(tmp_path / "run" / "last" / "training_state.pt", weights_only=True)
+    assert saved["settings"]["query_groups"] == 3
+    assert saved["other_queries"]["weight"].shape == (600, 32)
+
+
+@pytest.mark.parametrize(("wish", "most"), [("none", 0.0), ("small", 0.2)])
+def test_vertical_flips_come_on_top(wish, most):
+    augmentation = _augmentation(Augment(wish), Preset.FINETUNE, vertical_flip=True)
+    assert (augmentation.vertical_flip, augmentation.brightness) == (0.5, most)
+    assert _augmentation(Augment.NOTHING, Preset.FINETUNE, vertical_flip=False) is None
+
+
 def test_interrupted(shapes, small, tmp_path, monkeypatch):
     import signal
 
@@ -122,6 +150,8 @@ def test_interrupted(shapes, small, tmp_path, monkeypatch):
             ("--weights", "{small}", "--architecture", "width=8"),
             "--architecture: weights have their own, got 'width=8'",
         ),
+        (("--weights", "{small}", "--trunk", "x.pth"), "--trunk: weights have their own, got 'x.pth'"),
+        (("--weights", "none", "--trunk", "missing.pth"), "missing.pth"),
         (("--weights", "none", "--epochs", "0"), "epochs: expected at least 1, got 0"),
         (("--weights", "none", "--val-images", "x"), "--val-images: expected --val-data with it, got x alone"),
         (("--weights", "nowhere/at-all"), "nowhere/at-all"),

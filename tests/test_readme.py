@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from conditional_detr.training.shapes import CLASS_NAMES, draw_picture, index_in
+
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(
     r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
@@ -61,13 +63,14 @@ def test_every_example_is_run_here():
 
 
 def test_example_detect(photograph, small, tmp_path):
-    untrained = run_example("detect", photograph, folder=tmp_path)
-    assert untrained[0] == "No --weights: making an UNTRAINED model. What it finds is random."
-    assert untrained[1] == f"5 objects on {photograph}, 128 x 96 pixels"
-    assert len(untrained) == 8
+    first, *objects, last = run_example("detect", folder=tmp_path)
+    assert first == f"{len(objects)} objects on a picture of shapes, 256 x 192 pixels"
+    _, _, drawn = draw_picture(0, index_in("demo", 0))
+    assert sorted(line.split()[0] for line in objects) == sorted(CLASS_NAMES[label] for label in drawn)
+    assert last == "drawn in found.png"
     assert (tmp_path / "found.png").stat().st_size > 0
-    trained = run_example("detect", photograph, "--weights", small, "--output", "mine.png", folder=tmp_path)
-    assert trained[0].endswith(f"objects on {photograph}, 128 x 96 pixels")
+    others = run_example("detect", photograph, "--weights", small, "--output", "mine.png", folder=tmp_path)
+    assert others[0].endswith(f"objects on {photograph}, 128 x 96 pixels")
     assert (tmp_path / "mine.png").stat().st_size > 0
 
 

@@ -12,7 +12,7 @@ from conditional_detr.targets import validate_targets
 from conditional_detr.training import shapes
 from conditional_detr.training.data import CocoData
 from conditional_detr.training.data_report import check_data
-from conditional_detr.training.shapes import CLASS_NAMES, LEAST_VISIBLE, draw_picture, write_shapes
+from conditional_detr.training.shapes import CLASS_NAMES, LEAST_VISIBLE, draw_picture, index_in, write_shapes
 
 
 def test_a_picture_follows_from_seed_and_index():
@@ -138,3 +138,15 @@ def test_numbers_that_are_none(numbers, message, tmp_path):
         draw_picture(seed, index, size=size)
     with pytest.raises(ValueError, match="pictures: expected at least 1, got 0"):
         write_shapes(tmp_path, 0, seed=0, split="train")
+
+
+def test_splits_have_no_picture_in_common_and_are_drawn_from_their_places(tmp_path):
+    write_shapes(tmp_path, 2, seed=4, split="val")
+    image, boxes, _ = draw_picture(4, index_in("val", 1))
+    written = json.loads((tmp_path / "instances_val.json").read_text())
+    mine = [entry["bbox"] for entry in written["annotations"] if entry["image_id"] == 2]
+    assert mine == [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in boxes.tolist()]
+    with Image.open(tmp_path / "val" / "000001.jpg") as saved:
+        assert np.abs(np.asarray(saved).astype(int) - np.asarray(image)).mean() < 8  # jpeg
+    far = {index_in(split, place) for split in ("train", "val", "demo") for place in (0, 10**6)}
+    assert len(far) == 6

@@ -39,6 +39,7 @@ from conditional_detr.training.shapes import draw_picture, index_in
 
 _LISTED = 20  # failures that are spelled out at the end
 _DEMO = PurePath("demo")
+_DEMO_PLACE = 6  # of the pictures of that name: one with most of the classes
 _DEMO_WEIGHTS = "shapes"
 _JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}
 
@@ -129,7 +130,7 @@ def detect(
 
 def _draw_demo(output: Path) -> Inputs:
     """Draw a picture of shapes that no training has seen, into the folder of results."""
-    image, *_ = draw_picture(0, index_in(_DEMO.name, 0))
+    image, *_ = draw_picture(0, index_in(_DEMO.name, _DEMO_PLACE))
     path = output / f"{_DEMO}-picture.png"
     output.mkdir(parents=True, exist_ok=True)
     write_whole({path: lambda unfinished: image.save(unfinished, "PNG")})
@@ -213,7 +214,7 @@ class _Work:
         elif self.objects:
             out.print(self._classes_table())
         finished = self.done - len(self.failures)
-        counted = f"{finished} picture{'s' * (finished != 1)}, {self.objects.total()} objects"
+        counted = ", ".join(_count(*numbers) for numbers in ((finished, "picture"), (self.objects.total(), "object")))
         tell(f"{counted}; written to {', '.join(map(str, files))}", to=out)
         if self.failures:
             tell(f"{len(self.failures)} of {self.done} pictures failed:", style="red")
@@ -233,12 +234,17 @@ class _Work:
 
 def _objects_table(found: Detections) -> Table:
     """Return a table of what was found on one picture."""
-    table = Table("object", "score", "x0", "y0", "x1", "y1", title=f"{len(found)} objects")
+    table = Table("object", "score", "x0", "y0", "x1", "y1", title=_count(len(found), "object"))
     for column in table.columns[1:]:
         column.justify = "right"
     for box, score, name in found:
         table.add_row(Text(name), f"{score:.3f}", *(f"{value:.1f}" for value in box))
     return table
+
+
+def _count(number: int, noun: str) -> str:
+    """Spell out a number of things."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _drawing(which: Input, folder: Path) -> Path:
