@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conditional_detr import decoder, encoder
+from conditional_detr.decoder import Decoder
+from conditional_detr.decoder import SelfAttention as QueryAttention
 from conditional_detr.deploy.kernels import FusedLinear
+from conditional_detr.encoder import Encoder
+from conditional_detr.encoder import SelfAttention as TokenAttention
 from conditional_detr.layers import FeedForward, inverse_sigmoid
 
 
@@ -30,15 +33,18 @@ class FastFeedForward(nn.Module):
         return self.output(self.hidden(x))
 
 
-class FastEncoderAttention(encoder.SelfAttention):
+class FastTokenAttention(TokenAttention):
     """Self-attention whose queries and keys are one projection."""
 
-    def __init__(self, plain: encoder.SelfAttention, dtype: torch.dtype) -> None:
+    value: Any
+    output: Any
+
+    def __init__(self, plain: TokenAttention, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.heads = plain.heads
         self.query_key = joined(plain.query, plain.key, dtype=dtype)
-        self.value: nn.Module = joined(plain.value, dtype=dtype)
-        self.output: nn.Module = joined(plain.output, dtype=dtype)
+        self.value = joined(plain.value, dtype=dtype)
+        self.output = joined(plain.output, dtype=dtype)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values (B, S, D) of tokens."""
@@ -46,25 +52,27 @@ class FastEncoderAttention(encoder.SelfAttention):
         return q, k, self.value(x)
 
 
-def fast_encoder(plain: encoder.Encoder, dtype: torch.dtype) -> encoder.Encoder:
+def fast_encoder(plain: Encoder, dtype: torch.dtype) -> Encoder:
     """Return a copy of an encoder for inference."""
     fast = copy.deepcopy(plain).eval()
     layers: Any = fast.layers  # of which ModuleList forgets what they are
     for layer in layers:
-        layer.self_attention = FastEncoderAttention(layer.self_attention, dtype)
+        layer.self_attention = FastTokenAttention(layer.self_attention, dtype)
         layer.feedforward = FastFeedForward(layer.feedforward, dtype)
         layer.to(dtype)
     return fast
 
 
-class FastQueryAttention(decoder.SelfAttention):
+class FastQueryAttention(QueryAttention):
     """Self-attention among the queries: one projection of the content, and what their positions add to it."""
 
-    def __init__(self, plain: decoder.SelfAttention, o_q: Tensor, dtype: torch.dtype) -> None:
+    output: Any
+
+    def __init__(self, plain: QueryAttention, o_q: Tensor, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.heads = plain.heads
         self.content = joined(plain.content_query, plain.content_key, plain.value, dtype=dtype)
-        self.output: nn.Module = joined(plain.output, dtype=dtype)
+        self.output = joined(plain.output, dtype=dtype)
         q, k = plain.position_query(o_q), plain.position_key(o_q)
         self.register_buffer("positions", torch.cat((q, k, torch.zeros_like(k)), dim=-1).to(dtype))  # (1, N, 3D)
 
@@ -83,13 +91,19 @@ class FastDecoder(nn.Module):
         dtype: what to compute in; reference points are float32.
     """
 
-    def __init__(self, plain: decoder.Decoder, object_queries: Tensor, dtype: torch.dtype) -> None:
+    layers: Any
+    first_content: Tensor
+    first_queries: Tensor
+    s: Tensor
+
+    def __init__(self, plain: Decoder, object_queries: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        o_q = object_queries.detach()[None]
+        plain = copy.deepcopy(plain).float().eval()
+        o_q = object_queries.detach().float()[None]
         points, p_s = plain.points(o_q)
         layers: Any = plain.layers
         c = layers[0].relate(torch.zeros_like(o_q), o_q)
-        cross = [layer.cross_attention for layer in layers]
+        cross: list[Any] = [layer.cross_attention for layer in layers]
         q = cross[0].concatenate(*cross[0].project_queries(c, o_q, plain.spatial_query(0, c, p_s)))
         constants = {"o_q": o_q, "p_s": p_s, "first_content": c, "first_queries": q}
         for name, value in constants.items():
@@ -98,7 +112,7 @@ class FastDecoder(nn.Module):
         self.memory_parts = joined(*(x for one in cross for x in (one.content_key, one.value)), dtype=dtype)
         self.spatial_keys = joined(*(one.spatial_key for one in cross), dtype=dtype)
         fast = copy.deepcopy(plain).eval()
-        self.layers: Any = fast.layers
+        self.layers = fast.layers
         self.norm, self.transformation = fast.norm.to(dtype), fast.transformation.to(dtype)
         for layer, same in zip(self.layers, layers, strict=True):
             del layer.cross_attention.content_key, layer.cross_attention.value, layer.cross_attention.spatial_key
