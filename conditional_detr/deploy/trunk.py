@@ -2,6 +2,7 @@
 
 import copy
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -70,13 +71,28 @@ def _module(graph: fx.GraphModule, node: Any, kind: type[nn.Module]) -> Any:
     return module if isinstance(module, kind) else None
 
 
-def _fold_norms(graph: fx.GraphModule) -> None:
-    """Make each frozen BatchNorm part of the convolution before it."""
+def normalised_convolutions(trunk: nn.Module) -> list[tuple[nn.Conv2d, FrozenBatchNorm2d]]:
+    """Return each convolution whose output goes through a frozen BatchNorm and nowhere else, with that BatchNorm.
+
+    Raises:
+        ValueError: the trunk cannot be traced.
+    """
+    graph = _trace(trunk)
+    return [(convolution, norm) for _, _, convolution, norm in _pairs(graph)]
+
+
+def _pairs(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node, nn.Conv2d, FrozenBatchNorm2d]]:
+    """Give the nodes of a convolution and of the frozen BatchNorm after it, and the two modules."""
     for node in list(graph.graph.nodes):
         before: Any = node.args[0] if node.args else None
         norm, convolution = _module(graph, node, FrozenBatchNorm2d), _module(graph, before, nn.Conv2d)
-        if norm is None or convolution is None or len(before.users) > 1:
-            continue
+        if norm is not None and convolution is not None and len(before.users) == 1:
+            yield before, node, convolution, norm
+
+
+def _fold_norms(graph: fx.GraphModule) -> None:
+    """Make each frozen BatchNorm part of the convolution before it."""
+    for before, node, convolution, norm in _pairs(graph):
         statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         weight, bias = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
         convolution.weight, convolution.bias = weight, bias
