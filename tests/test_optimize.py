@@ -8,6 +8,7 @@ from conftest import two_pictures
 from torch import nn
 
 from conditional_detr import ConditionalDETR, Config, Detector, optimize
+from conditional_detr.deploy.kernels import Target
 from conditional_detr.deploy.trunk import FastTrunk
 
 # logits and boxes; of half precision what its 8 or 11 bits allow
@@ -117,14 +118,14 @@ def test_positions_are_kept_by_size_up_to_a_number(plain, monkeypatch):
 
 
 def test_norms_are_gone_from_a_resnet_and_all_else_follows_its_convolutions(plain):
-    fast = FastTrunk(plain.backbone.trunk, torch.float32, fuse=True)
+    fast = FastTrunk(plain.backbone.trunk, Target(torch.float32, kernels=True))
     kinds = {type(module).__name__ for module in fast.modules()}
     assert kinds == {"FastTrunk", "GraphModule", "FusedConv", "MaxPool2d"} | ({"Module"} & kinds)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_100", "regnetx_002", "convnext_atto", "efficientnet_b0"])
-@pytest.mark.parametrize("fuse", [False, True])
-def test_other_trunks(name, fuse):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_other_trunks(name, kernels):
     torch.manual_seed(0)
     sizes = {"num_classes": 2, "width": 16, "heads": 2, "encoder_layers": 0, "decoder_layers": 1}
     trunk = ConditionalDETR(Config(backbone=name, backbone_stage=3, **sizes)).eval().backbone.trunk
@@ -136,7 +137,7 @@ def test_other_trunks(name, fuse):
     pixels = pixels_of(2, 64, 96)
     with torch.no_grad():
         (expected,) = trunk(pixels)
-        (found,) = FastTrunk(trunk, torch.float32, fuse=fuse)(pixels)
+        (found,) = FastTrunk(trunk, Target(torch.float32, kernels=kernels))(pixels)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 

@@ -3,11 +3,23 @@
 Weights are brought into oneDNN's own layout once, so these modules stay where they were made.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Target(NamedTuple):
+    """What an optimised copy computes in, and with.
+
+    Attributes:
+        dtype: the precision.
+        kernels: whether to use oneDNN's, of this module; a compiler makes its own instead.
+    """
+
+    dtype: torch.dtype
+    kernels: bool
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
@@ -53,21 +65,21 @@ class FusedLinear(nn.Module):
     Args:
         weight: (features out, features in).
         bias: (features out,).
+        target: the precision, and whether oneDNN computes it.
         relu: whether ReLU follows.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, *, relu: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, target: Target, *, relu: bool = False) -> None:
         super().__init__()
-        self.weight, self.bias = weight.detach().contiguous(), bias.detach().contiguous()
-        self.relu = relu
-        self.packed = has_kernels(weight.device, weight.dtype)
-        if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        weight, bias = (x.detach().to(target.dtype).contiguous() for x in (weight, bias))
+        self.kernels, self.relu = target.kernels, relu
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if target.kernels else weight
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., features in) to (..., features out)."""
-        if self.packed:
+        if self.kernels:
             attribute = "relu" if self.relu else "none"
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attribute, [], "")
         x = F.linear(x, self.weight, self.bias)
-        return x.relu_() if self.relu else x
+        return x.relu() if self.relu else x

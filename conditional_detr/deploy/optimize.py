@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conditional_detr.deploy.kernels import FusedConv, has_kernels
+from conditional_detr.deploy.kernels import FusedConv, Target, has_kernels
 from conditional_detr.deploy.layers import FastDecoder, fast_encoder
 from conditional_detr.deploy.trunk import FastTrunk
 from conditional_detr.model import ConditionalDETR, Output, check_input
@@ -63,15 +63,14 @@ class OptimizedDETR(ConditionalDETR):
         nn.Module.__init__(self)
         self.config, self.metadata, self.load_report = model.config, model.metadata, model.load_report
         self.dtype = dtype
-        device = model.projection.weight.device
-        fuse = has_kernels(device, dtype)
+        target = Target(dtype, has_kernels(model.projection.weight.device, dtype) and not compile)
         self.backbone = copy.copy(model.backbone)
-        self.backbone._modules = {"trunk": FastTrunk(model.backbone.trunk, dtype, fuse=fuse)}
+        self.backbone._modules = {"trunk": FastTrunk(model.backbone.trunk, target)}
         projection: Any = copy.deepcopy(model.projection).to(dtype).to(memory_format=torch.channels_last)
-        self.projection = FusedConv(projection, relu=False) if fuse else projection
-        self.encoder = fast_encoder(model.encoder, dtype)
+        self.projection = FusedConv(projection, relu=False) if target.kernels else projection
+        self.encoder = fast_encoder(model.encoder, target)
         self.object_queries = copy.deepcopy(model.object_queries)
-        self.decoder = FastDecoder(model.decoder, model.object_queries.weight, dtype)
+        self.decoder = FastDecoder(model.decoder, model.object_queries.weight, target)
         self.class_head, self.box_head = copy.deepcopy(model.class_head), copy.deepcopy(model.box_head)
         self.requires_grad_(False)
         nn.Module.train(self, False)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
-from conditional_detr.deploy.kernels import FusedConv, has_kernels
+from conditional_detr.deploy.kernels import FusedConv, Target
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
@@ -20,17 +20,16 @@ class FastTrunk(nn.Module):
 
     Args:
         trunk: the plain trunk; it stays as it is.
-        dtype: of the weights and of what is computed.
-        fuse: use kernels of oneDNN that compute ReLU and additions with the convolution, where there are any.
+        target: what to compute in; oneDNN's kernels compute ReLU and additions with the convolution.
     """
 
-    def __init__(self, trunk: nn.Module, dtype: torch.dtype, *, fuse: bool) -> None:
+    def __init__(self, trunk: nn.Module, target: Target) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype = target.dtype
         graph = _trace(copy.deepcopy(trunk).eval())
         _fold_norms(graph)
-        graph.to(dtype).to(memory_format=torch.channels_last)
-        if fuse and has_kernels(next(trunk.parameters()).device, dtype):
+        graph.to(target.dtype).to(memory_format=torch.channels_last)
+        if target.kernels:
             _fuse(graph)
         self.graph = graph
 
