@@ -49,6 +49,14 @@ def optimize(model: ConditionalDETR, *, dtype: torch.dtype = torch.float32, comp
         return OptimizedDETR(model, dtype, compile=compile)
 
 
+def _of_any_size(x: Tensor) -> Tensor:
+    """Return a tensor of whose height and width the compiler assumes nothing: else the first picture's are fixed."""
+    x = x.detach()  # the mark is not for the caller's
+    for dimension in (-2, -1):
+        torch._dynamo.mark_dynamic(x, x.dim() + dimension)
+    return x
+
+
 class OptimizedDETR(ConditionalDETR):
     """What :func:`optimize` makes.
 
@@ -75,7 +83,7 @@ class OptimizedDETR(ConditionalDETR):
         self.requires_grad_(False)
         nn.Module.train(self, False)
         self._positions: dict[tuple[int, int], Tensor] = {}
-        self._run = torch.compile(super().forward, dynamic=True) if compile else super().forward
+        self._compiled: Any = torch.compile(super().forward, dynamic=True) if compile else None
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, padding: Tensor | None = None) -> Output:
@@ -95,7 +103,9 @@ class OptimizedDETR(ConditionalDETR):
         check_input(pixels, padding)
         if padding is not None and padding.device.type == "cpu" and not padding.any():
             padding = None
-        return self._run(pixels, padding)
+        if self._compiled is None:
+            return super().forward(pixels, padding)
+        return self._compiled(_of_any_size(pixels), None if padding is None else _of_any_size(padding))
 
     def key_positions(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
         """Encode the cells of a feature map; those of an unpadded one are kept."""
