@@ -1,5 +1,6 @@
 """Conditional DETR (ICCV 2021, arXiv 2108.06152) as a native PyTorch library."""
 
+from conditional_detr.deploy.optimize import optimize
 from conditional_detr.detections import Detections
 from conditional_detr.detector import Detector
 from conditional_detr.losses import SetLoss
@@ -20,5 +21,6 @@ __all__ = [
     "Output",
     "Preprocessing",
     "SetLoss",
+    "optimize",
 ]
 __version__ = "0.1.0"

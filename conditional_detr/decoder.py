@@ -29,10 +29,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, c: Tensor, o_q: Tensor) -> Tensor:
         """Relate the queries' content c (B, N, D), at positions o_q (B, N, D), to each other."""
+        q, k, v = self.project(c, o_q)
+        dropout = self.dropout if self.training else 0.0
+        return self.output(attend(q, k, v, self.heads, dropout=dropout))
+
+    def project(self, c: Tensor, o_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (B, N, D)."""
         q = self.content_query(c) + self.position_query(o_q)
         k = self.content_key(c) + self.position_key(o_q)
-        dropout = self.dropout if self.training else 0.0
-        return self.output(attend(q, k, self.value(c), self.heads, dropout=dropout))
+        return q, k, self.value(c)
 
 
 class ConditionalCrossAttention(nn.Module):
@@ -65,20 +70,26 @@ class ConditionalCrossAttention(nn.Module):
         self, f: Tensor, o_q: Tensor, p_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None
     ) -> Tensor:
         """Gather from memory (B, S, D) what the queries (B, N, D) look for: (B, N, D)."""
-        c_q, c_k, p_q, p_k = self.project(f, o_q, p_q, memory, p_k)
-        q, k = self.concatenate(c_q, p_q), self.concatenate(c_k, p_k)  # (B, N, 2D), (B, S, 2D)
-        dropout = self.dropout if self.training else 0.0
-        return self.output(attend(q, k, self.value(memory), self.heads, padding=padding, dropout=dropout))
+        q = self.concatenate(*self.project_queries(f, o_q, p_q))  # (B, N, 2D)
+        k = self.concatenate(*self.project_keys(memory, p_k))  # (B, S, 2D)
+        return self.gather(q, k, self.value(memory), padding)
 
-    def project(
-        self, f: Tensor, o_q: Tensor, p_q: Tensor, memory: Tensor, p_k: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return c_q (B, N, D), c_k (B, S, D), p_q (B, N, D), p_k (B, S, D), projected."""
-        c_q, c_k = self.content_query(f), self.content_key(memory)
-        p_q, p_k = self.spatial_query(p_q), self.spatial_key(p_k)
+    def project_queries(self, f: Tensor, o_q: Tensor, p_q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return c_q (B, N, D) and p_q (B, N, D), projected."""
+        c_q = self.content_query(f)
         if self.object_query is not None:
-            c_q, c_k = c_q + self.object_query(o_q), c_k + p_k
-        return c_q, c_k, p_q, p_k
+            c_q = c_q + self.object_query(o_q)
+        return c_q, self.spatial_query(p_q)
+
+    def project_keys(self, memory: Tensor, p_k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return c_k (B, S, D) and p_k (B, S, D), projected: they depend on the picture and on no query."""
+        c_k, p_k = self.content_key(memory), self.spatial_key(p_k)
+        return (c_k if self.object_query is None else c_k + p_k), p_k
+
+    def gather(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
+        """Attend with queries (B, N, 2D) to keys (B, S, 2D) and values (B, S, D): (B, N, D)."""
+        dropout = self.dropout if self.training else 0.0
+        return self.output(attend(q, k, v, self.heads, padding=padding, dropout=dropout))
 
     def concatenate(self, content: Tensor, spatial: Tensor) -> Tensor:
         """Put content and spatial part of each head beside each other: (B, T, D) twice to (B, T, 2D)."""
@@ -89,7 +100,7 @@ class ConditionalCrossAttention(nn.Module):
         self, f: Tensor, o_q: Tensor, p_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the softmax of the content part, of the spatial part, and of their sum: each (B, M, N, S)."""
-        c_q, c_k, p_q, p_k = self.project(f, o_q, p_q, memory, p_k)
+        (c_q, p_q), (c_k, p_k) = self.project_queries(f, o_q, p_q), self.project_keys(memory, p_k)
         scale = (2 * c_q.shape[-1] // self.heads) ** -0.5
         content = attention_scores(c_q, c_k, self.heads, scale=scale)
         spatial = attention_scores(p_q, p_k, self.heads, scale=scale)
@@ -115,13 +126,16 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """Map decoder states f (B, N, D) to the next ones."""
         c = self.relate(f, o_q)
-        gathered = self.cross_attention(c, o_q, p_q, memory, p_k, padding)
-        c = self.cross_attention_norm(c + self.dropout(gathered))
-        return self.feedforward_norm(c + self.dropout(self.feedforward(c)))
+        return self.take_in(c, self.cross_attention(c, o_q, p_q, memory, p_k, padding))
 
     def relate(self, f: Tensor, o_q: Tensor) -> Tensor:
         """Self-attention with addition and norm: what cross-attention starts from."""
         return self.self_attention_norm(f + self.dropout(self.self_attention(f, o_q)))
+
+    def take_in(self, c: Tensor, gathered: Tensor) -> Tensor:
+        """Add what cross-attention gathered, and the feed-forward network's, each with norm: the next state."""
+        c = self.cross_attention_norm(c + self.dropout(gathered))
+        return self.feedforward_norm(c + self.dropout(self.feedforward(c)))
 
     def attention_maps(
         self, f: Tensor, o_q: Tensor, p_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None

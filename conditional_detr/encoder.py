@@ -21,9 +21,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
         """Attend among tokens x (B, S, D) with positions (B, S, D) and padding (B, S)."""
-        q, k, v = self.query(x + positions), self.key(x + positions), self.value(x)
+        q, k, v = self.project(x, positions)
         dropout = self.dropout if self.training else 0.0
         return self.output(attend(q, k, v, self.heads, padding=padding, dropout=dropout))
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (B, S, D) of tokens."""
+        return self.query(x + positions), self.key(x + positions), self.value(x)
 
 
 class EncoderLayer(nn.Module):

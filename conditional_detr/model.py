@@ -181,11 +181,15 @@ class ConditionalDETR(nn.Module):
             memory (B, S, D) and the positions p_k (B, S, D) that belong to it.
         """
         tokens = self.projection(features).flatten(2).transpose(1, 2)  # (B, S, D)
-        cells = features.new_zeros((1, *features.shape[-2:]), dtype=torch.bool) if padding is None else padding
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
-        p_k = sine_of_map(cells, self.config.width, dtype).to(tokens.dtype).expand_as(tokens)
+        p_k = self.key_positions(features, padding).expand_as(tokens)
         memory = self.encoder(tokens, p_k, None if padding is None else padding.flatten(1))
         return memory, p_k
+
+    def key_positions(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Encode the cells of a feature map: p_k (B, S, D), or (1, S, D) for all pictures if nothing is padded."""
+        cells = features.new_zeros((1, *features.shape[-2:]), dtype=torch.bool) if padding is None else padding
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        return sine_of_map(cells, self.config.width, dtype).to(features.dtype)
 
     def decode(
         self, memory: Tensor, positions: Tensor, padding: Tensor | None = None, *, object_queries: Tensor | None = None

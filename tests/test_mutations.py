@@ -102,23 +102,23 @@ def states_normalised_between_layers(self, o_q, p_s, memory, p_k, padding):
     return states
 
 
-def content_only(self, f, o_q, p_q, memory, p_k):
-    c_q, c_k, p_q, p_k = project(self, f, o_q, p_q, memory, p_k)
-    return c_q, c_k, p_q * 0, p_k * 0
+def content_only(self, f, o_q, p_q):
+    c_q, p_q = project_queries(self, f, o_q, p_q)
+    return c_q, p_q * 0
 
 
-def spatial_only(self, f, o_q, p_q, memory, p_k):
-    c_q, c_k, p_q, p_k = project(self, f, o_q, p_q, memory, p_k)
-    return c_q * 0, c_k * 0, p_q, p_k
+def spatial_only(self, f, o_q, p_q):
+    c_q, p_q = project_queries(self, f, o_q, p_q)
+    return c_q * 0, p_q
 
 
-def first_layer_without_object_queries(self, f, o_q, p_q, memory, p_k):
-    return project(self, f, o_q * 0, p_q, memory, p_k)
+def first_layer_without_object_queries(self, f, o_q, p_q):
+    return project_queries(self, f, o_q * 0, p_q)
 
 
-def first_layer_content_keys_without_positions(self, f, o_q, p_q, memory, p_k):
-    c_q, c_k, p_q, p_k = project(self, f, o_q, p_q, memory, p_k)
-    return c_q, c_k if self.object_query is None else c_k - p_k, p_q, p_k
+def first_layer_content_keys_without_positions(self, memory, p_k):
+    c_k, p_k = project_keys(self, memory, p_k)
+    return c_k if self.object_query is None else c_k - p_k, p_k
 
 
 def side_by_side_instead_of_per_head(self, content, spatial):
@@ -162,7 +162,8 @@ def cosine_before_sine(angle, features):
     return sine(angle, features).unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
-project = decoder.ConditionalCrossAttention.project
+project_queries = decoder.ConditionalCrossAttention.project_queries
+project_keys = decoder.ConditionalCrossAttention.project_keys
 cross_attention = decoder.ConditionalCrossAttention.forward
 decoder_attention = decoder.SelfAttention.forward
 encoder_attention = encoder.SelfAttention.forward
@@ -179,10 +180,10 @@ MUTANTS = [
     (decoder.Decoder, "spatial_query", transformation_of_normalised_state),
     (decoder.Decoder, "run", states_normalised_between_layers),
     (decoder.Decoder, "points", sigmoid_left_out),
-    (decoder.ConditionalCrossAttention, "project", content_only),
-    (decoder.ConditionalCrossAttention, "project", spatial_only),
-    (decoder.ConditionalCrossAttention, "project", first_layer_without_object_queries),
-    (decoder.ConditionalCrossAttention, "project", first_layer_content_keys_without_positions),
+    (decoder.ConditionalCrossAttention, "project_queries", content_only),
+    (decoder.ConditionalCrossAttention, "project_queries", spatial_only),
+    (decoder.ConditionalCrossAttention, "project_queries", first_layer_without_object_queries),
+    (decoder.ConditionalCrossAttention, "project_keys", first_layer_content_keys_without_positions),
     (decoder.ConditionalCrossAttention, "concatenate", side_by_side_instead_of_per_head),
     (decoder.ConditionalCrossAttention, "forward", decoder_sees_padding),
     (decoder.SelfAttention, "forward", self_attention_without_positions),

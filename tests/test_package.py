@@ -15,6 +15,7 @@ LAYERS = [
     {"__init__"},
     {"cli"},
     {"training"},
+    {"deploy"},
     {"detector"},
     {"weights", "trunk_weights", "saving", "summary", "losses"},
     {"detections", "heads", "checkpoint", "config_files", "matcher"},

@@ -21,7 +21,13 @@ from conditional_detr.training.data import collate
 from conditional_detr.training.feeding import feed, seed_of
 from conditional_detr.training.first_epoch import look_at_first_epoch
 from conditional_detr.training.loop import train
-from conditional_detr.training.optimisation import computed_twice, moving_average, parameter_groups, rate_factor
+from conditional_detr.training.optimisation import (
+    computed_twice,
+    moving_average,
+    norms_folded,
+    parameter_groups,
+    rate_factor,
+)
 from conditional_detr.training.steps import Stepper
 from conditional_detr.training.validation import measure
 
@@ -319,6 +325,35 @@ def _assert_same_run(folder, other, model, its):
 def _assert_same_weights(model, its):
     for (name, a), b in zip(model.state_dict().items(), its.state_dict().values(), strict=True):
         assert (a - b).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "regnetx_002"])
+def test_folded_norms_give_the_same_loss_and_gradients(backbone):
+    """In every parameter that trains; afterwards the trunk is as it was."""
+    model = small_model(backbone=backbone, backbone_stage=3, dropout=0.0).double().train()
+    for module in model.backbone.modules():
+        if hasattr(module, "running_var"):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.1)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    pixels, padding, targets = collate([Rectangles(2)[i] for i in range(2)])
+
+    def gradients():
+        model.zero_grad()
+        loss = SetLoss()(model(pixels.double(), padding), targets)["total"]
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    plain = gradients()
+    with norms_folded(model):
+        changed = [m for m in model.backbone.modules() if "forward" in vars(m)]
+        folded = gradients()
+    assert bool(changed) == backbone.startswith("resnet")
+    for a, b in zip(folded, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), plain, strict=True))
 
 
 def test_gradient_checkpointing_gives_the_same_numbers(tmp_path):

@@ -26,7 +26,7 @@ from conditional_detr.training.feeding import Samples, feed
 from conditional_detr.training.first_epoch import FirstEpoch, look_at_first_epoch
 from conditional_detr.training.interruption import StopRequest
 from conditional_detr.training.journal import Journal
-from conditional_detr.training.optimisation import computed_twice
+from conditional_detr.training.optimisation import computed_twice, norms_folded
 from conditional_detr.training.steps import Stepper
 from conditional_detr.training.validation import measure
 
@@ -108,7 +108,8 @@ def train(
         raise TypeError(f"config: expected a TrainConfig, got {type(config).__name__}")
     run = _Run(model, train_data, val_data, config, Path(folder), criterion or SetLoss())
     run.begin(resume)
-    with run.telling(progress), computed_twice(model, config.gradient_checkpointing), StopRequest() as stop:
+    changed = computed_twice(model, config.gradient_checkpointing), norms_folded(model)
+    with run.telling(progress), changed[0], changed[1], StopRequest() as stop:
         run.go(stop)
     return run.finish()
 

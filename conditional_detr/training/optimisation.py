@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
+from conditional_detr.deploy.trunk import normalised_convolutions
 from conditional_detr.model import ConditionalDETR
 from conditional_detr.training.config import TrainConfig
 
@@ -86,3 +87,39 @@ def computed_twice(model: ConditionalDETR, wanted: bool) -> Iterator[None]:
     finally:
         for part in parts:
             del part.forward  # the instance's; that of its class is there again
+
+
+@contextmanager
+def norms_folded(model: ConditionalDETR) -> Iterator[None]:
+    """Let convolutions of the trunk do what the frozen BatchNorm behind them does: the maps are gone through once.
+
+    Statistics do not train, so scaling the weights, which is cheap, has the same gradients as scaling the maps.
+    A trunk that cannot be traced stays as it is.
+    """
+    try:
+        pairs = normalised_convolutions(model.backbone.trunk)
+    except ValueError:
+        pairs = []
+    for convolution, norm in pairs:
+        convolution.forward = partial(_convolve, convolution, norm)  # type: ignore[method-assign]
+        norm.forward = _leave
+    try:
+        yield
+    finally:
+        for pair in pairs:
+            for part in pair:
+                del part.forward
+
+
+def _convolve(convolution: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
+    """Convolve with scaled weights and the bias that is left."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = norm.bias - norm.running_mean * scale
+    if convolution.bias is not None:
+        bias = bias + convolution.bias * scale
+    return convolution._conv_forward(x, convolution.weight * scale[:, None, None, None], bias)
+
+
+def _leave(x: Tensor) -> Tensor:
+    """Do nothing: the convolution before has done it."""
+    return x

@@ -1,0 +1,1 @@
+"""Models made ready to run: optimised in memory."""

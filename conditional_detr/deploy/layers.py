@@ -1,0 +1,155 @@
+"""Encoder and decoder with projections joined, and with all that no picture changes computed once."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conditional_detr.decoder import Decoder
+from conditional_detr.decoder import SelfAttention as QueryAttention
+from conditional_detr.deploy.kernels import FusedLinear, Target
+from conditional_detr.encoder import Encoder
+from conditional_detr.encoder import SelfAttention as TokenAttention
+from conditional_detr.layers import FeedForward, inverse_sigmoid
+
+
+def joined(target: Target, *layers: Any, relu: bool = False) -> FusedLinear:
+    """Return one linear layer whose output is that of several, one after the other."""
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    return FusedLinear(weight, bias, target, relu=relu)
+
+
+class FastFeedForward(nn.Module):
+    """The two-layer network, ReLU in the first one's kernel."""
+
+    def __init__(self, plain: FeedForward, target: Target) -> None:
+        super().__init__()
+        self.hidden = joined(target, plain.hidden, relu=True)
+        self.output = joined(target, plain.output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        return self.output(self.hidden(x))
+
+
+class FastTokenAttention(TokenAttention):
+    """Self-attention whose queries and keys are one projection."""
+
+    value: Any
+    output: Any
+
+    def __init__(self, plain: TokenAttention, target: Target) -> None:
+        nn.Module.__init__(self)
+        self.heads = plain.heads
+        self.query_key = joined(target, plain.query, plain.key)
+        self.value = joined(target, plain.value)
+        self.output = joined(target, plain.output)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (B, S, D) of tokens."""
+        q, k = self.query_key(x + positions).chunk(2, dim=-1)
+        return q, k, self.value(x)
+
+
+def fast_encoder(plain: Encoder, target: Target) -> Encoder:
+    """Return a copy of an encoder for inference."""
+    fast = copy.deepcopy(plain).eval()
+    layers: Any = fast.layers  # of which ModuleList forgets what they are
+    for layer in layers:
+        layer.self_attention = FastTokenAttention(layer.self_attention, target)
+        layer.feedforward = FastFeedForward(layer.feedforward, target)
+        layer.to(target.dtype)
+    return fast
+
+
+class FastQueryAttention(QueryAttention):
+    """Self-attention among the queries: one projection of the content, and what their positions add to it."""
+
+    output: Any
+
+    def __init__(self, plain: QueryAttention, o_q: Tensor, target: Target) -> None:
+        nn.Module.__init__(self)
+        self.heads = plain.heads
+        self.content = joined(target, plain.content_query, plain.content_key, plain.value)
+        self.output = joined(target, plain.output)
+        q, k = plain.position_query(o_q), plain.position_key(o_q)
+        self.register_buffer(
+            "positions", torch.cat((q, k, torch.zeros_like(k)), dim=-1).to(target.dtype)
+        )  # (1, N, 3D)
+
+    def project(self, c: Tensor, o_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (B, N, D)."""
+        q, k, v = (self.content(c) + self.positions).chunk(3, dim=-1)
+        return q, k, v
+
+
+class FastDecoder(nn.Module):
+    """The decoder for the object queries of one model: their part of every layer is computed once.
+
+    Args:
+        plain: the decoder.
+        object_queries: o_q (N, D).
+        target: what to compute in; reference points are float32.
+    """
+
+    layers: Any
+    first_content: Tensor
+    first_queries: Tensor
+    s: Tensor
+
+    def __init__(self, plain: Decoder, object_queries: Tensor, target: Target) -> None:
+        super().__init__()
+        plain = copy.deepcopy(plain).float().eval()
+        o_q = object_queries.detach().float()[None]
+        points, p_s = plain.points(o_q)
+        layers: Any = plain.layers
+        c = layers[0].relate(torch.zeros_like(o_q), o_q)
+        cross: list[Any] = [layer.cross_attention for layer in layers]
+        q = cross[0].concatenate(*cross[0].project_queries(c, o_q, plain.spatial_query(0, c, p_s)))
+        constants = {"o_q": o_q, "p_s": p_s, "first_content": c, "first_queries": q}
+        for name, value in constants.items():
+            self.register_buffer(name, value.to(target.dtype))
+        self.register_buffer("s", inverse_sigmoid(points))
+        self.memory_parts = joined(target, *(x for one in cross for x in (one.content_key, one.value)))
+        self.spatial_keys = joined(target, *(one.spatial_key for one in cross))
+        fast = copy.deepcopy(plain).eval()
+        self.layers = fast.layers
+        self.norm, self.transformation = fast.norm.to(target.dtype), fast.transformation.to(target.dtype)
+        for layer, same in zip(self.layers, layers, strict=True):
+            del layer.cross_attention.content_key, layer.cross_attention.value, layer.cross_attention.spatial_key
+            layer.self_attention = FastQueryAttention(same.self_attention, o_q, target)
+            layer.feedforward = FastFeedForward(same.feedforward, target)
+            layer.to(target.dtype)
+
+    def forward(self, memory: Tensor, p_k: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Turn the object queries into states that describe objects.
+
+        Args:
+            memory: (B, S, D), the encoder's output.
+            p_k: (B, S, D), position encoding of the keys.
+            padding: (B, S) bool, True = padded; None: nothing is padded.
+
+        Returns:
+            f: (1, B, N, D), normalised states of the last layer, float32.
+            s: (B, N, 2), reference points x y before the sigmoid, float32.
+        """
+        pictures = len(memory)
+        keys, values = self.keys(memory, p_k if padding is not None else p_k[:1])
+        c, q = (x.expand(pictures, -1, -1) for x in (self.first_content, self.first_queries))
+        f = self.layers[0].take_in(c, self.layers[0].cross_attention.gather(q, keys[0], values[0], padding))
+        for i, layer in list(enumerate(self.layers))[1:]:
+            c, cross = layer.relate(f, self.o_q), layer.cross_attention
+            q = cross.concatenate(*cross.project_queries(c, self.o_q, self.transformation(f) * self.p_s))
+            f = layer.take_in(c, cross.gather(q, keys[i], values[i], padding))
+        return self.norm(f)[None].float(), self.s.expand(pictures, -1, -1)
+
+    def keys(self, memory: Tensor, p_k: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the keys (B, S, 2D) and the values (B, S, D) of every layer."""
+        depth = len(self.layers)
+        parts = self.memory_parts(memory).unflatten(-1, (depth, 2, -1))
+        c_k, values = parts.unbind(-2)  # (B, S, L, D)
+        p_k = self.spatial_keys(p_k).unflatten(-1, (depth, -1))
+        c_k = torch.cat((c_k[:, :, :1] + p_k[:, :, :1], c_k[:, :, 1:]), dim=2)  # in the first layer, p_k is added
+        keys = self.layers[0].cross_attention.concatenate(c_k, p_k.expand_as(c_k))
+        return keys.unbind(2), values.unbind(2)

@@ -1,0 +1,148 @@
+"""An inference copy of a model: the same mathematics in fewer, larger and narrower steps.
+
+The copy is the plain model with some of its modules replaced. What no picture changes is computed once, projections
+that read the same tensor become one, and kernels do what follows them. All else it inherits.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conditional_detr.deploy.kernels import FusedConv, Target, has_kernels
+from conditional_detr.deploy.layers import FastDecoder, fast_encoder
+from conditional_detr.deploy.trunk import FastTrunk
+from conditional_detr.model import ConditionalDETR, Output, check_input
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SHAPES = 32  # sizes of feature maps whose position encodings are kept
+
+
+def optimize(model: ConditionalDETR, *, dtype: torch.dtype = torch.float32, compile: bool = False) -> "OptimizedDETR":
+    """Make an inference copy of a model, for the device that it is on; the model stays as it is.
+
+    The copy takes float32 pixels and gives float32 output of one layer, the last: logits (1, B, N, C), boxes
+    (1, B, N, 4). In float32 it is within 1e-4 of the model. In half precision, softmax, sines, reference points and
+    the arithmetic of boxes remain in float32. A Detector takes it as any model.
+
+    Args:
+        model: the model.
+        dtype: what to compute in: float32, bfloat16 or float16.
+        compile: use ``torch.compile``: the first picture takes a minute or so, also the first batch of several; other
+            sizes of pictures then take no longer.
+
+    Returns:
+        The copy. It cannot be trained, saved or moved to another device.
+
+    Raises:
+        TypeError: no ConditionalDETR.
+        ValueError: another dtype; a model that was optimised before, or whose trunk cannot be traced.
+    """
+    if not isinstance(model, ConditionalDETR):
+        raise TypeError(f"model: expected a ConditionalDETR, got {type(model).__name__}")
+    if isinstance(model, OptimizedDETR):
+        raise ValueError("model: expected a plain model, got one that was optimised before")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    with torch.no_grad():
+        return OptimizedDETR(model, dtype, compile=compile)
+
+
+def _of_any_size(x: Tensor) -> Tensor:
+    """Return a tensor of whose height and width the compiler assumes nothing: else the first picture's are fixed."""
+    x = x.detach()  # the mark is not for the caller's
+    for dimension in (-2, -1):
+        torch._dynamo.mark_dynamic(x, x.dim() + dimension)
+    return x
+
+
+class OptimizedDETR(ConditionalDETR):
+    """What :func:`optimize` makes.
+
+    Attributes:
+        dtype: what it computes in.
+    """
+
+    projection: Any
+    decoder: Any
+
+    def __init__(self, model: ConditionalDETR, dtype: torch.dtype, *, compile: bool) -> None:
+        nn.Module.__init__(self)
+        self.config, self.metadata, self.load_report = model.config, model.metadata, model.load_report
+        self.dtype = dtype
+        target = Target(dtype, has_kernels(model.projection.weight.device, dtype) and not compile)
+        self.backbone = copy.copy(model.backbone)
+        self.backbone._modules = {"trunk": FastTrunk(model.backbone.trunk, target)}
+        projection: Any = copy.deepcopy(model.projection).to(dtype).to(memory_format=torch.channels_last)
+        self.projection = FusedConv(projection, relu=False) if target.kernels else projection
+        self.encoder = fast_encoder(model.encoder, target)
+        self.object_queries = copy.deepcopy(model.object_queries)
+        self.decoder = FastDecoder(model.decoder, model.object_queries.weight, target)
+        self.class_head, self.box_head = copy.deepcopy(model.class_head), copy.deepcopy(model.box_head)
+        self.requires_grad_(False)
+        nn.Module.train(self, False)
+        self._positions: dict[tuple[int, int], Tensor] = {}
+        self._compiled: Any = torch.compile(super().forward, dynamic=True) if compile else None
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor, padding: Tensor | None = None) -> Output:
+        """Detect objects.
+
+        Args:
+            pixels: (B, 3, H, W), normalised as ``metadata.preprocessing`` says, float32.
+            padding: (B, H, W) bool, True = padded; None: nothing is padded.
+
+        Returns:
+            Output of the last layer, float32: logits (1, B, N, C) and boxes (1, B, N, 4).
+
+        Raises:
+            TypeError: not tensors, or not of these dtypes.
+            ValueError: not of these shapes.
+        """
+        check_input(pixels, padding)
+        if padding is not None and padding.device.type == "cpu" and not padding.any():
+            padding = None
+        if self._compiled is None:
+            return super().forward(pixels, padding)
+        return self._compiled(_of_any_size(pixels), None if padding is None else _of_any_size(padding))
+
+    def key_positions(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Encode the cells of a feature map; those of an unpadded one are kept."""
+        if padding is not None or torch.compiler.is_compiling():
+            return super().key_positions(features, padding)
+        height, width = features.shape[-2:]
+        if (height, width) not in self._positions:
+            while len(self._positions) >= _SHAPES:
+                del self._positions[next(iter(self._positions))]
+            self._positions[height, width] = super().key_positions(features, None)
+        return self._positions[height, width]
+
+    def decode(
+        self, memory: Tensor, positions: Tensor, padding: Tensor | None = None, *, object_queries: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Let the object queries find objects in the memory: as the plain model's, of one layer, the last."""
+        if object_queries is not None:
+            raise ValueError("object_queries: an optimised copy has its own worked in; the plain model takes others")
+        return self.decoder(memory, positions, None if padding is None else padding.flatten(1))
+
+    def attention_maps(self, *_: Any, **__: Any) -> Any:
+        """Raise: the plain model shows where it looks."""
+        raise NotImplementedError("attention maps: an optimised copy has none; ask the model that it was made from")
+
+    def train(self, mode: bool = True) -> "OptimizedDETR":
+        """Raise if it is to train."""
+        if mode:
+            raise ValueError("an optimised copy cannot be trained; train the model that it was made from")
+        return self
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Raise: the plain model is what is saved."""
+        raise ValueError("an optimised copy cannot be saved; save the model that it was made from")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "OptimizedDETR":
+        """Raise: the weights are laid out for the device and precision that they are for."""
+        raise ValueError(
+            "an optimised copy stays on its device and in its precision; move the model and optimise it there:"
+            " optimize(model.to(device), dtype=dtype)"
+        )

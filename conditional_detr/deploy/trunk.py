@@ -1,0 +1,142 @@
+"""A trunk without BatchNorm: its statistics become part of the convolutions, ReLU and additions of their kernels."""
+
+import copy
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.ops import FrozenBatchNorm2d
+
+from conditional_detr.deploy.kernels import FusedConv, Target
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+
+
+class FastTrunk(nn.Module):
+    """The graph of a trunk, rewritten, which takes float32 pixels and gives maps in its own precision.
+
+    Args:
+        trunk: the plain trunk; it stays as it is.
+        target: what to compute in; oneDNN's kernels compute ReLU and additions with the convolution.
+    """
+
+    def __init__(self, trunk: nn.Module, target: Target) -> None:
+        super().__init__()
+        self.dtype = target.dtype
+        graph = _trace(copy.deepcopy(trunk).eval())
+        _fold_norms(graph)
+        graph.to(target.dtype).to(memory_format=torch.channels_last)
+        if target.kernels:
+            _fuse(graph)
+        self.graph = graph
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Map (B, 3, H, W) to the list of maps that the plain trunk gives."""
+        return self.graph(pixels.to(dtype=self.dtype, memory_format=torch.channels_last))
+
+
+class _Tracer(fx.Tracer):
+    """Sees frozen BatchNorm as one thing."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, FrozenBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(trunk: nn.Module) -> fx.GraphModule:
+    """Return a trunk as a graph, without what does nothing.
+
+    Raises:
+        ValueError: what the trunk does depends on the pixels, so there is no one graph.
+    """
+    try:
+        traced = fx.GraphModule(trunk, _Tracer().trace(trunk))
+    except Exception as error:  # of any kind: the trunk's own code runs on proxies
+        raise ValueError(f"backbone: cannot be optimised, for it cannot be traced: {error}") from error
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+    return traced
+
+
+def _module(graph: fx.GraphModule, node: Any, kind: type[nn.Module]) -> Any:
+    """Return the module that a node calls, if it is one of a kind."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    module = graph.get_submodule(str(node.target))
+    return module if isinstance(module, kind) else None
+
+
+def normalised_convolutions(trunk: nn.Module) -> list[tuple[nn.Conv2d, FrozenBatchNorm2d]]:
+    """Return each convolution whose output goes through a frozen BatchNorm and nowhere else, with that BatchNorm.
+
+    Raises:
+        ValueError: the trunk cannot be traced.
+    """
+    graph = _trace(trunk)
+    return [(convolution, norm) for _, _, convolution, norm in _pairs(graph)]
+
+
+def _pairs(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node, nn.Conv2d, FrozenBatchNorm2d]]:
+    """Give the nodes of a convolution and of the frozen BatchNorm after it, and the two modules."""
+    for node in list(graph.graph.nodes):
+        before: Any = node.args[0] if node.args else None
+        norm, convolution = _module(graph, node, FrozenBatchNorm2d), _module(graph, before, nn.Conv2d)
+        if norm is not None and convolution is not None and len(before.users) == 1:
+            yield before, node, convolution, norm
+
+
+def _fold_norms(graph: fx.GraphModule) -> None:
+    """Make each frozen BatchNorm part of the convolution before it."""
+    for before, node, convolution, norm in _pairs(graph):
+        statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        weight, bias = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
+        convolution.weight, convolution.bias = weight, bias
+        node.replace_all_uses_with(before)
+        graph.graph.erase_node(node)
+    _finish(graph)
+
+
+def _fuse(graph: fx.GraphModule) -> None:
+    """Let kernels compute what follows a convolution: ReLU, or the addition of another map and then ReLU."""
+    for node in list(graph.graph.nodes):
+        convolution = _module(graph, node, nn.Conv2d)
+        if convolution is None:
+            continue
+        last: Any = node
+        other = None
+        user = _only_user(last)
+        if user is not None and user.op == "call_function" and user.target in _ADDITIONS:
+            parts = [part for part in user.args if part is not node]
+            if len(parts) == 1 and isinstance(parts[0], fx.Node):
+                last, other = user, parts[0]
+        user = _only_user(last)
+        relu = _module(graph, user, nn.ReLU) is not None
+        last = user if relu else last
+        path = f"{str(node.target).replace('.', '_')}_fused"
+        graph.add_submodule(path, FusedConv(convolution, relu=relu))
+        with graph.graph.inserting_before(last):
+            fused = graph.graph.call_module(path, (node.args[0], other) if other else (node.args[0],))
+        last.replace_all_uses_with(fused)
+        while last is not node:  # from the last to the convolution
+            before = next(part for part in last.all_input_nodes if part is not other)
+            graph.graph.erase_node(last)
+            last = before
+        graph.graph.erase_node(node)
+    _finish(graph)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    """Return the one node that uses another; None if there are several."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _finish(graph: fx.GraphModule) -> None:
+    """Compile a changed graph, and leave out the modules that it no longer calls."""
+    graph.graph.lint()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
