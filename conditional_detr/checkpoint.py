@@ -24,6 +24,7 @@ _SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
 }
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 _WEIGHT_FILES = (SAFETENSORS, PICKLE)
 
 _PACKAGE = Path(__file__).parent
@@ -172,7 +173,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]
     """Read the tensors of a weight file, and the authors' training arguments if it has them."""
     if path.suffix == ".safetensors":
         return _read_safetensors(path), None
-    if path.suffix in {".bin", ".pth", ".pt"}:
+    if path.suffix in WEIGHT_SUFFIXES:
         return _read_pickle(path)
     raise ValueError(f"{path}: expected a .safetensors, .bin, .pth or .pt file")
 

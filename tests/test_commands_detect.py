@@ -58,6 +58,19 @@ def test_demo_finds_the_shapes_that_were_drawn(tmp_path, monkeypatch):
     assert json.loads(Path("detections/demo.json").read_text()) == written
 
 
+def test_demo_leaves_a_picture_of_that_name(tmp_path, small):
+    """Nothing is written, until it is asked for."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "demo-picture.png")
+    before = (tmp_path / "demo-picture.png").read_bytes()
+    result = run("detect", "--demo", "--weights", small, "--device", "cpu", "--output", tmp_path)
+    assert result.exit_code == 2
+    assert "it is there already, and another picture" in result.stderr
+    assert (tmp_path / "demo-picture.png").read_bytes() == before
+    assert files_in(tmp_path) == ["demo-picture.png"]
+    result = run("detect", "--demo", "--weights", small, "--device", "cpu", "--output", tmp_path, "--overwrite")
+    assert result.exit_code == 0, result.output
+
+
 def test_demo_takes_other_weights_and_no_pictures(small, detect, photograph):
     result = detect("--demo", "--threshold", 0)
     assert result.exit_code == 0, result.output

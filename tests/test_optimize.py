@@ -1,6 +1,7 @@
 """The optimised copy says what the plain model says, in every precision, for all sizes, padded or not."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from conftest import two_pictures
 from torch import nn
 
 from conditional_detr import ConditionalDETR, Config, Detector, optimize
-from conditional_detr.deploy.kernels import Target
+from conditional_detr.deploy.kernels import Computation
 from conditional_detr.deploy.trunk import FastTrunk
 
 # logits and boxes; of half precision what its 8 or 11 bits allow
 BOUNDS = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.02), torch.float16: (0.02, 0.003)}
+OTHERS = ["mobilenetv3_small_100", "regnetx_002", "convnext_atto", "efficientnet_b0", "gcresnext26ts"]
 SIZES = [(1, 64, 96), (2, 97, 131), (3, 160, 64)]
 
 
@@ -107,6 +109,14 @@ def test_the_model_stays_as_it_is_and_its_mode_does_not_matter(plain):
     assert fast(pixels_of(1, 64, 96)).logits.requires_grad is False
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_in_other_precisions(plain, dtype):
+    fast = optimize(copy.deepcopy(plain).to(dtype))
+    logits, boxes = differences(fast, plain, pixels_of(1, 64, 96))
+    assert logits < (0.1 if dtype == torch.bfloat16 else 1e-4)
+    assert boxes < (0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
 def test_positions_are_kept_by_size_up_to_a_number(plain, monkeypatch):
     from conditional_detr.deploy import optimize as module
 
@@ -118,12 +128,12 @@ def test_positions_are_kept_by_size_up_to_a_number(plain, monkeypatch):
 
 
 def test_norms_are_gone_from_a_resnet_and_all_else_follows_its_convolutions(plain):
-    fast = FastTrunk(plain.backbone.trunk, Target(torch.float32, kernels=True))
+    fast = FastTrunk(plain.backbone.trunk, Computation(torch.float32, kernels=True))
     kinds = {type(module).__name__ for module in fast.modules()}
     assert kinds == {"FastTrunk", "GraphModule", "FusedConv", "MaxPool2d"} | ({"Module"} & kinds)
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_small_100", "regnetx_002", "convnext_atto", "efficientnet_b0"])
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("kernels", [False, True])
 def test_other_trunks(name, kernels):
     torch.manual_seed(0)
@@ -134,11 +144,17 @@ def test_other_trunks(name, kernels):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
+        elif isinstance(module, nn.Conv2d) and not module.weight.any():  # a branch that timm starts at zero
+            nn.init.normal_(module.weight, std=0.1)
     pixels = pixels_of(2, 64, 96)
     with torch.no_grad():
         (expected,) = trunk(pixels)
-        (found,) = FastTrunk(trunk, Target(torch.float32, kernels=kernels))(pixels)
+        (found,) = FastTrunk(trunk, Computation(torch.float32, kernels=kernels))(pixels)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
+class Mine(ConditionalDETR):
+    """A subclass may change anything."""
 
 
 def test_what_it_cannot_do(plain, tmp_path):
@@ -147,13 +163,15 @@ def test_what_it_cannot_do(plain, tmp_path):
     refusals = [
         (lambda: fast.train(), ValueError, "cannot be trained"),
         (lambda: fast.save_pretrained(tmp_path), ValueError, "cannot be saved"),
+        (lambda: fast.state_dict(), ValueError, "cannot be saved or copied"),
+        (lambda: copy.deepcopy(fast), ValueError, "cannot be saved or copied"),
+        (lambda: pickle.dumps(fast), ValueError, "cannot be saved or copied"),
+        (lambda: fast.load_state_dict({}), ValueError, "takes no weights"),
+        (lambda: optimize(Mine(plain.config)), TypeError, "expected a ConditionalDETR, got Mine"),
+        (lambda: optimize(plain, dtype="bfloat16"), TypeError, "expected a torch.dtype, got 'bfloat16'"),
         (lambda: fast.half(), ValueError, "stays on its device and in its precision"),
         (lambda: fast.to("cpu"), ValueError, "stays on its device and in its precision"),
-        (
-            lambda: fast.attention_maps(pixels_of(1, 64, 64)),
-            NotImplementedError,
-            "ask the model that it was made from",
-        ),
+        (lambda: fast.attention_maps(memory), ValueError, "ask the model that it was made from"),
         (lambda: fast.decode(memory, positions, object_queries=memory), ValueError, "has its own worked in"),
         (lambda: optimize(fast), ValueError, "one that was optimised before"),
         (lambda: optimize(nn.Linear(2, 2)), TypeError, "expected a ConditionalDETR, got Linear"),

@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from training_runs import RESUMED, Rectangles, small_model, steps_of
 
 from conditional_detr import ConditionalDETR, SetLoss
 from conditional_detr.training.data import collate
 from conditional_detr.training.loop import train
 from conditional_detr.training.query_groups import QueryGroups
+from conditional_detr.training.steps import Stepper
 
 
 @pytest.fixture
@@ -56,6 +58,25 @@ def test_loss_and_gradients_are_the_means_of_the_groups(grouped):
     torch.testing.assert_close(groups.others.weight.grad, others)
 
 
+def test_a_batch_without_objects_counts_once_however_many_groups():
+    """Its loss is the mean over the groups, too, also as part of an accumulated step."""
+    nothing = {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+    pixels, target = Rectangles(1)[0]
+    losses = {}
+    for groups in (1, 3):
+        losses[groups] = []
+        for batches in (1, 2):
+            config = replace(RESUMED, query_groups=groups, workers=0)
+            stepper = Stepper(small_model(dropout=0.0), config, SetLoss(), Accelerator(mixed_precision="no"), str)
+            if stepper.grouped is not None:  # three groups of the same queries say the same
+                stepper.grouped.others.weight.data = stepper.model.object_queries.weight.data.repeat(groups - 1, 1)
+            stepper.join_processes()
+            empty, other = (pixels.repeat(2, 1, 1, 1), None, [nothing] * 2), (pixels[None], None, [target])
+            group = [([0, 1], empty), ([2], other)][:batches]
+            losses[groups].append(stepper.take(group, step=0, epochs=0)["loss"])
+    assert losses[3] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_training_with_groups_leaves_a_model_as_it_was_built(tmp_path):
     """The other queries train, too, are drawn from the seed, and are not saved with the weights."""
     config = replace(RESUMED, query_groups=4, epochs=1, workers=0)
@@ -80,6 +101,7 @@ def test_frozen_queries_stay_in_every_group(tmp_path):
     state = torch.load(result.last / "training_state.pt", weights_only=True)
     drawn = QueryGroups(small_model(), 2, seed=config.seed).others.weight
     assert torch.equal(state["other_queries"]["weight"], drawn)
+    assert not QueryGroups(model, 2, seed=0).others.weight.requires_grad
 
 
 def test_a_wrong_target_is_named_by_its_place_in_the_batch(tmp_path):

@@ -58,8 +58,9 @@ def run_example(name, *arguments, folder) -> list[str]:
 
 
 def test_every_example_is_run_here():
-    tested = re.findall(r'run_example\("(\w+)"', Path(__file__).read_text())
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(tested)
+    tested = re.findall(r'run_example\("([\w/]+)"', Path(__file__).read_text())
+    examples = (ROOT / "examples").rglob("*.py")
+    assert {str(path.relative_to(ROOT / "examples").with_suffix("")) for path in examples} == set(tested)
 
 
 def test_example_detect(photograph, small, tmp_path):
@@ -108,6 +109,15 @@ def test_example_plain_loop(tmp_path):
     lines = (ROOT / "examples" / "plain_loop.py").read_text().splitlines()
     assert len(lines) <= 90
     assert not any("conditional_detr.training" in line for line in lines)
+
+
+def test_example_benchmarks_training_step(tmp_path):
+    """On small pictures: whether it runs, not what it says."""
+    ours, theirs, ratio = run_example("benchmarks/training_step", "--size", "64", "--rounds", "1", folder=tmp_path)
+    number = r"\d+\.\d+"
+    for line, name in ((ours, "ours"), (theirs, "transformers")):
+        assert re.fullmatch(rf"{name} +{number} s a step \(least {number}\), peak \d+ MB", line)
+    assert re.fullmatch(rf"ours is {number} times as fast \({number} to {number}\)", ratio)
 
 
 def test_examples_finetune_and_evaluate(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet34
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from conditional_detr import ConditionalDETR, Config
@@ -88,6 +88,14 @@ def test_names_that_timm_writes_in_two_ways(tmp_path):
         torch.testing.assert_close(model.backbone(PIXELS)[0], expected)
 
 
+def test_a_deeper_network_of_the_family_does_not_pass_for_a_shallow_one(tmp_path):
+    torch.save(resnet34().state_dict(), tmp_path / "trunk.pth")
+    with pytest.raises(ValueError, match=r"left over, in stages that the trunk has: layer1\.2\.conv1\.weight, "):
+        load_trunk(fresh(), tmp_path / "trunk.pth")
+    with pytest.raises(TypeError, match="expected a ConditionalDETR, got Linear"):
+        load_trunk(nn.Linear(2, 2), tmp_path / "trunk.pth")
+
+
 def test_what_does_not_fit_is_named_and_nothing_is_loaded(classifier, tmp_path):
     state = dict(classifier.state_dict())
     del state["layer2.0.conv1.weight"], state["bn1.bias"]
@@ -110,7 +118,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(classifier, tmp_path):
         ("trunk.npz", b"PK\x03\x04 and no more", ValueError, "truncated, or not an npz file"),
         ("trunk.npz", b"nothing", ValueError, "truncated, or not an npz file"),
         ("trunk.pth", b"nothing", ValueError, "truncated, not a torch file"),
-        ("trunk.onnx", b"nothing", ValueError, r"expected a \.safetensors, \.bin, \.pth or \.pt file"),
+        ("trunk.onnx", b"nothing", ValueError, r"expected a \.safetensors, \.bin, \.pth, \.pt or \.npz file"),
         ("missing.npz", None, FileNotFoundError, "missing.npz"),
         ("missing.pth", None, FileNotFoundError, "missing.pth"),
     ],

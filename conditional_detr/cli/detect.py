@@ -38,7 +38,7 @@ from conditional_detr.selection import Selection
 from conditional_detr.training.shapes import draw_picture, index_in
 
 _LISTED = 20  # failures that are spelled out at the end
-_DEMO = PurePath("demo")
+_DEMO, _DEMO_PICTURE = PurePath("demo"), "demo-picture.png"
 _DEMO_PLACE = 6  # of the pictures of that name: one with most of the classes
 _DEMO_WEIGHTS = "shapes"
 _JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}
@@ -104,7 +104,8 @@ def detect(
             # PIL refuses what has more than twice this
             Image.MAX_IMAGE_PIXELS = max_pixels // 2 if max_pixels % 2 == 0 else max_pixels / 2  # type: ignore[assignment]
         font_at(font)  # at once, not at the first picture
-        found = _draw_demo(output) if demo else list_pictures(pictures, output=output)
+        drawn = Input(str(output / _DEMO_PICTURE), _DEMO)
+        found = Inputs([drawn], 0) if demo else list_pictures(pictures, output=output)
         weights = weights or (_DEMO_WEIGHTS if demo else PUBLISHED)
         detector = Detector.from_pretrained(weights, device=pick_device(device))
         selection = detector.selection(threshold=threshold, top_k=top_k, classes=classes)
@@ -119,6 +120,8 @@ def detect(
             tell(f"passed over files in folders that are no pictures: {found.passed_over}", style="yellow")
         if len(share) > len(todo):
             tell(f"{len(share) - len(todo)} of {len(share)} pictures are done already")
+        if demo:
+            _draw_demo(output / _DEMO_PICTURE, overwrite=overwrite)
         work = _Work(todo, output if draw else None, font, records)
         code = work.run(detector, selection, batch_size, show_progress=process.rank == 0)
         work.report(records.close() or [output])
@@ -128,13 +131,18 @@ def detect(
         raise typer.Exit(code)
 
 
-def _draw_demo(output: Path) -> Inputs:
-    """Draw a picture of shapes that no training has seen, into the folder of results."""
+def _draw_demo(path: Path, *, overwrite: bool) -> None:
+    """Draw a picture of shapes that no training has seen; another picture of that name stays, unless unwanted."""
     image, *_ = draw_picture(0, index_in(_DEMO.name, _DEMO_PLACE))
-    path = output / f"{_DEMO}-picture.png"
-    output.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not overwrite:
+        with Image.open(path) as there:
+            if there.convert("RGB").tobytes() == image.tobytes():
+                return
+        raise FileExistsError(
+            f"{path}: it is there already, and another picture; --overwrite replaces it, --output names another folder"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole({path: lambda unfinished: image.save(unfinished, "PNG")})
-    return Inputs([Input(str(path), _DEMO)], 0)
 
 
 class _Saved(NamedTuple):

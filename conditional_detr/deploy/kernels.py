@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Target(NamedTuple):
+class Computation(NamedTuple):
     """What an optimised copy computes in, and with.
 
     Attributes:
@@ -42,9 +42,9 @@ class FusedConv(nn.Module):
     def __init__(self, convolution: nn.Conv2d, *, relu: bool) -> None:
         super().__init__()
         padding, stride, dilation = (list(getattr(convolution, n)) for n in ("padding", "stride", "dilation"))
-        self.shape: tuple[Any, ...] = (padding, stride, dilation, convolution.groups)
+        self.geometry: tuple[Any, ...] = (padding, stride, dilation, convolution.groups)
         weight = convolution.weight.detach().contiguous(memory_format=torch.channels_last)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.shape)
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry)
         self.bias = None if convolution.bias is None else convolution.bias.detach()
         self.relu = "relu" if relu else None
 
@@ -52,10 +52,10 @@ class FusedConv(nn.Module):
         """Map (B, C, H, W), channels last, to (B, C', H', W'); ``other`` is of that shape."""
         if other is None:
             return torch.ops.mkldnn._convolution_pointwise(
-                x, self.weight, self.bias, *self.shape, self.relu or "none", [], ""
+                x, self.weight, self.bias, *self.geometry, self.relu or "none", [], ""
             )
         return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, other, self.weight, self.bias, *self.shape, "add", 1.0, self.relu, [], None
+            x, other, self.weight, self.bias, *self.geometry, "add", 1.0, self.relu, [], None
         )
 
 
@@ -65,15 +65,15 @@ class FusedLinear(nn.Module):
     Args:
         weight: (features out, features in).
         bias: (features out,).
-        target: the precision, and whether oneDNN computes it.
+        computation: the precision, and whether oneDNN computes it.
         relu: whether ReLU follows.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, target: Target, *, relu: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, computation: Computation, *, relu: bool = False) -> None:
         super().__init__()
-        weight, bias = (x.detach().to(target.dtype).contiguous() for x in (weight, bias))
-        self.kernels, self.relu = target.kernels, relu
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if target.kernels else weight
+        weight, bias = (x.detach().to(computation.dtype).contiguous() for x in (weight, bias))
+        self.kernels, self.relu = computation.kernels, relu
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if computation.kernels else weight
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:

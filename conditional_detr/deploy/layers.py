@@ -8,25 +8,25 @@ from torch import Tensor, nn
 
 from conditional_detr.decoder import Decoder
 from conditional_detr.decoder import SelfAttention as QueryAttention
-from conditional_detr.deploy.kernels import FusedLinear, Target
+from conditional_detr.deploy.kernels import Computation, FusedLinear
 from conditional_detr.encoder import Encoder
 from conditional_detr.encoder import SelfAttention as TokenAttention
 from conditional_detr.layers import FeedForward, inverse_sigmoid
 
 
-def joined(target: Target, *layers: Any, relu: bool = False) -> FusedLinear:
+def joined(computation: Computation, *layers: Any, relu: bool = False) -> FusedLinear:
     """Return one linear layer whose output is that of several, one after the other."""
     weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-    return FusedLinear(weight, bias, target, relu=relu)
+    return FusedLinear(weight, bias, computation, relu=relu)
 
 
 class FastFeedForward(nn.Module):
     """The two-layer network, ReLU in the first one's kernel."""
 
-    def __init__(self, plain: FeedForward, target: Target) -> None:
+    def __init__(self, plain: FeedForward, computation: Computation) -> None:
         super().__init__()
-        self.hidden = joined(target, plain.hidden, relu=True)
-        self.output = joined(target, plain.output)
+        self.hidden = joined(computation, plain.hidden, relu=True)
+        self.output = joined(computation, plain.output)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
@@ -39,12 +39,12 @@ class FastTokenAttention(TokenAttention):
     value: Any
     output: Any
 
-    def __init__(self, plain: TokenAttention, target: Target) -> None:
+    def __init__(self, plain: TokenAttention, computation: Computation) -> None:
         nn.Module.__init__(self)
         self.heads = plain.heads
-        self.query_key = joined(target, plain.query, plain.key)
-        self.value = joined(target, plain.value)
-        self.output = joined(target, plain.output)
+        self.query_key = joined(computation, plain.query, plain.key)
+        self.value = joined(computation, plain.value)
+        self.output = joined(computation, plain.output)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values (B, S, D) of tokens."""
@@ -52,14 +52,14 @@ class FastTokenAttention(TokenAttention):
         return q, k, self.value(x)
 
 
-def fast_encoder(plain: Encoder, target: Target) -> Encoder:
+def fast_encoder(plain: Encoder, computation: Computation) -> Encoder:
     """Return a copy of an encoder for inference."""
     fast = copy.deepcopy(plain).eval()
     layers: Any = fast.layers  # of which ModuleList forgets what they are
     for layer in layers:
-        layer.self_attention = FastTokenAttention(layer.self_attention, target)
-        layer.feedforward = FastFeedForward(layer.feedforward, target)
-        layer.to(target.dtype)
+        layer.self_attention = FastTokenAttention(layer.self_attention, computation)
+        layer.feedforward = FastFeedForward(layer.feedforward, computation)
+        layer.to(computation.dtype)
     return fast
 
 
@@ -68,14 +68,14 @@ class FastQueryAttention(QueryAttention):
 
     output: Any
 
-    def __init__(self, plain: QueryAttention, o_q: Tensor, target: Target) -> None:
+    def __init__(self, plain: QueryAttention, o_q: Tensor, computation: Computation) -> None:
         nn.Module.__init__(self)
         self.heads = plain.heads
-        self.content = joined(target, plain.content_query, plain.content_key, plain.value)
-        self.output = joined(target, plain.output)
+        self.content = joined(computation, plain.content_query, plain.content_key, plain.value)
+        self.output = joined(computation, plain.output)
         q, k = plain.position_query(o_q), plain.position_key(o_q)
         self.register_buffer(
-            "positions", torch.cat((q, k, torch.zeros_like(k)), dim=-1).to(target.dtype)
+            "positions", torch.cat((q, k, torch.zeros_like(k)), dim=-1).to(computation.dtype)
         )  # (1, N, 3D)
 
     def project(self, c: Tensor, o_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +90,7 @@ class FastDecoder(nn.Module):
     Args:
         plain: the decoder.
         object_queries: o_q (N, D).
-        target: what to compute in; reference points are float32.
+        computation: what to compute in; reference points are float32.
     """
 
     layers: Any
@@ -98,7 +98,7 @@ class FastDecoder(nn.Module):
     first_queries: Tensor
     s: Tensor
 
-    def __init__(self, plain: Decoder, object_queries: Tensor, target: Target) -> None:
+    def __init__(self, plain: Decoder, object_queries: Tensor, computation: Computation) -> None:
         super().__init__()
         plain = copy.deepcopy(plain).float().eval()
         o_q = object_queries.detach().float()[None]
@@ -109,18 +109,18 @@ class FastDecoder(nn.Module):
         q = cross[0].concatenate(*cross[0].project_queries(c, o_q, plain.spatial_query(0, c, p_s)))
         constants = {"o_q": o_q, "p_s": p_s, "first_content": c, "first_queries": q}
         for name, value in constants.items():
-            self.register_buffer(name, value.to(target.dtype))
+            self.register_buffer(name, value.to(computation.dtype))
         self.register_buffer("s", inverse_sigmoid(points))
-        self.memory_parts = joined(target, *(x for one in cross for x in (one.content_key, one.value)))
-        self.spatial_keys = joined(target, *(one.spatial_key for one in cross))
+        self.memory_parts = joined(computation, *(x for one in cross for x in (one.content_key, one.value)))
+        self.spatial_keys = joined(computation, *(one.spatial_key for one in cross))
         fast = copy.deepcopy(plain).eval()
         self.layers = fast.layers
-        self.norm, self.transformation = fast.norm.to(target.dtype), fast.transformation.to(target.dtype)
+        self.norm, self.transformation = fast.norm.to(computation.dtype), fast.transformation.to(computation.dtype)
         for layer, same in zip(self.layers, layers, strict=True):
             del layer.cross_attention.content_key, layer.cross_attention.value, layer.cross_attention.spatial_key
-            layer.self_attention = FastQueryAttention(same.self_attention, o_q, target)
-            layer.feedforward = FastFeedForward(same.feedforward, target)
-            layer.to(target.dtype)
+            layer.self_attention = FastQueryAttention(same.self_attention, o_q, computation)
+            layer.feedforward = FastFeedForward(same.feedforward, computation)
+            layer.to(computation.dtype)
 
     def forward(self, memory: Tensor, p_k: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Turn the object queries into states that describe objects.

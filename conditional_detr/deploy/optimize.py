@@ -5,17 +5,19 @@ that read the same tensor become one, and kernels do what follows them. All else
 """
 
 import copy
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from conditional_detr.deploy.kernels import FusedConv, Target, has_kernels
+from conditional_detr.deploy.kernels import Computation, FusedConv, has_kernels
 from conditional_detr.deploy.layers import FastDecoder, fast_encoder
 from conditional_detr.deploy.trunk import FastTrunk
 from conditional_detr.model import ConditionalDETR, Output, check_input
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NOT_SAVED = "an optimised copy cannot be saved or copied; save or copy the model that it was made from"
 _SHAPES = 32  # sizes of feature maps whose position encodings are kept
 
 
@@ -33,16 +35,20 @@ def optimize(model: ConditionalDETR, *, dtype: torch.dtype = torch.float32, comp
             sizes of pictures then take no longer.
 
     Returns:
-        The copy. It cannot be trained, saved or moved to another device.
+        The copy. It cannot be trained, saved, copied or moved to another device, and has no attention maps: the model
+        can and has. Tracing the trunk changes how modules of the whole process are called while it lasts, so no other
+        thread may run a model meanwhile.
 
     Raises:
-        TypeError: no ConditionalDETR.
+        TypeError: no ConditionalDETR, or a subclass, whose changes would be lost; no dtype.
         ValueError: another dtype; a model that was optimised before, or whose trunk cannot be traced.
     """
-    if not isinstance(model, ConditionalDETR):
-        raise TypeError(f"model: expected a ConditionalDETR, got {type(model).__name__}")
     if isinstance(model, OptimizedDETR):
         raise ValueError("model: expected a plain model, got one that was optimised before")
+    if type(model) is not ConditionalDETR:  # what a subclass changes would be lost
+        raise TypeError(f"model: expected a ConditionalDETR, got {type(model).__name__}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
     with torch.no_grad():
@@ -71,18 +77,19 @@ class OptimizedDETR(ConditionalDETR):
         nn.Module.__init__(self)
         self.config, self.metadata, self.load_report = model.config, model.metadata, model.load_report
         self.dtype = dtype
-        target = Target(dtype, has_kernels(model.projection.weight.device, dtype) and not compile)
+        computation = Computation(dtype, has_kernels(model.projection.weight.device, dtype) and not compile)
         self.backbone = copy.copy(model.backbone)
-        self.backbone._modules = {"trunk": FastTrunk(model.backbone.trunk, target)}
+        self.backbone._modules = {"trunk": FastTrunk(model.backbone.trunk, computation)}
         projection: Any = copy.deepcopy(model.projection).to(dtype).to(memory_format=torch.channels_last)
-        self.projection = FusedConv(projection, relu=False) if target.kernels else projection
-        self.encoder = fast_encoder(model.encoder, target)
-        self.object_queries = copy.deepcopy(model.object_queries)
-        self.decoder = FastDecoder(model.decoder, model.object_queries.weight, target)
-        self.class_head, self.box_head = copy.deepcopy(model.class_head), copy.deepcopy(model.box_head)
+        self.projection = FusedConv(projection, relu=False) if computation.kernels else projection
+        self.encoder = fast_encoder(model.encoder, computation)
+        self.decoder = FastDecoder(model.decoder, model.object_queries.weight, computation)
+        self.class_head = copy.deepcopy(model.class_head).float()
+        self.box_head = copy.deepcopy(model.box_head).float()
         self.requires_grad_(False)
         nn.Module.train(self, False)
         self._positions: dict[tuple[int, int], Tensor] = {}
+        self._keeping = threading.Lock()
         self._compiled: Any = torch.compile(super().forward, dynamic=True) if compile else None
 
     @torch.no_grad()
@@ -111,12 +118,15 @@ class OptimizedDETR(ConditionalDETR):
         """Encode the cells of a feature map; those of an unpadded one are kept."""
         if padding is not None or torch.compiler.is_compiling():
             return super().key_positions(features, padding)
-        height, width = features.shape[-2:]
-        if (height, width) not in self._positions:
-            while len(self._positions) >= _SHAPES:
-                del self._positions[next(iter(self._positions))]
-            self._positions[height, width] = super().key_positions(features, None)
-        return self._positions[height, width]
+        size = (features.shape[-2], features.shape[-1])
+        found = self._positions.get(size)
+        if found is None:
+            found = super().key_positions(features, None)
+            with self._keeping:  # threads may share a copy
+                if len(self._positions) >= _SHAPES:
+                    del self._positions[next(iter(self._positions))]
+                self._positions[size] = found
+        return found
 
     def decode(
         self, memory: Tensor, positions: Tensor, padding: Tensor | None = None, *, object_queries: Tensor | None = None
@@ -128,7 +138,7 @@ class OptimizedDETR(ConditionalDETR):
 
     def attention_maps(self, *_: Any, **__: Any) -> Any:
         """Raise: the plain model shows where it looks."""
-        raise NotImplementedError("attention maps: an optimised copy has none; ask the model that it was made from")
+        raise ValueError("attention maps: an optimised copy has none; ask the model that it was made from")
 
     def train(self, mode: bool = True) -> "OptimizedDETR":
         """Raise if it is to train."""
@@ -138,7 +148,19 @@ class OptimizedDETR(ConditionalDETR):
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         """Raise: the plain model is what is saved."""
-        raise ValueError("an optimised copy cannot be saved; save the model that it was made from")
+        raise ValueError(_NOT_SAVED)
+
+    def state_dict(self, *_: Any, **__: Any) -> Any:
+        """Raise: the weights are laid out for kernels, and the plain model has them all."""
+        raise ValueError(_NOT_SAVED)
+
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        """Raise: weights are loaded into the plain model."""
+        raise ValueError("an optimised copy takes no weights; load them into a model and optimise that")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise, for pickle and for deepcopy."""
+        raise ValueError(_NOT_SAVED)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "OptimizedDETR":
         """Raise: the weights are laid out for the device and precision that they are for."""

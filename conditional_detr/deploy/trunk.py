@@ -2,16 +2,19 @@
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
-from conditional_detr.deploy.kernels import FusedConv, Target
+from conditional_detr.deploy.kernels import Computation, FusedConv
 
+_ANY_PICTURE = (2, 3, 160, 224)  # large enough that maps of different sizes stay apart
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
@@ -20,16 +23,16 @@ class FastTrunk(nn.Module):
 
     Args:
         trunk: the plain trunk; it stays as it is.
-        target: what to compute in; oneDNN's kernels compute ReLU and additions with the convolution.
+        computation: what to compute in; oneDNN's kernels compute ReLU and additions with the convolution.
     """
 
-    def __init__(self, trunk: nn.Module, target: Target) -> None:
+    def __init__(self, trunk: nn.Module, computation: Computation) -> None:
         super().__init__()
-        self.dtype = target.dtype
+        self.dtype = computation.dtype
         graph = _trace(copy.deepcopy(trunk).eval())
         _fold_norms(graph)
-        graph.to(target.dtype).to(memory_format=torch.channels_last)
-        if target.kernels:
+        graph.to(computation.dtype).to(memory_format=torch.channels_last)
+        if computation.kernels:
             _fuse(graph)
         self.graph = graph
 
@@ -80,12 +83,21 @@ def normalised_convolutions(trunk: nn.Module) -> list[tuple[nn.Conv2d, FrozenBat
     return [(convolution, norm) for _, _, convolution, norm in _pairs(graph)]
 
 
+def _called_once(graph: fx.GraphModule) -> set[Any]:
+    """Return the names of modules that a graph calls in one place only."""
+    calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
+    return {name for name, times in calls.items() if times == 1}
+
+
 def _pairs(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node, nn.Conv2d, FrozenBatchNorm2d]]:
     """Give the nodes of a convolution and of the frozen BatchNorm after it, and the two modules."""
+    once = _called_once(graph)
     for node in list(graph.graph.nodes):
         before: Any = node.args[0] if node.args else None
         norm, convolution = _module(graph, node, FrozenBatchNorm2d), _module(graph, before, nn.Conv2d)
-        if norm is not None and convolution is not None and len(before.users) == 1:
+        if norm is None or convolution is None or not {node.target, before.target} <= once:
+            continue
+        if len(before.users) == 1:
             yield before, node, convolution, norm
 
 
@@ -101,17 +113,20 @@ def _fold_norms(graph: fx.GraphModule) -> None:
 
 
 def _fuse(graph: fx.GraphModule) -> None:
-    """Let kernels compute what follows a convolution: ReLU, or the addition of another map and then ReLU."""
+    """Let kernels compute what follows a convolution: ReLU, or the addition of a map of its size and then ReLU."""
+    once = _called_once(graph)
+    parameter = next(graph.parameters())
+    ShapeProp(graph).propagate(parameter.new_zeros(_ANY_PICTURE))
     for node in list(graph.graph.nodes):
         convolution = _module(graph, node, nn.Conv2d)
-        if convolution is None:
+        if convolution is None or node.target not in once or not _has_kernel(convolution):
             continue
         last: Any = node
         other = None
         user = _only_user(last)
-        if user is not None and user.op == "call_function" and user.target in _ADDITIONS:
+        if user is not None and user.op == "call_function" and user.target in _ADDITIONS and not user.kwargs:
             parts = [part for part in user.args if part is not node]
-            if len(parts) == 1 and isinstance(parts[0], fx.Node):
+            if len(parts) == 1 and _shape(node) is not None and _shape(parts[0]) == _shape(node):
                 last, other = user, parts[0]
         user = _only_user(last)
         relu = _module(graph, user, nn.ReLU) is not None
@@ -120,6 +135,7 @@ def _fuse(graph: fx.GraphModule) -> None:
         graph.add_submodule(path, FusedConv(convolution, relu=relu))
         with graph.graph.inserting_before(last):
             fused = graph.graph.call_module(path, (node.args[0], other) if other else (node.args[0],))
+        fused.meta = dict(last.meta)
         last.replace_all_uses_with(fused)
         while last is not node:  # from the last to the convolution
             before = next(part for part in last.all_input_nodes if part is not other)
@@ -127,6 +143,18 @@ def _fuse(graph: fx.GraphModule) -> None:
             last = before
         graph.graph.erase_node(node)
     _finish(graph)
+
+
+def _has_kernel(convolution: nn.Conv2d) -> bool:
+    """Return whether a convolution pads, if at all, with zeros and by numbers."""
+    return convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+
+
+def _shape(node: Any) -> tuple[int, ...] | None:
+    """Return the shape of what a node gives, if it is a tensor of the picture that was sent through."""
+    meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
+    shape = getattr(meta, "shape", None)
+    return None if shape is None else tuple(shape)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -108,7 +108,7 @@ def train(
         raise TypeError(f"config: expected a TrainConfig, got {type(config).__name__}")
     run = _Run(model, train_data, val_data, config, Path(folder), criterion or SetLoss())
     run.begin(resume)
-    changed = computed_twice(model, config.gradient_checkpointing), norms_folded(model)
+    changed = norms_folded(model), computed_twice(model, config.gradient_checkpointing)
     with run.telling(progress), changed[0], changed[1], StopRequest() as stop:
         run.go(stop)
     return run.finish()

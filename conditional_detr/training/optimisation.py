@@ -1,7 +1,7 @@
 """What a step does to the weights: groups of parameters, their rates, the moving average, and memory saved."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ def parameter_groups(
     Args:
         model: the model.
         config: the settings.
-        other_queries: those of further groups, which train if the model's own do.
+        other_queries: those of further groups.
 
     Raises:
         ValueError: nothing trains.
@@ -37,8 +37,8 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (trunk if name.startswith(_TRUNK) else others).append(parameter)
-    if other_queries is not None and model.object_queries.weight.requires_grad:
-        others.extend(other_queries.parameters())
+    if other_queries is not None:
+        others.extend(parameter for parameter in other_queries.parameters() if parameter.requires_grad)
     groups = [(others, config.lr), (trunk, config.backbone_lr)]
     found = [{"params": group, "lr": rate, "initial_lr": rate} for group, rate in groups if group]
     if not found:
@@ -80,35 +80,41 @@ def computed_twice(model: ConditionalDETR, wanted: bool) -> Iterator[None]:
     """Keep only the inputs of layers and trunk stages that train, and compute them again in the backward pass."""
     parts = [*model.encoder.layers, *model.decoder.layers, *model.backbone.trunk.children()] if wanted else []
     parts = [part for part in parts if any(parameter.requires_grad for parameter in part.parameters())]
-    for part in parts:
-        part.forward = partial(checkpoint, part.forward, use_reentrant=False)
-    try:
+    with _replaced({part: partial(checkpoint, part.forward, use_reentrant=False) for part in parts}):
         yield
-    finally:
-        for part in parts:
-            del part.forward  # the instance's; that of its class is there again
 
 
 @contextmanager
 def norms_folded(model: ConditionalDETR) -> Iterator[None]:
     """Let convolutions of the trunk do what the frozen BatchNorm behind them does: the maps are gone through once.
 
-    Statistics do not train, so scaling the weights, which is cheap, has the same gradients as scaling the maps.
-    A trunk that cannot be traced stays as it is.
+    Statistics do not train, so scaling the weights, which is cheap, has the same gradients as scaling the maps. Under
+    autocast the maps then stay in its precision. A trunk that cannot be traced stays as it is.
     """
     try:
         pairs = normalised_convolutions(model.backbone.trunk)
     except ValueError:
         pairs = []
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
     for convolution, norm in pairs:
-        convolution.forward = partial(_convolve, convolution, norm)  # type: ignore[method-assign]
-        norm.forward = _leave
+        forwards |= {convolution: partial(_convolve, convolution, norm), norm: _leave}
+    with _replaced(forwards):
+        yield
+
+
+@contextmanager
+def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules another forward each; in the end they have again what they had, of their class or their own."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        for pair in pairs:
-            for part in pair:
-                del part.forward
+        for module, own in before.items():
+            del module.forward
+            if own is not None:
+                module.forward = own
 
 
 def _convolve(convolution: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:

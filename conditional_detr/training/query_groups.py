@@ -30,7 +30,7 @@ class QueryGroups(nn.Module):
         queries = model.object_queries
         self.others = nn.Embedding((groups - 1) * queries.num_embeddings, queries.embedding_dim)
         nn.init.normal_(self.others.weight, generator=torch.Generator().manual_seed(seed_of(seed, groups)))
-        self.others.to(queries.weight)
+        self.others.to(queries.weight).requires_grad_(queries.weight.requires_grad)
 
     def forward(self, pixels: Tensor, padding: Tensor | None = None) -> Output:
         """Detect objects, once for each group.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conditional_detr.losses import SetLoss, boxes_per_process
-from conditional_detr.model import ConditionalDETR
+from conditional_detr.model import ConditionalDETR, Output
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.feeding import Batch, seed_of
 from conditional_detr.training.optimisation import moving_average, parameter_groups, rate_factor
@@ -33,7 +33,7 @@ class Stepper:
 
     Attributes:
         model: the model.
-        groups: the model with the groups of queries that only training has; None if it has one group.
+        grouped: the model with the groups of queries that only training has; None if it has one group.
         average: the moving average of its weights; None if there is none.
         optimizer: AdamW.
         scaler: of float16's gradients; of other precisions it does nothing.
@@ -54,10 +54,10 @@ class Stepper:
             model.backbone.requires_grad_(False)
         model.train().to(self.device)
         model.backbone.to(memory_format=torch.channels_last)  # in which convolutions are faster
-        groups = config.query_groups
-        self.groups = QueryGroups(model, groups, config.seed).to(self.device) if groups > 1 else None
+        several = config.query_groups > 1
+        self.grouped = QueryGroups(model, config.query_groups, config.seed).to(self.device) if several else None
         self.average = moving_average(model, config.ema) if config.ema else None
-        trained = parameter_groups(model, config, None if self.groups is None else self.groups.others)
+        trained = parameter_groups(model, config, None if self.grouped is None else self.grouped.others)
         self.optimizer = torch.optim.AdamW(trained, weight_decay=config.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.autocast == "float16")
         self._wrapped: Any = None
@@ -74,7 +74,7 @@ class Stepper:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "other_queries": None if self.groups is None else self.groups.others.state_dict(),
+            "other_queries": None if self.grouped is None else self.grouped.others.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -84,12 +84,12 @@ class Stepper:
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        if self.groups is not None:
-            self.groups.others.load_state_dict(state["other_queries"])
+        if self.grouped is not None:
+            self.grouped.others.load_state_dict(state["other_queries"])
 
     def join_processes(self) -> None:
         """Get ready for steps, once the weights are what they shall be: all processes take the first one's."""
-        self._wrapped = self.accelerator.prepare_model(self.groups or self.model)
+        self._wrapped = self.accelerator.prepare_model(self.grouped or self.model)
 
     def take(self, group: Group, *, step: int, epochs: float) -> dict[str, float]:
         """Do a step on the joined batch of a group, of all processes.
@@ -155,9 +155,26 @@ class Stepper:
         with torch.autocast(self.device.type, dtype=dtype, enabled=precision is not None):
             output = self._wrapped(pixels, padding)
         try:
-            return self.criterion(output, targets * self.config.query_groups)
+            return self._mean_over_groups(output, targets)
         except (TypeError, ValueError) as error:
             raise ValueError(f"step {step + 1}: {error}; {self._names(indices)}") from error
+
+    def _mean_over_groups(self, output: Output, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the losses, their mean over the groups of queries if there are several."""
+        groups = self.config.query_groups
+        if groups == 1:
+            return self.criterion(output, targets)
+        try:
+            losses = self.criterion(output, targets * groups)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (of {groups} groups of queries, each with {len(targets)} pictures: images[{len(targets)}] is"
+                " images[0] in the second)"
+            ) from error
+        # the criterion divides by the boxes of all groups together, at least 1: where there are none, by too little
+        count = sum(len(target["labels"]) for target in targets)
+        joined, each = (boxes_per_process(n, self.device) for n in (groups * count, count))
+        return {name: loss * (joined / (groups * each)) for name, loss in losses.items()}
 
     def _check_finite(self, numbers: dict[str, float], group: Group, step: int) -> None:
         """Raise ValueError unless loss and gradients are finite; float16's scaler passes over gradients by itself."""
