@@ -67,7 +67,10 @@ def open_checkpoint(
     path = Path(name)
     if path.is_file():
         return _open_files(path, path.parent)
-    folder = path if path.is_dir() else _shipped(str(name))
+    folder = path if path.is_dir() else None
+    if folder is None or not any((folder / file).is_file() for file in _WEIGHT_FILES):
+        # a data set of shapes may well lie in a folder "shapes"
+        folder = shipped_folder(str(name)) or folder
     if folder is None:
         if isinstance(name, Path) or str(name).count("/") != 1 or path.is_absolute():
             raise FileNotFoundError(
@@ -87,7 +90,7 @@ def shipped_names() -> list[str]:
     return sorted({path.parent.name for folder in _SHIPPED if folder.is_dir() for path in folder.glob(f"*/{CONFIG}")})
 
 
-def _shipped(name: str) -> Path | None:
+def shipped_folder(name: str) -> Path | None:
     """Return the folder of shipped weights, if there are any of this name."""
     if name not in shipped_names():
         return None

@@ -41,9 +41,11 @@ def detect(small, tmp_path):
 def test_demo_finds_the_shapes_that_were_drawn(tmp_path, monkeypatch):
     """A picture that no training has seen, with the weights that are shipped, and no network; again, the same."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()  # as a data set of shapes may be called
     result = run("detect", "--demo", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert files_in(tmp_path) == [f"detections/{name}" for name in ("demo-picture.png", "demo.json", "demo.png")]
+    assert len(Detector.from_pretrained("shapes")("detections/demo-picture.png")) > 2
     _, boxes, labels = draw_picture(0, index_in("demo", 6))
     with Image.open("detections/demo-picture.png") as picture:
         assert picture.tobytes() == draw_picture(0, index_in("demo", 6))[0].tobytes()

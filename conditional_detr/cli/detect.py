@@ -15,6 +15,7 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
+from conditional_detr.checkpoint import shipped_folder
 from conditional_detr.cli.console import (
     AUTO,
     FAILED,
@@ -106,8 +107,8 @@ def detect(
         font_at(font)  # at once, not at the first picture
         drawn = Input(str(output / _DEMO_PICTURE), _DEMO)
         found = Inputs([drawn], 0) if demo else list_pictures(pictures, output=output)
-        weights = weights or (_DEMO_WEIGHTS if demo else PUBLISHED)
-        detector = Detector.from_pretrained(weights, device=pick_device(device))
+        default = shipped_folder(_DEMO_WEIGHTS) or _DEMO_WEIGHTS if demo else PUBLISHED
+        detector = Detector.from_pretrained(weights or default, device=pick_device(device))
         selection = detector.selection(threshold=threshold, top_k=top_k, classes=classes)
         records = open_records(format, output, process, resume=resume, overwrite=overwrite)
         share = found.pictures[process.rank :: process.size]
