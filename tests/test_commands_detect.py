@@ -50,11 +50,11 @@ def test_demo_finds_the_shapes_that_were_drawn(tmp_path, monkeypatch):
     with Image.open("detections/demo-picture.png") as picture:
         assert picture.tobytes() == draw_picture(0, index_in("demo", 6))[0].tobytes()
     written = json.loads(Path("detections/demo.json").read_text())
-    found = sorted((entry["label"], *entry["box"]) for entry in written["detections"])
-    drawn = sorted((int(label), *box) for label, box in zip(labels, boxes.tolist(), strict=True))
-    assert [entry[0] for entry in found] == [entry[0] for entry in drawn]
-    overlaps = box_iou(*(torch.tensor([entry[1:] for entry in entries]) for entries in (found, drawn)))
-    assert overlaps.diagonal().min() > 0.7
+    found = [(entry["label"], entry["box"]) for entry in written["detections"]]
+    for label, box in zip(labels.tolist(), boxes, strict=True):
+        same = torch.tensor([place for which, place in found if which == label])
+        assert box_iou(same, torch.tensor(box[None], dtype=same.dtype)).max() > 0.7
+    assert len(labels) <= len(found) <= len(labels) + 2
     again = run("detect", "--demo", "--device", "cpu")
     assert again.exit_code == 0, again.output
     assert json.loads(Path("detections/demo.json").read_text()) == written
