@@ -60,13 +60,15 @@ def test_the_published_architecture(checkpoint, request):
 
 def test_half_precision_gives_the_same_boxes_of_trained_weights(shapes_picture):
     plain = Detector.from_pretrained("shapes")
-    expected = plain(shapes_picture)
-    assert len(expected) > 2
+    expected = plain(shapes_picture, threshold=0.6)
+    assert len(expected) > 4
     for dtype in (torch.bfloat16, torch.float16):
-        found = Detector(optimize(plain.model, dtype=dtype))(shapes_picture)
-        assert found.names == expected.names
-        torch.testing.assert_close(found.boxes, expected.boxes, atol=2.0, rtol=0)
-        torch.testing.assert_close(found.scores, expected.scores, atol=0.05, rtol=0)
+        found = Detector(optimize(plain.model, dtype=dtype))(shapes_picture, threshold=0.5)
+        for box, score, name in expected:
+            same = found.filter(classes=[name])
+            distances = (same.boxes - torch.tensor(box)).abs().amax(dim=1)
+            assert distances.min() < 2  # pixels
+            assert same.scores[distances.argmin()] == pytest.approx(score, abs=0.05)
 
 
 @pytest.fixture(scope="module")
