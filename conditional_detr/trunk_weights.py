@@ -46,13 +46,18 @@ def load_trunk(model: ConditionalDETR, path: str | Path) -> TrunkReport:
     Raises:
         OSError: the file is not there.
         TypeError: no ConditionalDETR.
-        ValueError: it is none of these, or damaged, or its tensors do not fit, or they are of a deeper network; the
-            model is then as before.
+        ValueError: it is none of these, or damaged, or its tensors do not fit, or they are of a deeper network, or the
+            model is an optimised copy; the model is then as before.
     """
     if not isinstance(model, ConditionalDETR):
         raise TypeError(f"model: expected a ConditionalDETR, got {type(model).__name__}")
     path = Path(path)
     trunk = model.backbone.trunk
+    described: Any = getattr(trunk, "feature_info", None)
+    if described is None:
+        raise ValueError(
+            "model: expected a plain model, got one whose trunk is none of timm's, such as an optimised copy"
+        )
     state = trunk.state_dict()
     tensors = {name: tensor for name, tensor in _read(path).items() if not name.endswith(_IGNORED)}
     found = {_flat(name): tensor for name, tensor in tensors.items()}
@@ -69,7 +74,6 @@ def load_trunk(model: ConditionalDETR, path: str | Path) -> TrunkReport:
             infinite.append(name)
     used = {_flat(name) for name in state} | {bias for bias, _ in folded.values()}
     left_over = tuple(name for name in tensors if _flat(name) not in used)
-    described: Any = trunk.feature_info
     stages = tuple(_flat(f"{stage['module']}.") for stage in described.info[: model.config.backbone_stage + 1])
     deeper = [name for name in left_over if _flat(name).startswith(stages)]
     kinds = {"missing": missing, "of another shape": sorted(misshaped), "not finite": sorted(infinite)}

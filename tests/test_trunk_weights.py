@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import resnet18, resnet34
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from conditional_detr import ConditionalDETR, Config
+from conditional_detr import ConditionalDETR, Config, optimize
 from conditional_detr.trunk_weights import load_trunk
 
 SMALL = {"num_classes": 2, "num_queries": 4, "width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
@@ -94,6 +94,8 @@ def test_a_deeper_network_of_the_family_does_not_pass_for_a_shallow_one(tmp_path
         load_trunk(fresh(), tmp_path / "trunk.pth")
     with pytest.raises(TypeError, match="expected a ConditionalDETR, got Linear"):
         load_trunk(nn.Linear(2, 2), tmp_path / "trunk.pth")
+    with pytest.raises(ValueError, match="expected a plain model, got one whose trunk is none of timm's"):
+        load_trunk(optimize(fresh()), tmp_path / "trunk.pth")
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_loaded(classifier, tmp_path):

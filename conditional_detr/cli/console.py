@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import TextIO
 
 import torch
@@ -22,6 +23,15 @@ INTERRUPTED = 130
 
 AUTO = "auto"
 """The device option's default: an accelerator where there is one."""
+
+
+class Precision(str, Enum):
+    """Precisions, by torch's names."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
 
 out = Console()
 err = Console(stderr=True, soft_wrap=True, highlight=False)

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
-from conditional_detr.cli.console import megabytes, one_line_errors
+from conditional_detr.cli.console import Precision, megabytes, one_line_errors
 from conditional_detr.parameter_names import Family
 from conditional_detr.saving import files_of, save_as
 from conditional_detr.weights import from_pretrained
@@ -19,14 +19,6 @@ class Target(str, Enum):
     PUBLISHED = "published"
     TRANSFORMERS5 = "transformers5"
     ORIGINAL = "original"
-
-
-class Precision(str, Enum):
-    """Precisions on disk, by torch's names."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
 
 
 _FAMILIES: dict[Target, Family] = {

@@ -10,7 +10,7 @@ import torch
 import typer
 from torch import distributed
 
-from conditional_detr.cli.console import INTERRUPTED, one_line_errors, out, tell
+from conditional_detr.cli.console import INTERRUPTED, Precision, one_line_errors, out, tell
 from conditional_detr.metadata import Metadata, Preprocessing
 from conditional_detr.model import ConditionalDETR, Config
 from conditional_detr.training.checkpoints import LAST, STATE
@@ -41,14 +41,6 @@ class Augment(str, Enum):
     PAPER = "paper"
     SMALL = "small"
     NOTHING = "none"
-
-
-class Precision(str, Enum):
-    """Precisions of the forward pass, by torch's names."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 class Schedule(str, Enum):

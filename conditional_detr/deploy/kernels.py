@@ -46,16 +46,16 @@ class FusedConv(nn.Module):
         weight = convolution.weight.detach().contiguous(memory_format=torch.channels_last)
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry)
         self.bias = None if convolution.bias is None else convolution.bias.detach()
-        self.relu = "relu" if relu else None
+        self.activation = "relu" if relu else None
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Map (B, C, H, W), channels last, to (B, C', H', W'); ``other`` is of that shape."""
         if other is None:
             return torch.ops.mkldnn._convolution_pointwise(
-                x, self.weight, self.bias, *self.geometry, self.relu or "none", [], ""
+                x, self.weight, self.bias, *self.geometry, self.activation or "none", [], ""
             )
         return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, other, self.weight, self.bias, *self.geometry, "add", 1.0, self.relu, [], None
+            x, other, self.weight, self.bias, *self.geometry, "add", 1.0, self.activation, [], None
         )
 
 

@@ -108,8 +108,12 @@ def train(
         raise TypeError(f"config: expected a TrainConfig, got {type(config).__name__}")
     run = _Run(model, train_data, val_data, config, Path(folder), criterion or SetLoss())
     run.begin(resume)
-    changed = norms_folded(model), computed_twice(model, config.gradient_checkpointing)
-    with run.telling(progress), changed[0], changed[1], StopRequest() as stop:
+    with (
+        run.telling(progress),
+        norms_folded(model),
+        computed_twice(model, config.gradient_checkpointing),
+        StopRequest() as stop,
+    ):
         run.go(stop)
     return run.finish()
 
