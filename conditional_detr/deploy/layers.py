@@ -4,8 +4,11 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conditional_detr.attention import attend
+from conditional_detr.decoder import ConditionalCrossAttention as CrossAttention
 from conditional_detr.decoder import Decoder
 from conditional_detr.decoder import SelfAttention as QueryAttention
 from conditional_detr.deploy.kernels import Computation, FusedLinear
@@ -84,6 +87,34 @@ class FastQueryAttention(QueryAttention):
         return q, k, v
 
 
+class FastCrossAttention(CrossAttention):
+    """Cross-attention of concatenated queries to keys; what only pictures change is not projected here.
+
+    Values are filled up with zeros to the width of the keys, which have a spatial part beside the content: fused
+    attention kernels want all widths to be the same.
+    """
+
+    content_query: Any
+    object_query: None
+    spatial_query: Any
+    output: Any
+
+    def __init__(self, plain: CrossAttention, computation: Computation) -> None:
+        nn.Module.__init__(self)
+        self.heads = plain.heads
+        self.object_query = None  # only the first layer has one, whose queries are computed once
+        for name in ("content_query", "spatial_query", "output"):
+            setattr(self, name, joined(computation, getattr(plain, name)))
+
+    def gather(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
+        """Attend with queries (B, N, 2D) to keys (B, S, 2D) and values (B, S, D): (B, N, D)."""
+        v = v.unflatten(-1, (self.heads, -1))
+        width = v.shape[-1]
+        v = F.pad(v, (0, k.shape[-1] // self.heads - width)).flatten(-2)
+        gathered = attend(q, k, v, self.heads, padding=padding).unflatten(-1, (self.heads, -1))
+        return self.output(gathered[..., :width].flatten(-2))
+
+
 class FastDecoder(nn.Module):
     """The decoder for the object queries of one model: their part of every layer is computed once.
 
@@ -117,7 +148,7 @@ class FastDecoder(nn.Module):
         self.layers = fast.layers
         self.norm, self.transformation = fast.norm.to(computation.dtype), fast.transformation.to(computation.dtype)
         for layer, same in zip(self.layers, layers, strict=True):
-            del layer.cross_attention.content_key, layer.cross_attention.value, layer.cross_attention.spatial_key
+            layer.cross_attention = FastCrossAttention(same.cross_attention, computation)
             layer.self_attention = FastQueryAttention(same.self_attention, o_q, computation)
             layer.feedforward = FastFeedForward(same.feedforward, computation)
             layer.to(computation.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conditional_detr.deploy.kernels import Computation, FusedConv, has_kernels
+from conditional_detr.deploy.kernels import Computation, FusedConv, has_kernels, of_any_size
 from conditional_detr.deploy.layers import FastDecoder, fast_encoder
 from conditional_detr.deploy.trunk import FastTrunk
 from conditional_detr.model import ConditionalDETR, Output, check_input
@@ -55,14 +55,6 @@ def optimize(model: ConditionalDETR, *, dtype: torch.dtype = torch.float32, comp
         return OptimizedDETR(model, dtype, compile=compile)
 
 
-def _of_any_size(x: Tensor) -> Tensor:
-    """Return a tensor of whose height and width the compiler assumes nothing: else the first picture's are fixed."""
-    x = x.detach()  # the mark is not for the caller's
-    for dimension in (-2, -1):
-        torch._dynamo.mark_dynamic(x, x.dim() + dimension)
-    return x
-
-
 class OptimizedDETR(ConditionalDETR):
     """What :func:`optimize` makes.
 
@@ -77,11 +69,11 @@ class OptimizedDETR(ConditionalDETR):
         nn.Module.__init__(self)
         self.config, self.metadata, self.load_report = model.config, model.metadata, model.load_report
         self.dtype = dtype
-        computation = Computation(dtype, has_kernels(model.projection.weight.device, dtype) and not compile)
+        computation = Computation(dtype, has_kernels(model.projection.weight.device, dtype), compile)
         self.backbone = copy.copy(model.backbone)
         self.backbone._modules = {"trunk": FastTrunk(model.backbone.trunk, computation)}
         projection: Any = copy.deepcopy(model.projection).to(dtype).to(memory_format=torch.channels_last)
-        self.projection = FusedConv(projection, relu=False) if computation.kernels else projection
+        self.projection = FusedConv(projection, relu=False) if computation.kernels and not compile else projection
         self.encoder = fast_encoder(model.encoder, computation)
         self.decoder = FastDecoder(model.decoder, model.object_queries.weight, computation)
         self.class_head = copy.deepcopy(model.class_head).float()
@@ -112,7 +104,7 @@ class OptimizedDETR(ConditionalDETR):
             padding = None
         if self._compiled is None:
             return super().forward(pixels, padding)
-        return self._compiled(_of_any_size(pixels), None if padding is None else _of_any_size(padding))
+        return self._compiled(of_any_size(pixels), None if padding is None else of_any_size(padding))
 
     def key_positions(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
         """Encode the cells of a feature map; those of an unpadded one are kept."""

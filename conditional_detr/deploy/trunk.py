@@ -12,7 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
-from conditional_detr.deploy.kernels import Computation, FusedConv
+from conditional_detr.deploy.kernels import Computation, FusedConv, of_any_size
 
 _ANY_PICTURE = (2, 3, 160, 224)  # large enough that maps of different sizes stay apart
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
@@ -35,10 +35,18 @@ class FastTrunk(nn.Module):
         if computation.kernels:
             _fuse(graph)
         self.graph = graph
+        apart = computation.kernels and computation.compiled  # the compiler's convolutions are slower than the kernels
+        self._run: Any = torch.compiler.disable(self._maps_of_any_size) if apart else self._maps
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Map (B, 3, H, W) to the list of maps that the plain trunk gives."""
+        return self._run(pixels)
+
+    def _maps(self, pixels: Tensor) -> list[Tensor]:
         return self.graph(pixels.to(dtype=self.dtype, memory_format=torch.channels_last))
+
+    def _maps_of_any_size(self, pixels: Tensor) -> list[Tensor]:
+        return [of_any_size(x) for x in self._maps(pixels)]
 
 
 class _Tracer(fx.Tracer):
@@ -119,7 +127,7 @@ def _fuse(graph: fx.GraphModule) -> None:
     ShapeProp(graph).propagate(parameter.new_zeros(_ANY_PICTURE))
     for node in list(graph.graph.nodes):
         convolution = _module(graph, node, nn.Conv2d)
-        if convolution is None or node.target not in once or not _has_kernel(convolution):
+        if convolution is None or node.target not in once or not pads_with_zeros(convolution):
             continue
         last: Any = node
         other = None
@@ -145,8 +153,8 @@ def _fuse(graph: fx.GraphModule) -> None:
     _finish(graph)
 
 
-def _has_kernel(convolution: nn.Conv2d) -> bool:
-    """Return whether a convolution pads, if at all, with zeros and by numbers."""
+def pads_with_zeros(convolution: nn.Conv2d) -> bool:
+    """Return whether a convolution pads, if at all, with zeros and by numbers: only those have fused kernels."""
     return convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
 
 

@@ -4,14 +4,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from conditional_detr.deploy.trunk import normalised_convolutions
+from conditional_detr.deploy.trunk import normalised_convolutions, pads_with_zeros
 from conditional_detr.model import ConditionalDETR
 from conditional_detr.training.config import TrainConfig
 
@@ -97,6 +99,8 @@ def norms_folded(model: ConditionalDETR) -> Iterator[None]:
         pairs = []
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     for convolution, norm in pairs:
+        if not pads_with_zeros(convolution):
+            continue
         forwards |= {convolution: partial(_convolve, convolution, norm), norm: _leave}
     with _replaced(forwards):
         yield
@@ -123,7 +127,42 @@ def _convolve(convolution: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
     bias = norm.bias - norm.running_mean * scale
     if convolution.bias is not None:
         bias = bias + convolution.bias * scale
-    return convolution._conv_forward(x, convolution.weight * scale[:, None, None, None], bias)
+    geometry = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+    return cast(Tensor, _ScaledConvolution.apply(x, convolution.weight, scale, bias, geometry))
+
+
+class _ScaledConvolution(torch.autograd.Function):
+    """A convolution with weights times a factor for each channel, which does not keep the product.
+
+    Autograd would keep it for every convolution of the trunk: as much memory again as the trunk's weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, geometry: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight, scale)
+        ctx.geometry = geometry
+        return F.conv2d(x, weight * scale[:, None, None, None], bias, *geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        factor = scale[:, None, None, None]
+        of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            gradient,
+            x.to(gradient.dtype),  # under autocast, what the convolution saw
+            (weight * factor).to(gradient.dtype),
+            [len(scale)],
+            *ctx.geometry[:3],
+            False,  # not transposed
+            [0, 0],
+            ctx.geometry[3],
+            [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]],
+        )
+        of_x = None if of_x is None else of_x.to(x.dtype)
+        of_weight = None if of_weight is None else of_weight.to(weight.dtype) * factor
+        of_bias = None if of_bias is None else of_bias.to(scale.dtype)
+        return of_x, of_weight, None, of_bias, None
 
 
 def _leave(x: Tensor) -> Tensor:
