@@ -74,8 +74,12 @@ class FeedForward(nn.Module):
         self.output = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., D) to (..., D)."""
-        return self.output(self.dropout(F.relu(self.hidden(x))))
+        """Map (..., D) to (..., D).
+
+        Dropout, whose factors are 0 or positive, gives the same before ReLU as after it, and so a step of training
+        keeps one tensor of hidden units less.
+        """
+        return self.output(F.relu(self.dropout(self.hidden(x))))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ SIZES = Preprocessing(48, 64)
 AUTHORS_SMALL = Augmentation(
     horizontal_flip=0.5, crop=0.7, crop_edges=(60, 80), crop_sides=(40, 70), shortest_edges=(64, 80, 96)
 )
+ANY_SIDE_UP = Augmentation.small(vertical_flip=True, quarter_turn=True)
 
 
 def generator(seed=0):
@@ -107,6 +108,29 @@ def test_the_zoom_keeps_what_has_its_centre_inside(seed):
         assert box == pytest.approx(moved, abs=0.1)
 
 
+def test_a_quarter_turn_by_hand():
+    """A square is only turned; a picture that lies keeps its size, so its ends are cut off and its sides filled up."""
+    red = Image.new("RGB", (48, 48))
+    red.paste((255, 0, 0), (30, 5, 40, 25))
+    turn = Augmentation(quarter_turn=1)
+    scene = augment(turn, red, [[30.0, 5.0, 40.0, 25.0]], preprocessing=Preprocessing(48, 48))
+    assert scene.boxes.tolist() == [[5, 8, 25, 18]]  # x0 = y0, y0 = 48 - x1
+    assert scene.picture.getbbox() == (5, 8, 25, 18)
+    for seed in range(10):
+        scene = augment(turn, places(), [[30.0, 20.0, 34.0, 28.0]], seed)
+        assert scene.size == (48, 64)
+        x, y = scene.picture[0], scene.picture[1]
+        inside = x != SIZES.mean[0]
+        columns = inside.any(dim=0).nonzero().flatten()
+        assert len(columns) == 48  # what was the height
+        x0, y0, x1, y1 = scene.boxes[0].int().tolist()
+        assert x[y0:y1, x0:x1].min() > 30 / 64
+        assert x[y0:y1, x0:x1].max() < 34 / 64
+        assert y[y0:y1, x0:x1].min() > 20 / 48
+        assert y[y0:y1, x0:x1].max() < 28 / 48
+        assert (x1 - x0, y1 - y0) == (8, 4)
+
+
 def test_smaller_than_the_picture_lies_on_the_mean_colour():
     picture = Image.new("RGB", (64, 48), (255, 255, 255))
     scene = augment(Augmentation(zoom=(0.5, 0.5)), picture, [[0.0, 0.0, 64.0, 48.0]])
@@ -137,13 +161,16 @@ def found_again(picture):
     return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if len(rows) else None
 
 
-@pytest.mark.parametrize("name", ["authors", "zoom", "colour", "small"])
+@pytest.mark.parametrize("name", ["authors", "zoom", "colour", "turned", "small"])
 def test_the_box_is_where_its_pixels_are(name):
     augmentation = {
         "authors": AUTHORS_SMALL,
         "zoom": Augmentation(horizontal_flip=0.5, vertical_flip=0.5, zoom=(0.6, 2.5), stretch=1.4),
         "colour": Augmentation(brightness=0.1, contrast=0.1),
-        "small": replace(Augmentation.small(vertical_flip=True), brightness=0, contrast=0, saturation=0, hue=0),
+        "turned": Augmentation(quarter_turn=0.5),
+        "small": replace(
+            Augmentation.small(vertical_flip=True, quarter_turn=True), brightness=0, contrast=0, saturation=0, hue=0
+        ),
     }[name]
     kept = 0
     for seed in range(40):
@@ -226,7 +253,9 @@ def test_small_keeps_the_size_and_at_least_one_object():
 def test_everything_comes_from_the_generator():
     """Two generators of one seed, one result; nobody else's generator is touched."""
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
-    everything = replace(Augmentation.small(vertical_flip=True), crop=0.5, crop_edges=(50,), crop_sides=(30, 50))
+    everything = replace(
+        Augmentation.small(vertical_flip=True, quarter_turn=True), crop=0.5, crop_edges=(50,), crop_sides=(30, 50)
+    )
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
     one, other, third = (augment(everything, picture, [[1.0, 2.0, 60.0, 50.0]], seed) for seed in (4, 4, 5))
     assert np.array_equal(np.asarray(one.picture), np.asarray(other.picture))

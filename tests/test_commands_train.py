@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
+from conftest import assert_same
 from torchvision.models import resnet18
 from training_runs import steps_of
 from typer.testing import CliRunner
 
 from conditional_detr import ConditionalDETR, Detector
 from conditional_detr.cli import app
-from conditional_detr.cli.train import Augment, Preset, _augmentation
+from conditional_detr.cli.train import Augment, Preset, _augmentation, _with_dropout
 from conditional_detr.training.journal import Journal
 from conditional_detr.training.shapes import CLASS_NAMES, write_shapes
 
@@ -114,10 +115,20 @@ def test_a_trunk_that_has_weights(shapes, tmp_path):
 
 
 @pytest.mark.parametrize(("wish", "most"), [("none", 0.0), ("small", 0.2)])
-def test_vertical_flips_come_on_top(wish, most):
-    augmentation = _augmentation(Augment(wish), Preset.FINETUNE, vertical_flip=True)
-    assert (augmentation.vertical_flip, augmentation.brightness) == (0.5, most)
-    assert _augmentation(Augment.NOTHING, Preset.FINETUNE, vertical_flip=False) is None
+def test_vertical_flips_and_turns_come_on_top(wish, most):
+    augmentation = _augmentation(Augment(wish), Preset.FINETUNE, vertical_flip=True, quarter_turn=False)
+    assert (augmentation.vertical_flip, augmentation.quarter_turn, augmentation.brightness) == (0.5, 0.0, most)
+    augmentation = _augmentation(Augment(wish), Preset.FINETUNE, vertical_flip=False, quarter_turn=True)
+    assert (augmentation.vertical_flip, augmentation.quarter_turn, augmentation.brightness) == (0.0, 0.5, most)
+    assert _augmentation(Augment.NOTHING, Preset.FINETUNE, vertical_flip=False, quarter_turn=False) is None
+
+
+def test_another_dropout_and_the_same_weights(small):
+    model = ConditionalDETR.from_pretrained(small)
+    other = _with_dropout(model, 0.25)
+    assert (other.config.dropout, other.encoder.layers[0].dropout.p) == (0.25, 0.25)
+    assert (other.decoder.layers[0].self_attention.dropout, other.metadata) == (0.25, model.metadata)
+    assert_same(model, other)
 
 
 def test_interrupted(shapes, small, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from conditional_detr.training.first_epoch import look_at_first_epoch
 from conditional_detr.training.loop import train
 from conditional_detr.training.optimisation import (
     computed_twice,
+    linears_convolved,
     moving_average,
     norms_folded,
     parameter_groups,
@@ -354,6 +357,52 @@ def test_folded_norms_give_the_same_loss_and_gradients(backbone, folded_norms):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
     assert not any("forward" in vars(module) for module in model.modules())
     assert all(torch.equal(a, b) for a, b in zip(gradients(), plain, strict=True))
+
+
+def test_linear_layers_as_convolutions_give_the_same_loss_and_gradients():
+    """In float32 on a CPU; layers are as they were afterwards, and stay as they are in other precisions."""
+    model = small_model(dropout=0.0).train()
+    pixels, padding, targets = collate([Rectangles(2)[i] for i in range(2)])
+
+    def gradients():
+        model.zero_grad()
+        loss = SetLoss()(model(pixels, padding), targets)["total"]
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+    def half():
+        with torch.autocast("cpu", torch.bfloat16):
+            return gradients()
+
+    plain, plain_half = gradients(), half()
+    with linears_convolved(model):
+        with torch.profiler.profile() as profile:
+            convolved = gradients()
+        assert all(map(torch.equal, half(), plain_half))
+    calls = Counter(event.name for event in profile.events())
+    linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert calls["aten::linear"] == 0
+    assert calls["aten::conv2d"] >= linears
+    for a, b in zip(convolved, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_scaled_convolutions_keep_no_scaled_weights():
+    """What autograd holds of the trunk with folded norms is no larger than without."""
+    model, kept = small_model(dropout=0.0).train(), []
+    for manager in (nullcontext, lambda: norms_folded(model)):
+        sizes = {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with manager(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            features, _ = model.backbone(torch.randn(1, 3, 64, 64))
+        kept.append(sum(sizes.values()))
+        del features
+    assert kept[1] <= kept[0]
 
 
 def test_folding_and_checkpointing_leave_no_trace():

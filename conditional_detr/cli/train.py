@@ -74,6 +74,12 @@ def train(
     vertical_flip: Annotated[
         bool, typer.Option("--vertical-flip", help="Upside down is as likely, as under a microscope or from above.")
     ] = False,
+    quarter_turn: Annotated[
+        bool, typer.Option("--quarter-turn", help="Lying on a side is as likely, as under a microscope or from above.")
+    ] = False,
+    dropout: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Dropout while training; else that of the weights.")
+    ] = None,
     shortest_edge: Annotated[int | None, typer.Option(min=1, help="Pixels of a picture's shorter side.")] = None,
     longest_edge: Annotated[int | None, typer.Option(min=1, help="The most pixels of its longer side.")] = None,
     epochs: Annotated[int | None, typer.Option(help="How often every picture is seen.")] = None,
@@ -115,9 +121,11 @@ def train(
         changes["autocast"] = None if autocast is Precision.FLOAT32 else autocast.value
         config = replace(getattr(TrainConfig, preset.value)(), **changes)
         model = _model(data, output if resume else None, weights, architecture, trunk, num_queries, seed)
+        if dropout is not None:
+            model = _with_dropout(model, dropout)
         edges = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
         preprocessing = _preprocessing(model.metadata.preprocessing, edges)
-        changes_of_pictures = _augmentation(augmentation, preset, vertical_flip)
+        changes_of_pictures = _augmentation(augmentation, preset, vertical_flip, quarter_turn)
         data_sets = _data_sets(data, images, val_data, val_images, changes_of_pictures, preprocessing, seed)
         model.metadata = data_sets[0].metadata
         result = _run(model, *data_sets, config, output, resume)
@@ -156,6 +164,14 @@ def _model(
     return model
 
 
+def _with_dropout(model: ConditionalDETR, dropout: float) -> ConditionalDETR:
+    """Return the same model with another dropout."""
+    other = ConditionalDETR(replace(model.config, dropout=dropout), model.metadata)
+    other.load_state_dict(model.state_dict())
+    other.load_report = model.load_report
+    return other
+
+
 def _read_architecture(text: str) -> dict[str, Any]:
     """Read 'backbone=resnet18 num_queries=100'; numbers and true or false as in json, all else is text."""
     found: dict[str, Any] = {}
@@ -179,13 +195,17 @@ def _preprocessing(present: Preprocessing, edges: dict[str, int | None]) -> Prep
     return replace(present, shortest_edge=short or present.shortest_edge, longest_edge=long or present.longest_edge)
 
 
-def _augmentation(wish: Augment | None, preset: Preset, vertical_flip: bool) -> Augmentation | None:
+def _augmentation(
+    wish: Augment | None, preset: Preset, vertical_flip: bool, quarter_turn: bool
+) -> Augmentation | None:
     """Return what is to be done to training pictures."""
     if wish is None:
         wish = Augment.SMALL if preset is Preset.FINETUNE_SMALL else Augment.PAPER
     chosen = Augmentation() if wish is Augment.NOTHING else getattr(Augmentation, wish.value)()
     if vertical_flip:
         chosen = replace(chosen, vertical_flip=0.5)
+    if quarter_turn:
+        chosen = replace(chosen, quarter_turn=0.5)
     return None if chosen == Augmentation() else chosen
 
 

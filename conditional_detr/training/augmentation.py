@@ -49,6 +49,9 @@ class Augmentation:
     Attributes:
         horizontal_flip: the probability of left becoming right.
         vertical_flip: the probability of top becoming bottom.
+        quarter_turn: the probability of a turn by 90 degrees to the left. The picture keeps its size: what then is too
+            long is cut off at a random place, what is too short filled up with the mean colour. An object remains if
+            its centre does. If there are objects, at least one remains.
         crop: the probability of the authors' crop: the picture is resized to one of ``crop_edges`` and a rectangle cut
             out; what remains of an object remains, however little.
         crop_edges: lengths of the shorter side, of which one is drawn before cropping.
@@ -70,6 +73,7 @@ class Augmentation:
 
     horizontal_flip: float = 0.0
     vertical_flip: float = 0.0
+    quarter_turn: float = 0.0
     crop: float = 0.0
     crop_edges: tuple[int, ...] = (400, 500, 600)
     crop_sides: tuple[int, int] = (384, 600)
@@ -83,7 +87,8 @@ class Augmentation:
     hue: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("horizontal_flip", "vertical_flip", "crop", "brightness", "contrast", "saturation", "hue"):
+        changes = ("brightness", "contrast", "saturation", "hue")
+        for name in ("horizontal_flip", "vertical_flip", "quarter_turn", "crop", *changes):
             most = 0.5 if name == "hue" else 1
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name}: expected a number in [0, {most}], got {getattr(self, name)}")
@@ -113,18 +118,19 @@ class Augmentation:
         return cls(horizontal_flip=0.5, crop=0.5, shortest_edges=tuple(range(480, 801, 32)), longest_edge=1333)
 
     @classmethod
-    def small(cls, *, vertical_flip: bool = False) -> "Augmentation":
+    def small(cls, *, vertical_flip: bool = False, quarter_turn: bool = False) -> "Augmentation":
         """For hundreds of pictures rather than a hundred thousand: flip, zoom, stretch and colour, sizes as they are.
 
         Pixels have the size that the preprocessing says, so batches of a data set of one size are never padded.
 
         Args:
             vertical_flip: whether upside down is as likely as upright, as under a microscope or from above.
+            quarter_turn: whether turned by 90 degrees is.
         """
-        flip = 0.5 if vertical_flip else 0.0
         return cls(
             horizontal_flip=0.5,
-            vertical_flip=flip,
+            vertical_flip=0.5 if vertical_flip else 0.0,
+            quarter_turn=0.5 if quarter_turn else 0.0,
             zoom=(0.8, 1.8),
             stretch=1.2,
             brightness=0.2,
@@ -151,8 +157,11 @@ class Augmentation:
         if _chance(self.crop, generator):
             scene = self._cropped(scene, generator)
         size = resized_size(*scene.size, self._sizes(preprocessing, generator))
-        if any(value != 1 for value in (*self.zoom, self.stretch)):
-            scene = self._zoomed(scene, preprocessing, generator)
+        window = scene.size
+        if turned := _chance(self.quarter_turn, generator):
+            scene = _turned(scene)
+        if turned or any(value != 1 for value in (*self.zoom, self.stretch)):
+            scene = self._zoomed(scene, window, preprocessing, generator)
         scene = _resize(scene, size)
         return Scene(self._coloured(scene.picture, generator), scene.boxes, scene.labels)
 
@@ -174,9 +183,18 @@ class Augmentation:
         )
         return _cut_out(scene, top, left, height, width)
 
-    def _zoomed(self, scene: Scene, preprocessing: Preprocessing, generator: torch.Generator) -> Scene:
-        """Cut out a window around a random place; one that is larger than the picture is filled up."""
-        height, width = scene.size
+    def _zoomed(
+        self, scene: Scene, size: tuple[int, int], preprocessing: Preprocessing, generator: torch.Generator
+    ) -> Scene:
+        """Cut out a window around a random place; one that is larger than the picture is filled up.
+
+        Args:
+            scene: the picture.
+            size: height and width of the window where nothing is magnified.
+            preprocessing: for the mean colour.
+            generator: decides.
+        """
+        height, width = size
         centres = (scene.boxes[:, :2] + scene.boxes[:, 2:]).as_subclass(Tensor) / 2
         for _ in range(_TRIES):
             zoom = _log_uniform(*self.zoom, generator)
@@ -185,7 +203,7 @@ class Augmentation:
             # inside the picture, or around it
             top, left = (
                 _whole(min(0, whole - part), max(0, whole - part), generator)
-                for whole, part in zip((height, width), window, strict=True)
+                for whole, part in zip(scene.size, window, strict=True)
             )
             corner = torch.tensor([left, top])
             inside = ((centres >= corner) & (centres <= corner + torch.tensor(window[::-1]))).all(dim=1)
@@ -228,6 +246,20 @@ def scene_of(picture: Image.Image | Tensor, boxes: Tensor, labels: Tensor) -> Sc
 def _boxes(boxes: Tensor, size: tuple[int, int]) -> Boxes:
     """Return boxes (T, 4) that know the size (height, width) of their picture."""
     return tv_tensors.BoundingBoxes(boxes.as_subclass(Tensor), format="XYXY", canvas_size=size)
+
+
+def _turned(scene: Scene) -> Scene:
+    """Turn by 90 degrees to the left: what was right is at the top."""
+    picture = scene.picture
+    picture = (
+        picture.transpose(Image.Transpose.ROTATE_90)
+        if isinstance(picture, Image.Image)
+        else picture.rot90(1, (-2, -1))
+    )
+    x0, y0, x1, y1 = scene.boxes.as_subclass(Tensor).unbind(dim=1)
+    width = scene.size[1]
+    boxes = torch.stack((y0, width - x1, y1, width - x0), dim=1)
+    return scene_of(picture, boxes, scene.labels)
 
 
 def _resize(scene: Scene, size: tuple[int, int]) -> Scene:

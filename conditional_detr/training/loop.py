@@ -26,7 +26,7 @@ from conditional_detr.training.feeding import Samples, feed
 from conditional_detr.training.first_epoch import FirstEpoch, look_at_first_epoch
 from conditional_detr.training.interruption import StopRequest
 from conditional_detr.training.journal import Journal
-from conditional_detr.training.optimisation import computed_twice, norms_folded
+from conditional_detr.training.optimisation import computed_twice, linears_convolved, norms_folded
 from conditional_detr.training.steps import Stepper
 from conditional_detr.training.validation import measure
 
@@ -111,6 +111,7 @@ def train(
     with (
         run.telling(progress),
         norms_folded(model),
+        linears_convolved(model),
         computed_twice(model, config.gradient_checkpointing),
         StopRequest() as stop,
     ):

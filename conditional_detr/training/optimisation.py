@@ -107,6 +107,18 @@ def norms_folded(model: ConditionalDETR) -> Iterator[None]:
 
 
 @contextmanager
+def linears_convolved(model: nn.Module) -> Iterator[None]:
+    """Let oneDNN, which computes convolutions, compute the linear layers too, as convolutions of a map one cell wide.
+
+    Matrix products in float32 go to another library, which on some CPUs takes twice as long, forwards and backwards.
+    Elsewhere than on a CPU, in other precisions and under autocast, where that is not so, layers stay as they are.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    with _replaced({layer: partial(_multiply, layer, layer.forward) for layer in layers}):
+        yield
+
+
+@contextmanager
 def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Give modules another forward each; in the end they have again what they had, of their class or their own."""
     before = {module: vars(module).get("forward") for module in forwards}
@@ -129,6 +141,15 @@ def _convolve(convolution: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
         bias = bias + convolution.bias * scale
     geometry = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
     return cast(Tensor, _ScaledConvolution.apply(x, convolution.weight, scale, bias, geometry))
+
+
+def _multiply(layer: nn.Linear, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Compute a linear layer as a convolution of a map of (rows, 1) cells, if that is faster."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return product(x)
+    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, D, rows, 1), channels last
+    y = F.conv2d(rows, layer.weight[:, :, None, None], layer.bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 class _ScaledConvolution(torch.autograd.Function):
