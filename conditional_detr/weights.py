@@ -66,7 +66,7 @@ def from_pretrained(
         ValueError: a file that is damaged, of another model, or with a tensor missing, left over, of another shape or
             not finite; the message names each. Or arguments that contradict each other.
     """
-    device = _checked_device(device)
+    device = checked_device(device)
     checkpoint = open_checkpoint(
         name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
     )
@@ -222,7 +222,7 @@ def _fill_unsaved_buffers(model: ConditionalDETR, device: torch.device) -> None:
         model.get_submodule(path).register_buffer(name, buffer.to(device), persistent=False)
 
 
-def _checked_device(device: str | torch.device) -> torch.device:
+def checked_device(device: str | torch.device) -> torch.device:
     """Return a device on which tensors can be made."""
     try:
         return torch.empty(0, device=device).device

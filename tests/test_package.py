@@ -14,7 +14,7 @@ PACKAGE = Path(conditional_detr.__file__).parent
 LAYERS = [
     {"__init__"},
     {"cli"},
-    {"training"},
+    {"training", "benchmark"},
     {"deploy"},
     {"detector"},
     {"weights", "trunk_weights", "saving", "summary", "losses"},

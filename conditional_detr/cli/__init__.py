@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from conditional_detr.cli.attention import attention
+from conditional_detr.cli.benchmark import benchmark
 from conditional_detr.cli.check_data import check_data
 from conditional_detr.cli.console import warn_in_one_line
 from conditional_detr.cli.convert import convert
@@ -43,3 +44,4 @@ app.command()(evaluate)
 app.command()(check_data)
 app.command()(info)
 app.command()(convert)
+app.command()(benchmark)
