@@ -379,6 +379,7 @@ def test_linear_layers_as_convolutions_give_the_same_loss_and_gradients():
         with torch.profiler.profile() as profile:
             convolved = gradients()
         assert all(map(torch.equal, half(), plain_half))
+        assert model.class_head(torch.zeros(0, model.config.width)).shape == (0, model.config.num_classes)
     calls = Counter(event.name for event in profile.events())
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     assert calls["aten::linear"] == 0

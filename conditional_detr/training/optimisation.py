@@ -145,7 +145,7 @@ def _convolve(convolution: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
 
 def _multiply(layer: nn.Linear, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Compute a linear layer as a convolution of a map of (rows, 1) cells, if that is faster."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not x.numel():
         return product(x)
     rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, D, rows, 1), channels last
     y = F.conv2d(rows, layer.weight[:, :, None, None], layer.bias)
