@@ -14,7 +14,8 @@ PACKAGE = Path(conditional_detr.__file__).parent
 LAYERS = [
     {"__init__"},
     {"cli"},
-    {"training", "benchmark"},
+    {"benchmark"},
+    {"training"},
     {"deploy"},
     {"detector"},
     {"weights", "trunk_weights", "saving", "summary", "losses"},

@@ -52,18 +52,29 @@ def _last(output: Any) -> tuple[Tensor, Tensor]:
     return output.logits[-1], output.boxes[-1]
 
 
+def written(model: ConditionalDETR, folder: Path) -> Path:
+    """Write a model's weights in the published format, once, and return the folder that they are in."""
+    path = folder / "weights"
+    if not path.exists():
+        model.save_pretrained(path)
+    return path
+
+
+def transformers_network(model: ConditionalDETR, folder: Path) -> Any:
+    """Return transformers' network with the model's weights, which it reads from files of the published format."""
+    from transformers import ConditionalDetrForObjectDetection
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # there is one of ours
+    return ConditionalDetrForObjectDetection.from_pretrained(written(model, folder)).eval()
+
+
 class _Theirs(nn.Module):
-    """transformers' network with the model's weights, which it reads from files of the published format."""
+    """transformers' network, from pixels to logits and boxes."""
 
     def __init__(self, model: ConditionalDETR, folder: Path) -> None:
         super().__init__()
-        from transformers import ConditionalDetrForObjectDetection
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # there is one of ours
-        if not (folder / "weights").exists():
-            model.save_pretrained(folder / "weights")
-        self.network = ConditionalDetrForObjectDetection.from_pretrained(folder / "weights").eval()
+        self.network = transformers_network(model, folder)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """As it is called with the output of its own processor, which always has a mask."""

@@ -1,60 +1,37 @@
-"""How it is timed: engines in turn, round by round, so that what the machine does beside it strikes all alike."""
+"""What the engines are measured by: time, memory, and how far they are from the plain model."""
 
-import re
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from conditional_detr.benchmark.engines import ENGINES, Run
+from conditional_detr.benchmark.engines import ENGINES, REFERENCE, written
+from conditional_detr.benchmark.timing import WARM_UP, Timing, check_rounds, in_turn, process_peak, warm_up
 from conditional_detr.model import ConditionalDETR
 
-WARM_UP = 2  # calls before the first round: compiling, laying out weights
 
-
-@dataclass(frozen=True)
-class Reading:
-    """What was measured of one engine.
+@dataclass(frozen=True, kw_only=True)
+class Reading(Timing):
+    """What was measured of one engine, besides its :class:`Timing`.
 
     Attributes:
-        engine: its name.
         height: of the pictures, in pixels.
         width: of the pictures, in pixels.
         batch: pictures a call.
-        seconds: of each round.
-        ratios: in each round, how many times as fast as the reference it was.
         logits: largest difference of logits from the plain model's.
         boxes: largest difference of boxes, which lie in [0, 1].
     """
 
-    engine: str
     height: int
     width: int
     batch: int
-    seconds: tuple[float, ...]
-    ratios: tuple[float, ...]
     logits: float
     boxes: float
-
-    @property
-    def median(self) -> float:
-        """Seconds a call."""
-        return statistics.median(self.seconds)
-
-    @property
-    def ratio(self) -> float:
-        """How many times as fast as the reference, in the median of the rounds."""
-        return statistics.median(self.ratios)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything, for json."""
-        return {**asdict(self), "median": self.median, "ratio": self.ratio}
 
 
 def measure(
@@ -85,40 +62,26 @@ def measure(
     device = model.projection.weight.device
     for name in names:
         check(name, device.type)
-    if rounds < 1 or not names:
-        raise ValueError(f"expected at least one round and one engine, got {rounds} and {len(names)}")
+    check_rounds(rounds, names)
+    what = f"{size[0]} x {size[1]}, {batch} at a time, {torch.get_num_threads()} threads"
     pixels = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed)).to(device)
     model.eval()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         plain = model(pixels)
-        expected = plain.logits[-1], plain.boxes[-1]
-        runs: dict[str, Run] = {}
-        differences = {}
+        calls: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
+        others: dict[str, dict[str, Any]] = {}
         for name in names:
-            progress(f"{name}: getting ready")
-            runs[name] = ENGINES[name].make(model, Path(folder), pixels)
-            for _ in range(WARM_UP):
-                found = runs[name](pixels)
-            differences[name] = [
-                (a.float() - b.float()).abs().max().item() for a, b in zip(found, expected, strict=True)
-            ]
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        for i in range(rounds):
-            progress(f"round {i + 1} of {rounds}")
-            for name, run in runs.items():
-                seconds[name].append(_seconds(run, pixels))
-    first = seconds[names[0]]
-    return [
-        Reading(
-            name,
-            *size,
-            batch,
-            tuple(times),
-            tuple(theirs / own for theirs, own in zip(first, times, strict=True)),
-            *differences[name],
-        )
-        for name, times in seconds.items()
-    ]
+            progress(f"{what}: {name}: getting ready")
+            calls[name] = partial(ENGINES[name].make(model, Path(folder), pixels), pixels)
+            (logits, boxes), megabytes = warm_up(calls[name], device)
+            others[name] = {
+                "logits": (logits.float() - plain.logits[-1]).abs().max().item(),
+                "boxes": (boxes.float() - plain.boxes[-1]).abs().max().item(),
+                "megabytes": megabytes,
+            }
+        times = in_turn(calls, device, rounds=rounds, progress=lambda text: progress(f"{what}: {text}"))
+    same: dict[str, Any] = {"height": size[0], "width": size[1], "batch": batch, "threads": torch.get_num_threads()}
+    return [Reading(engine=name, **same, **times[name], **others[name]) for name in times]
 
 
 def check(name: str, device: str) -> None:
@@ -137,22 +100,11 @@ def available(device: str) -> list[str]:
     return [name for name, engine in ENGINES.items() if device in engine.devices and not engine.missing]
 
 
-def _seconds(run: Run, pixels: Tensor) -> float:
-    """Time one call, to its very end."""
-    if pixels.is_cuda:
-        torch.cuda.synchronize(pixels.device)
-    start = time.perf_counter()
-    run(pixels)
-    if pixels.is_cuda:
-        torch.cuda.synchronize(pixels.device)
-    return time.perf_counter() - start
-
-
 def peak_memory(model: ConditionalDETR, name: str, *, size: tuple[int, int], batch: int = 1) -> float:
     """Run one engine and return the most memory, in MB, that this process ever had, as Linux tells it.
 
     Args:
-        model: in float32, on the CPU.
+        model: in float32, on the CPU; it loses its weights if another library's network is what runs.
         name: of the engine.
         size: height and width of the pictures.
         batch: pictures a call.
@@ -164,24 +116,10 @@ def peak_memory(model: ConditionalDETR, name: str, *, size: tuple[int, int], bat
     check(name, "cpu")
     pixels = torch.zeros(batch, 3, *size)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        if name.startswith(REFERENCE):
+            written(model, Path(folder))
+            model.to("meta")  # the weights of both would count
         run = ENGINES[name].make(model, Path(folder), pixels)
         for _ in range(WARM_UP + 1):
             run(pixels)
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1e3
-
-
-def product_rate(dtype: torch.dtype, device: torch.device, *, side: int = 2048, rounds: int = 5) -> float:
-    """Return the GFLOP/s of a plain product of square matrices: what speeds can be held against."""
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(rounds + 1):
-        if a.is_cuda:
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        if a.is_cuda:
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * side**3 / statistics.median(times[1:]) / 1e9
+    return process_peak()

@@ -1,73 +1,89 @@
-"""The report: a table in Markdown, and a picture of it."""
+"""The report: tables in words, and everything in numbers."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from conditional_detr.benchmark.measure import Reading
+from conditional_detr.benchmark.timing import Timing
+from conditional_detr.benchmark.training import TrainingReading
 
-HEAD = ("engine", "ms", "times as fast", "least to most", "peak MB", "logits", "boxes")
-_OURS, _THEIRS = "tab:blue", "tab:gray"
+_TIMES = ("ms", "times as fast", "least to most", "peak MB")
+HEAD = ("engine", *_TIMES, "logits", "boxes")
+TRAINING_HEAD = ("training", *_TIMES, "loss")
 
 
-def rows(readings: Sequence[Reading], peaks: Mapping[str, float]) -> list[tuple[str, ...]]:
-    """Return a table's rows, in words, under ``HEAD``.
+@dataclass(frozen=True)
+class Table:
+    """A table in words.
 
-    Args:
-        readings: of one size and batch.
-        peaks: most memory of a process that runs one engine, in MB, where it is known.
+    Attributes:
+        title: what stands above it.
+        head: of the columns; all but the first hold numbers.
+        rows: a cell a column.
     """
-    return [
-        (
-            reading.engine,
-            f"{reading.median * 1e3:.0f}",
-            f"{reading.ratio:.2f}",
-            f"{min(reading.ratios):.2f} to {max(reading.ratios):.2f}",
-            f"{peaks[reading.engine]:.0f}" if reading.engine in peaks else "",
-            f"{reading.logits:.0e}",
-            f"{reading.boxes:.0e}",
-        )
-        for reading in readings
-    ]
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def markdown(self) -> str:
+        """Return it in Markdown, without the title."""
+        lines = [self.head, ["---", *["---:"] * (len(self.head) - 1)], *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [HEAD, ["---", *["---:"] * (len(HEAD) - 1)], *table]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+@dataclass(frozen=True)
+class Report:
+    """What was measured, on one machine.
 
-
-def draw(readings: Sequence[Reading], growth: Sequence[Reading], title: str, target: Path) -> None:
-    """Draw seconds of every engine, and how they grow with the size of a picture and the number of them.
-
-    Args:
-        readings: of one size and batch.
-        growth: of several sizes at one picture, and of several batches at one size.
-        title: of the picture.
-        target: the png.
+    Attributes:
+        title: size and number of the pictures, and the machine.
+        rates: of a plain matrix product, in GFLOP/s, by dtype.
+        readings: of every engine, of one size and batch.
+        growth: of some engines, of several sizes, batches and numbers of threads.
+        training: of the step and of the criterion.
     """
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11 if growth else 7, 0.35 * len(readings) + 1.6), layout="constrained")
-    axes: Any = figure.subplots(1, 3 if growth else 1, squeeze=False)[0]
-    figure.suptitle(title)
-    names = [reading.engine for reading in readings]
-    colours = [_THEIRS if "transformers" in name else _OURS for name in names]
-    bars = axes[0].barh(names, [reading.median for reading in readings], color=colours)
-    axes[0].bar_label(bars, [f"{reading.median:.2f} s, {reading.ratio:.2f}x" for reading in readings], padding=3)
-    axes[0].margins(x=0.6)
-    axes[0].invert_yaxis()
-    axes[0].set_xlabel("seconds")
-    for name in dict.fromkeys(reading.engine for reading in growth):
-        own = [reading for reading in growth if reading.engine == name]
-        smallest = min(reading.batch for reading in own)
-        singles = sorted((r for r in own if r.batch == smallest), key=lambda r: r.height * r.width)
-        common = max({(r.height, r.width) for r in own}, key=lambda s: sum((r.height, r.width) == s for r in own))
-        batches = sorted((r for r in own if (r.height, r.width) == common), key=lambda r: r.batch)
-        axes[1].plot([r.height for r in singles], [r.median for r in singles], marker=".", label=name)
-        axes[2].plot([r.batch for r in batches], [r.median for r in batches], marker=".", label=name)
-        axes[2].set_xlabel(f"pictures of {common[0]} x {common[1]}")
-    if growth:
-        axes[1].set_xlabel("height; width is 4/3 of it")
-        axes[1].legend()
-    figure.savefig(target, format="png", dpi=100)
+    title: str
+    rates: Mapping[str, float]
+    readings: Sequence[Reading]
+    growth: Sequence[Reading] = ()
+    training: Sequence[TrainingReading] = ()
+
+    def tables(self) -> list[Table]:
+        """Return the table of the engines, and that of training if it was measured."""
+        tables = [table(self.readings, self.title)]
+        return [*tables, training_table(self.training)] if self.training else tables
+
+    def markdown(self) -> str:
+        """Return the tables in Markdown, each under its title."""
+        return "\n".join(f"{one.title}\n\n{one.markdown()}" for one in self.tables())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything, for json."""
+        parts = {"readings": self.readings, "growth": self.growth, "training": self.training}
+        told = {name: [one.to_dict() for one in part] for name, part in parts.items()}
+        return {"machine": self.title, "GFLOP/s": dict(self.rates), **told}
+
+
+def table(readings: Sequence[Reading], title: str = "") -> Table:
+    """Return a table of engines, all of one size and batch."""
+    return Table(
+        title, HEAD, [(one.engine, *_times(one), f"{one.logits:.0e}", f"{one.boxes:.0e}") for one in readings]
+    )
+
+
+def training_table(readings: Sequence[TrainingReading]) -> Table:
+    """Return a table of the sides of each work."""
+    title = f"Training: {'; '.join(dict.fromkeys(f'{one.work} of {one.of}' for one in readings))}"
+    rows = [(f"{one.work}, {one.engine}", *_times(one), f"{one.loss:.1f}") for one in readings]
+    return Table(title, TRAINING_HEAD, rows)
+
+
+def _times(timing: Timing) -> tuple[str, ...]:
+    """Return the cells that every table has."""
+    least, most = min(timing.ratios), max(timing.ratios)
+    peak = "" if timing.megabytes is None else f"{timing.megabytes:.0f}"
+    ms = timing.median * 1e3
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}", f"{timing.ratio:.2f}", f"{least:.2f} to {most:.2f}", peak

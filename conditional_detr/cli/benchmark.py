@@ -4,23 +4,28 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import rich.box
+import rich.table
 import torch
 import typer
-from rich.table import Table
 
 from conditional_detr.benchmark.engines import ENGINES, REFERENCE
-from conditional_detr.benchmark.measure import Reading, available, check, measure, peak_memory, product_rate
-from conditional_detr.benchmark.report import HEAD, draw, markdown, rows
+from conditional_detr.benchmark.growth import measure_growth
+from conditional_detr.benchmark.measure import available, check, measure, peak_memory
+from conditional_detr.benchmark.picture import draw
+from conditional_detr.benchmark.report import Report, Table
+from conditional_detr.benchmark.timing import product_rate
+from conditional_detr.benchmark.training import STEP, measure_training, peak_of_step
 from conditional_detr.cli.console import AUTO, err, one_line_errors, out, pick_device, tell
 from conditional_detr.files import write_whole
 from conditional_detr.model import ConditionalDETR, Config
 from conditional_detr.weights import checked_device, from_pretrained
 
-_HEIGHTS, _BATCHES = (400, 600, 800, 1000, 1333), (1, 2, 4)
 _GROWING = (REFERENCE, "plain", "optimised", "optimised bf16")
 
 
@@ -36,7 +41,14 @@ def benchmark(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures a call.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="How often each engine is timed.")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; else all of them.")] = None,
-    growth: Annotated[bool, typer.Option("--growth", help="Also time other sizes and numbers of pictures.")] = False,
+    growth: Annotated[
+        bool, typer.Option("--growth", help="Also time other sizes, numbers of pictures and of threads.")
+    ] = False,
+    training: Annotated[
+        bool, typer.Option("--training", help="Also time a training step and the loss alone, against transformers'.")
+    ] = False,
+    training_size: Annotated[int, typer.Option(min=32, help="Pixels of both sides of a step's pictures.")] = 512,
+    training_batch_size: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 2,
     output: Annotated[Path | None, typer.Option(help="A folder for benchmark.md, .json and .png.")] = None,
     device: Annotated[str, typer.Option(help="Where it runs: cpu, cuda, cuda:1.")] = AUTO,
     alone: Annotated[str | None, typer.Option(hidden=True, help="Run this engine and print the peak memory.")] = None,
@@ -45,8 +57,13 @@ def benchmark(
 
     How many times as fast an engine is, is the median of the rounds, against transformers' network in eager mode.
     Beside each speed stands how far its logits and boxes are from the plain model's. Peak memory is that of a process
-    that only runs the one engine, loading and compiling included.
+    that only runs the one engine, loading and compiling included; on a GPU, of a call, beyond the weights.
+
+    A training step is forward, loss and backward of both libraries' networks, with the same dropout and the same
+    frozen part of the trunk. The loss alone, with its matching and its backward, reads ready outputs of COCO's size.
     """
+    pictures: dict[str, Any] = {"size": (height, width), "batch": batch_size}
+    step: dict[str, Any] = {"size": (training_size, training_size), "batch": training_batch_size}
     with one_line_errors():
         place = checked_device(pick_device(device))
         if threads is not None:
@@ -54,64 +71,35 @@ def benchmark(
         torch.manual_seed(0)
         model = (_untrained() if weights is None else from_pretrained(weights)).eval().to(place)
         if alone is not None:
-            typer.echo(peak_memory(model, alone, size=(height, width), batch=batch_size))
+            typer.echo(peak_of_step(model, alone, **step) if training else peak_memory(model, alone, **pictures))
             return
-        names = list(dict.fromkeys(engines)) if engines else available(place.type)
-        for name in names:
-            check(name, place.type)
-        if REFERENCE in names:  # what the others are compared with
-            names = [REFERENCE, *(name for name in names if name != REFERENCE)]
+        names = _names(engines, place.type)
+        growing = [name for name in names if name in _GROWING]
+        if growth and not growing:
+            raise ValueError(f"--growth: expected one of {', '.join(_GROWING)} among the engines, got {names}")
+        if training:
+            check(REFERENCE, place.type)
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
-
     with one_line_errors(), err.status("") as status:
-
-        def run(names: list[str], size: tuple[int, int], batch: int) -> list[Reading]:
-            what = f"{size[0]} x {size[1]}, {batch} at a time"
-            update: Callable[[str], None] = lambda text: status.update(f"{what}: {text}")  # noqa: E731
-            return measure(model, names, size=size, batch=batch, rounds=rounds, progress=update)
-
-        readings = run(names, (height, width), batch_size)
-        rates = {str(dtype)[6:]: product_rate(dtype, place) for dtype in (torch.float32, torch.bfloat16)}
-        grown: list[Reading] = []
-        if growth:
-            growing = [name for name in names if name in _GROWING]
-            for one in _HEIGHTS:
-                grown += run(growing, (one, round(one * 4 / 3)), 1)
-            for many in _BATCHES[1:]:
-                grown += run(growing, (800, round(800 * 4 / 3)), many)
-        peaks = {}
+        how: dict[str, Any] = {"rounds": rounds, "progress": status.update}
+        report = Report(
+            f"{height} x {width}, {batch_size} at a time, {_machine(place)}",
+            {str(dtype)[6:]: product_rate(dtype, place) for dtype in (torch.float32, torch.bfloat16)},
+            measure(model, names, **pictures, **how),
+            measure_growth(model, growing, **how) if growth else (),
+            measure_training(model, **step, **how) if training else (),
+        )
         if place.type == "cpu" and Path("/proc/self/status").exists():
-            for name in names:
-                status.update(f"{name}: peak memory")
-                peaks[name] = _peak_of(name, weights, height, width, batch_size, threads)
-
-    title = f"{height} x {width}, {batch_size} at a time, {_machine(place)}"
-    table = rows(readings, peaks)
-    shown = Table(*HEAD, title=title)
-    for row in table:
-        shown.add_row(*row)
-    out.print(shown)
-    told = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in rates.items())
-    tell(f"Compared with: {names[0]}. A plain matrix product reaches, in GFLOP/s: {told}.", to=out)
+            same = ["--device", place, *_given("--weights", weights), *_given("--threads", threads)]
+            of_engine = [*same, "--height", height, "--width", width, "--batch-size", batch_size]
+            of_step = [*same, "--training", "--training-size", training_size]
+            of_step += ["--training-batch-size", training_batch_size]
+            report = _with_peaks(report, of_engine, of_step, status.update)
+    _show(report)
     if output is not None:
-        numbers = {
-            "machine": title,
-            "GFLOP/s": rates,
-            "peak MB": peaks,
-            "readings": [reading.to_dict() for reading in readings],
-            "growth": [reading.to_dict() for reading in grown],
-        }
-        text = f"{title}\n\n{markdown(table)}"
         with one_line_errors():
-            write_whole(
-                {
-                    output / "benchmark.json": lambda path: path.write_text(json.dumps(numbers, indent=2) + "\n"),
-                    output / "benchmark.md": lambda path: path.write_text(text),
-                    output / "benchmark.png": lambda path: draw(readings, grown, title, path),
-                }
-            )
-        tell(f"wrote benchmark.json, benchmark.md and benchmark.png in {output}", to=out)
+            _write(report, output)
 
 
 def _untrained() -> ConditionalDETR:
@@ -122,17 +110,92 @@ def _untrained() -> ConditionalDETR:
     return model
 
 
-def _peak_of(name: str, weights: str | None, height: int, width: int, batch: int, threads: int | None) -> float:
-    """Return the peak memory, in MB, of a process that runs one engine."""
-    options = ["--alone", name, "--height", height, "--width", width, "--batch-size", batch, "--device", "cpu"]
-    options += [] if weights is None else ["--weights", weights]
-    options += [] if threads is None else ["--threads", threads]
+def _names(engines: list[str] | None, device: str) -> list[str]:
+    """Return the engines to time, checked, the one that the others are compared with first."""
+    names = list(dict.fromkeys(engines)) if engines else available(device)
+    for name in names:
+        check(name, device)
+    return sorted(names, key=lambda name: name != REFERENCE)
+
+
+def _given(option: str, value: object) -> list[object]:
+    """Return an option as it is written, if it has a value."""
+    return [] if value is None else [option, value]
+
+
+def _with_peaks(
+    report: Report, of_engine: Sequence[object], of_step: Sequence[object], progress: Callable[[str], None]
+) -> Report:
+    """Add the peak memory of a process for each engine, and for each side of a training step.
+
+    Args:
+        report: without.
+        of_engine: the options of a process that runs an engine.
+        of_step: the options of a process that trains.
+        progress: told what is being done.
+    """
+    readings = []
+    for reading in report.readings:
+        progress(f"{reading.engine}: peak memory")
+        readings.append(replace(reading, megabytes=_peak(reading.engine, of_engine)))
+    training = []
+    for trained in report.training:
+        if trained.work == STEP:
+            progress(f"training step, {trained.engine}: peak memory")
+            trained = replace(trained, megabytes=_peak(trained.engine, of_step))
+        training.append(trained)
+    return replace(report, readings=readings, training=training)
+
+
+def _peak(engine: str, options: Sequence[object]) -> float | None:
+    """Return the peak memory, in MB, of a process for one engine; if it fails, say why, and go on without."""
     start = "from conditional_detr.cli import app; app()"
-    command = [sys.executable, "-c", start, "benchmark", *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(f"{name}: its process for peak memory failed: {done.stderr.strip()}")
-    return float(done.stdout.split()[-1])
+    command = [sys.executable, "-c", start, "benchmark", "--alone", engine, *map(str, options)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        why = str(error)
+    else:
+        if done.returncode == 0:
+            return float(done.stdout.split()[-1])
+        why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    tell(f"warning: {engine}: its peak memory is missing, the process for it failed: {why}", style="yellow")
+    return None
+
+
+def _show(report: Report) -> None:
+    """Print the tables, and what speeds can be held against."""
+    for one in report.tables():
+        out.print(_printable(one))
+        out.print()
+    told = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in report.rates.items())
+    first = report.readings[0].engine
+    tell(f"Compared with: {first}. A plain matrix product reaches, in GFLOP/s: {told}.", to=out)
+
+
+def _printable(one: Table) -> rich.table.Table:
+    """Lay a table out so that 80 columns hold it: without a frame, the heads of its numbers in two lines."""
+    frame: dict[str, Any] = {"show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    shown = rich.table.Table(title=one.title, box=rich.box.SIMPLE_HEAD, **frame)
+    shown.add_column(one.head[0])
+    for name in one.head[1:]:
+        shown.add_column(name.replace(" ", "\n", 1), justify="right", no_wrap=True)
+    for row in one.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def _write(report: Report, folder: Path) -> None:
+    """Write the report in words, in numbers and as a picture."""
+    text = json.dumps(report.to_dict(), indent=2) + "\n"
+    write_whole(
+        {
+            folder / "benchmark.json": lambda path: path.write_text(text),
+            folder / "benchmark.md": lambda path: path.write_text(report.markdown()),
+            folder / "benchmark.png": lambda path: draw(report, path),
+        }
+    )
+    tell(f"wrote benchmark.json, benchmark.md and benchmark.png in {folder}", to=out)
 
 
 def _machine(device: torch.device) -> str:
