@@ -111,13 +111,14 @@ def test_example_plain_loop(tmp_path):
     assert not any("conditional_detr.training" in line for line in lines)
 
 
-def test_example_benchmarks_training_step(tmp_path):
+def test_example_benchmarks_own_model(small, tmp_path):
     """On small pictures: whether it runs, not what it says."""
-    ours, theirs, ratio = run_example("benchmarks/training_step", "--size", "64", "--rounds", "1", folder=tmp_path)
-    number = r"\d+\.\d+"
-    for line, name in ((ours, "ours"), (theirs, "transformers")):
-        assert re.fullmatch(rf"{name} +{number} s a step \(least {number}\), peak \d+ MB", line)
-    assert re.fullmatch(rf"ours is {number} times as fast \({number} to {number}\)", ratio)
+    little = ("--weights", small, "--height", "64", "--width", "96", "--rounds", "1")
+    *table, rate = run_example("benchmarks/own_model", *little, folder=tmp_path)
+    assert [line.split(" | ")[0] for line in table] == ["| engine", "| ---", "| plain", "| optimised"]
+    assert re.match(r"\| plain \| [\d.]+ \| 1\.00 \| 1\.00 to 1\.00 \|  \| 0e\+00", table[2])
+    assert re.fullmatch(r"(plain|optimised): \d+\.\d pictures a second", rate)
+    assert len((ROOT / "examples" / "benchmarks" / "own_model.py").read_text().splitlines()) <= 40
 
 
 def test_examples_finetune_and_evaluate(tmp_path):
