@@ -13,6 +13,7 @@ from torch import Tensor
 
 from conditional_detr.detections import Detections
 from conditional_detr.drawing import draw_attention
+from conditional_detr.exported import ExportedModel
 from conditional_detr.images import normalise, open_picture, resize, size_of, to_pil
 from conditional_detr.layers import evaluation_mode
 from conditional_detr.model import ConditionalDETR
@@ -52,18 +53,18 @@ class Detector:
     """A model with everything around it: from pictures of any kind and size to named boxes.
 
     Args:
-        model: the model; its metadata says how pictures are prepared and what the classes are called. Where it is
-            and in which mode stays as it is; one in train mode is set to eval mode while it runs, so it must not run
-            in several threads at once.
+        model: the model, or an exported file; its metadata says how pictures are prepared and what the classes are
+            called. Where it is and in which mode stays as it is; one in train mode is set to eval mode while it runs,
+            so it must not run in several threads at once.
         limits: how long fetching a picture's address may take, and how large the file may be.
 
     Raises:
-        TypeError: not a ConditionalDETR.
+        TypeError: neither a ConditionalDETR nor an ExportedModel.
     """
 
-    def __init__(self, model: ConditionalDETR, *, limits: Limits = LIMITS) -> None:
-        if not isinstance(model, ConditionalDETR):
-            raise TypeError(f"model: expected a ConditionalDETR, got {type(model).__name__}")
+    def __init__(self, model: ConditionalDETR | ExportedModel, *, limits: Limits = LIMITS) -> None:
+        if not isinstance(model, ConditionalDETR | ExportedModel):
+            raise TypeError(f"model: expected a ConditionalDETR or an ExportedModel, got {type(model).__name__}")
         self.model = model
         self.limits = limits
 
@@ -71,6 +72,11 @@ class Detector:
     def from_pretrained(cls, name: str | Path = PUBLISHED, **options: Any) -> "Detector":
         """Load a checkpoint: see :func:`conditional_detr.weights.from_pretrained`."""
         return cls(ConditionalDETR.from_pretrained(name, **options))
+
+    @classmethod
+    def from_file(cls, path: str | Path, **options: Any) -> "Detector":
+        """Open an exported file: see :class:`conditional_detr.exported.ExportedModel`."""
+        return cls(ExportedModel(path, **options))
 
     @overload  # a string is also a sequence of strings: the first match, one picture, is meant
     def __call__(  # type: ignore[overload-overlap]
@@ -198,13 +204,16 @@ class Detector:
         Raises:
             IndexError: there is no such detection.
             OSError: the picture's file is gone.
-            ValueError: no layer, or one that the decoder does not have.
+            ValueError: no layer, or one that the decoder does not have; an exported file, which has no maps.
         """
+        if isinstance(self.model, ExportedModel):
+            raise ValueError("attention maps: an exported file has none; ask the model that it was made from")
         box, score, name = found[which]
         opened = open_picture(found.source, "picture")
         preprocessing = self.model.metadata.preprocessing
         pixels = normalise(resize(opened, preprocessing), preprocessing)[None]
-        maps = self._evaluate(lambda x: self.model.attention_maps(x, layers=layers), pixels)
+        model = self.model
+        maps = self._evaluate(lambda x: model.attention_maps(x, layers=layers), pixels)
         query = int(found.queries[which])
         return draw_attention(
             to_pil(opened),
@@ -242,8 +251,8 @@ class Detector:
     def _run(self, group: list[_Prepared], selection: Selection) -> Iterator[Detections]:
         """Run pictures of one shape through the model."""
         metadata = self.model.metadata
-        weight = self.model.projection.weight
-        values = torch.stack([picture.values for picture in group]).to(weight.device)  # (B, 3, H, W)
+        device, _ = self._place()
+        values = torch.stack([picture.values for picture in group]).to(device)  # (B, 3, H, W)
         output = self._evaluate(self.model, normalise(values, metadata.preprocessing))
         logits, boxes = (x[-1].float().cpu() for x in output)  # (B, N, C), (B, N, 4)
         named = len(metadata.class_names)
@@ -271,6 +280,12 @@ class Detector:
     @torch.inference_mode()
     def _evaluate(self, function: Any, pixels: Tensor) -> Any:
         """Apply the model or a part of it in eval mode, where it is, and leave its mode as it was."""
-        weight = self.model.projection.weight
         with evaluation_mode(self.model):
-            return function(pixels.to(weight.device, weight.dtype))
+            return function(pixels.to(*self._place()))
+
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        """Return where the model takes pixels, and in what precision."""
+        if isinstance(self.model, ExportedModel):
+            return self.model.device, torch.float32
+        weight = self.model.projection.weight
+        return weight.device, weight.dtype

@@ -57,14 +57,33 @@ def select(
     Returns:
         boxes (K, 4) x0 y0 x1 y1 in pixels, inside the picture; scores (K,); labels (K,); queries (K,); best first.
     """
-    rows, threshold, top_k = selection
-    scores = logits[:, rows].sigmoid().flatten()  # (N·R,)
-    scores, pairs = scores.topk(min(top_k, len(scores)))
-    pairs, scores = pairs[scores > threshold], scores[scores > threshold]
-    queries, labels = pairs // len(rows), rows[pairs % len(rows)]
-    height, width = size
-    limits = torch.tensor([width, height, width, height], dtype=torch.float32)
-    chosen = box_convert(boxes[queries], "cxcywh", "xyxy") * limits
+    found = best(logits[None], boxes[None], torch.tensor([size]), selection.rows, selection.top_k)
+    corners, scores, labels, queries = (x[0] for x in found)
+    kept = scores > selection.threshold
+    return corners[kept], scores[kept], labels[kept], queries[kept]
+
+
+def best(
+    logits: Tensor, boxes: Tensor, sizes: Tensor, rows: Tensor, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choose the query-class pairs of several pictures that score highest.
+
+    Args:
+        logits: (B, N, C).
+        boxes: (B, N, 4) cx cy w h in [0, 1].
+        sizes: (B, 2) height and width of the pictures in pixels.
+        rows: (R,) int64, rows of the class head to choose from.
+        top_k: K, how many a picture, or N·R if that is less.
+
+    Returns:
+        boxes (B, K, 4) x0 y0 x1 y1 in pixels, inside the picture; scores (B, K); labels (B, K); queries (B, K); best
+        first.
+    """
+    scores = logits[..., rows].sigmoid().flatten(1)  # (B, N·R)
+    scores, pairs = scores.topk(min(top_k, scores.shape[1]))
+    queries, labels = pairs // rows.shape[0], rows[pairs % rows.shape[0]]
+    limits = sizes.flip(-1).repeat(1, 2)[:, None].to(torch.float32)  # (B, 1, 4) w h w h
+    chosen = box_convert(boxes.gather(1, queries[..., None].expand(-1, -1, 4)), "cxcywh", "xyxy") * limits
     return torch.minimum(chosen.clamp(min=0), limits), scores, labels, queries
 
 

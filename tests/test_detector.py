@@ -137,7 +137,7 @@ def test_pictures_that_make_no_sense(detector, photograph):
     for picture in (3, {"a": photograph}, {photograph}):
         with pytest.raises(TypeError, match="pictures: expected a picture, or a list or iterator of them, got"):
             detector(picture)
-    with pytest.raises(TypeError, match="model: expected a ConditionalDETR, got str"):
+    with pytest.raises(TypeError, match="model: expected a ConditionalDETR or an ExportedModel, got str"):
         Detector("model")
 
 

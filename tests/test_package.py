@@ -19,13 +19,13 @@ LAYERS = [
     {"deploy"},
     {"detector"},
     {"weights", "trunk_weights", "saving", "summary", "losses"},
-    {"detections", "heads", "checkpoint", "config_files", "matcher"},
+    {"detections", "heads", "checkpoint", "config_files", "matcher", "exported"},
     {"images"},
     {"model", "labels", "targets"},
     {"backbone", "encoder", "decoder"},
     {"positions", "boxes"},
     {"attention", "layers", "metadata", "parameter_names", "skeleton"}
-    | {"tensor_checks", "drawing", "files", "pipeline", "sources", "selection", "progress"},
+    | {"tensor_checks", "drawing", "files", "pipeline", "sources", "selection", "progress", "runtimes"},
 ]
 EXCEPTIONS = {("model", "weights", "from_pretrained"), ("model", "saving", "save_pretrained")}
 

@@ -165,7 +165,7 @@ class FastDecoder(nn.Module):
             f: (1, B, N, D), normalised states of the last layer, float32.
             s: (B, N, 2), reference points x y before the sigmoid, float32.
         """
-        pictures = len(memory)
+        pictures = memory.shape[0]  # a symbol where a graph is exported; len would be a number
         keys, values = self.keys(memory, p_k if padding is not None else p_k[:1])
         c, q = (x.expand(pictures, -1, -1) for x in (self.first_content, self.first_queries))
         f = self.layers[0].take_in(c, self.layers[0].cross_attention.gather(q, keys[0], values[0], padding))

@@ -6,6 +6,7 @@ that read the same tensor become one, and kernels do what follows them. All else
 
 import copy
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,16 +44,27 @@ def optimize(model: ConditionalDETR, *, dtype: torch.dtype = torch.float32, comp
         TypeError: no ConditionalDETR, or a subclass, whose changes would be lost; no dtype.
         ValueError: another dtype; a model that was optimised before, or whose trunk cannot be traced.
     """
+    check_model(model)
+    check_dtype(dtype, DTYPES)
+    computation = Computation(dtype, has_kernels(model.projection.weight.device, dtype), compile)
+    with torch.no_grad():
+        return OptimizedDETR(model, computation)
+
+
+def check_model(model: ConditionalDETR) -> None:
+    """Raise TypeError or ValueError unless a model is one that copies for inference can be made of."""
     if isinstance(model, OptimizedDETR):
         raise ValueError("model: expected a plain model, got one that was optimised before")
     if type(model) is not ConditionalDETR:  # what a subclass changes would be lost
         raise TypeError(f"model: expected a ConditionalDETR, got {type(model).__name__}")
+
+
+def check_dtype(dtype: torch.dtype, expected: Sequence[torch.dtype]) -> None:
+    """Raise TypeError unless it is a dtype, ValueError unless it is one of those that are expected."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    with torch.no_grad():
-        return OptimizedDETR(model, dtype, compile=compile)
+    if dtype not in expected:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, expected))}, got {dtype}")
 
 
 class OptimizedDETR(ConditionalDETR):
@@ -65,15 +77,15 @@ class OptimizedDETR(ConditionalDETR):
     projection: Any
     decoder: Any
 
-    def __init__(self, model: ConditionalDETR, dtype: torch.dtype, *, compile: bool) -> None:
+    def __init__(self, model: ConditionalDETR, computation: Computation) -> None:
         nn.Module.__init__(self)
         self.config, self.metadata, self.load_report = model.config, model.metadata, model.load_report
+        dtype, kernels, compile = computation
         self.dtype = dtype
-        computation = Computation(dtype, has_kernels(model.projection.weight.device, dtype), compile)
         self.backbone = copy.copy(model.backbone)
         self.backbone._modules = {"trunk": FastTrunk(model.backbone.trunk, computation)}
         projection: Any = copy.deepcopy(model.projection).to(dtype).to(memory_format=torch.channels_last)
-        self.projection = FusedConv(projection, relu=False) if computation.kernels and not compile else projection
+        self.projection = FusedConv(projection, relu=False) if kernels and not compile else projection
         self.encoder = fast_encoder(model.encoder, computation)
         self.decoder = FastDecoder(model.decoder, model.object_queries.weight, computation)
         self.class_head = copy.deepcopy(model.class_head).float()

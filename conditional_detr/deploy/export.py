@@ -1,0 +1,277 @@
+"""A model as one file that runs without this library: torch.export, ONNX, OpenVINO."""
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from conditional_detr.deploy.kernels import Computation
+from conditional_detr.deploy.optimize import OptimizedDETR, check_dtype, check_model
+from conditional_detr.exported import Description, ExportedModel, Parity
+from conditional_detr.files import write_whole
+from conditional_detr.images import open_picture, to_pixels
+from conditional_detr.metadata import Preprocessing
+from conditional_detr.model import ConditionalDETR
+from conditional_detr.runtimes import BOXES, DETECTED, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
+from conditional_detr.selection import best, check_count
+from conditional_detr.sources import Picture, name_of
+
+# largest differences of logits and boxes from the model: of half precision what its 11 bits allow
+TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.float16: (0.1, 0.02)}
+_TRACED = (2, 3, 160, 224)  # no size of any map in it is 1, or equal to another
+_NEEDS = {".onnx": (("onnx", "onnxscript"), "onnx"), ".xml": (("openvino",), "openvino"), ".pt2": ((), "")}
+
+
+def export(
+    model: ConditionalDETR,
+    target: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    top_k: int | None = None,
+    picture: Picture | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Description:
+    """Write a model into one file, for pictures of any size and any number of them.
+
+    The file has the input "pixels" (B, 3, H, W), normalised float32, and the outputs "logits" (B, N, C) and "boxes"
+    (B, N, 4) cx cy w h in [0, 1], float32. With ``top_k`` there is post-processing in it: the second input "sizes"
+    (B, 2), int64, height and width of the original pictures in pixels, and the outputs "corners" (B, K, 4) x0 y0 x1 y1
+    in those pixels, "scores" (B, K) and "labels" (B, K), int64, best first; rows without a class name are left out.
+
+    Before it is moved to its place, the file is run on a picture at two sizes and compared with the model. Class
+    names, preprocessing and the differences stand in it, and ``Detector.from_file`` needs nothing else.
+
+    Args:
+        model: the model; it stays as it is.
+        target: "….onnx"; "….xml" for OpenVINO, which gets its weights beside it in "….bin"; "….pt2" for torch.export.
+            Files that are there are replaced.
+        dtype: what to compute in: float32; or float16, for GPUs, where softmax, sines, reference points and the
+            arithmetic of boxes remain in float32.
+        top_k: the most detections a picture, for post-processing in the file; None: none.
+        picture: what to compare on; None: a pattern that is drawn.
+        progress: told what is being done.
+
+    Returns:
+        What stands in the file.
+
+    Raises:
+        ModuleNotFoundError: a package for the format is not installed.
+        OSError: the file cannot be written, or the picture not read.
+        TypeError: no ConditionalDETR, or a subclass; no dtype.
+        ValueError: another suffix or dtype; a model that was optimised, or whose trunk cannot be traced; the file does
+            not give what the model gives, and was not written.
+    """
+    check_model(model)
+    check_dtype(dtype, tuple(TOLERANCES))
+    target = checked_target(target)
+    if top_k is not None:
+        check_count("top_k", top_k)
+    pictures = parity_pixels(picture, model.metadata.preprocessing)  # a picture that cannot be read is told at once
+    progress("tracing")
+    write = writer_of(model, target.suffix, dtype=dtype, top_k=top_k)
+    description = describe(model, target.suffix, precision=str(dtype).removeprefix("torch."), top_k=top_k)
+    named = "drawn" if picture is None else name_of(picture, "given")
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / target.name
+        write(draft, description)
+        progress("comparing with the model")
+        parity = compare(ExportedModel(draft), model, pictures)
+        check_parity(parity, TOLERANCES[dtype], target)
+        description = replace(description, parity=parity, picture=named)
+        progress("writing")
+        write(draft, description)
+        move(draft, target)
+    return description
+
+
+class Graph(nn.Module):
+    """What is exported: the optimised copy, with plain tensors in and out.
+
+    Args:
+        model: the model.
+        dtype: what to compute in.
+        top_k: K; None: no post-processing.
+    """
+
+    rows: Tensor
+
+    def __init__(self, model: ConditionalDETR, *, dtype: torch.dtype, top_k: int | None) -> None:
+        super().__init__()
+        model = copy.deepcopy(model).cpu().float()
+        with torch.no_grad():
+            self.network = OptimizedDETR(model, Computation(dtype, kernels=False))
+            for parameter in self.network.parameters():
+                parameter.data = parameter.data.contiguous()  # files have no other layout
+        self.top_k = top_k
+        used = [i for i, name in enumerate(model.metadata.class_names) if name is not None]
+        self.register_buffer("rows", torch.tensor(used))
+        nn.Module.train(self, False)
+
+    def forward(self, pixels: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Map pixels (B, 3, H, W), and sizes (B, 2) for post-processing, to the outputs of :func:`export`."""
+        output = self.network(pixels)
+        logits, boxes = output.logits[-1], output.boxes[-1]
+        if self.top_k is None or sizes is None:
+            return logits, boxes
+        corners, scores, labels, _ = best(logits, boxes, sizes, self.rows, self.top_k)
+        return logits, boxes, corners, scores, labels
+
+
+Writer: TypeAlias = Callable[[Path, Description], None]
+"""Writes a network to a path that ends as its format's do, with a description in it."""
+
+
+def writer_of(model: ConditionalDETR, suffix: str, *, dtype: torch.dtype, top_k: int | None) -> Writer:
+    """Trace a model and return what writes it in a format; arguments as of :func:`export`."""
+    graph = Graph(model, dtype=dtype, top_k=top_k)
+    inputs, outputs = [PIXELS], [LOGITS, BOXES]
+    examples: tuple[Tensor, ...] = (torch.zeros(_TRACED),)
+    any_size: list[dict[int, Any]] = [dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)]
+    if top_k is not None:
+        inputs, outputs = [*inputs, SIZES], [*outputs, *DETECTED]
+        examples = (*examples, torch.ones((_TRACED[0], 2), dtype=torch.int64))
+        any_size.append({0: torch.export.Dim.DYNAMIC})
+    with torch.no_grad():
+        program = torch.export.export(graph, examples, dynamic_shapes=tuple(any_size))
+    if suffix == ".pt2":
+        return _program_writer(program)
+    if dtype != torch.float32:  # torch's own kernels compute softmax in float32; elsewhere it has to be said
+        program = program.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: _attention})
+    return (_onnx_writer if suffix == ".onnx" else _openvino_writer)(program, inputs, outputs)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Attend without a mask, the softmax in float32; q is scaled first, so that half precision holds the products."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return scores.float().softmax(dim=-1).to(v.dtype) @ v
+
+
+def _program_writer(program: torch.export.ExportedProgram) -> Writer:
+    def write(path: Path, description: Description) -> None:
+        torch.export.save(program, path, extra_files={EXTRA: description.to_json()})
+
+    return write
+
+
+def _onnx_writer(program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> Writer:
+    made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=inputs, output_names=outputs)
+    assert made is not None  # as it is only without dynamo
+
+    def write(path: Path, description: Description) -> None:
+        made.model.metadata_props[KEY] = description.to_json()
+        made.save(str(path))
+
+    return write
+
+
+def _openvino_writer(program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> Writer:
+    import openvino
+
+    network = openvino.convert_model(program)
+    for ports, names in ((network.inputs, inputs), (network.outputs, outputs)):
+        for port, name in zip(ports, names, strict=True):
+            port.get_tensor().set_names({name})
+    shapes = {PIXELS: [-1, 3, -1, -1], SIZES: [-1, 2]}
+    network.reshape({name: shapes[name] for name in inputs})
+    return openvino_network_writer(network)
+
+
+def openvino_network_writer(network: Any) -> Writer:
+    """Return what writes a network of OpenVINO's."""
+    import openvino
+
+    def write(path: Path, description: Description) -> None:
+        network.set_rt_info(description.to_json(), [KEY, "description"])
+        openvino.save_model(network, path, compress_to_fp16=False)
+
+    return write
+
+
+def checked_target(target: str | Path) -> Path:
+    """Return where to write.
+
+    Raises:
+        ModuleNotFoundError: a package for the format is not installed.
+        OSError: the folder is not there.
+        ValueError: another suffix than those of exported files.
+    """
+    target = Path(target)
+    if target.suffix not in SUFFIXES or target.is_dir():
+        raise ValueError(f"{target}: expected a file's name that ends in one of {', '.join(SUFFIXES)}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}: no such folder")
+    packages, extra = _NEEDS[target.suffix]
+    if missing := [package for package in packages if find_spec(package) is None]:
+        needs = f"needs {', '.join(missing)}, not installed here: pip install 'conditional-detr[{extra}]'"
+        raise ModuleNotFoundError(f"{target}: {needs}")
+    return target
+
+
+def describe(model: ConditionalDETR, suffix: str, *, precision: str, top_k: int | None) -> Description:
+    """Return what is to stand in a file, before anything was measured of it."""
+    packages = ("conditional-detr", "torch", *_NEEDS[suffix][0])
+    versions = {package: version(package) for package in packages}
+    return Description(model.config, model.metadata, precision, top_k, (), "", versions, {})
+
+
+def parity_pixels(picture: Picture | None, preprocessing: Preprocessing) -> list[Tensor]:
+    """Return pixels (1, 3, H, W) of a picture at the size that it is detected at, and at about half of that."""
+    opened = open_picture(_pattern() if picture is None else picture, "picture")
+    shortest, longest = preprocessing.shortest_edge // 2 + 1, preprocessing.longest_edge // 2 + 1
+    half = replace(preprocessing, shortest_edge=shortest, longest_edge=longest)
+    return [to_pixels(opened, numbers)[None] for numbers in (preprocessing, half)]
+
+
+def _pattern() -> np.ndarray:
+    """Draw waves and discs in colours, (480, 640, 3) uint8."""
+    y, x = np.mgrid[0:480, 0:640] / 100.0
+    waves = np.stack([np.sin(x * 2 + y), np.sin(y * 3 - x), np.sin(x * y)], axis=-1)
+    discs = (x % 1.6 - 0.8) ** 2 + (y % 1.2 - 0.6) ** 2 < 0.2
+    return np.where(discs[..., None], 127 - 100 * waves[..., ::-1], 127 + 100 * waves).astype(np.uint8)
+
+
+@torch.no_grad()
+def compare(exported: ExportedModel, model: ConditionalDETR, pictures: Sequence[Tensor]) -> tuple[Parity, ...]:
+    """Return how far an exported file is from the model, on pixels (1, 3, H, W) each."""
+    plain = copy.deepcopy(model).cpu().float().eval()
+    found = []
+    for pixels in pictures:
+        logits, boxes = (
+            (a[-1] - b[-1]).abs().max().item() for a, b in zip(exported(pixels), plain(pixels), strict=True)
+        )
+        found.append(Parity(pixels.shape[2], pixels.shape[3], logits, boxes))
+    return tuple(found)
+
+
+def check_parity(parity: Sequence[Parity], tolerance: tuple[float, float], target: Path) -> None:
+    """Raise ValueError unless all differences are small; values that are not finite are not."""
+    for one in parity:
+        if not (one.logits <= tolerance[0] and one.boxes <= tolerance[1]):
+            raise ValueError(
+                f"{target}: not written, for it does not give what the model gives: on {one.height} x {one.width}"
+                f" logits differ by up to {one.logits:.2g} and boxes by {one.boxes:.2g}, expected at most"
+                f" {tolerance[0]} and {tolerance[1]}"
+            )
+
+
+def move(draft: Path, target: Path) -> None:
+    """Move a file, and the weights that may lie beside it, to its place: both or none.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    written = [file for file in sorted(draft.parent.iterdir()) if file.stem == draft.stem]
+    write_whole({target.with_suffix(file.suffix): _copier(file) for file in written})
+
+
+def _copier(file: Path) -> Callable[[Path], object]:
+    return lambda place: shutil.copyfile(file, place)

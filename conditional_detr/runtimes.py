@@ -1,0 +1,247 @@
+"""What runs exported files: torch.export's programs, ONNX Runtime and OpenVINO, all called alike."""
+
+import re
+import threading
+import zipfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+KEY = "conditional_detr"
+"""Under which a description stands in a file."""
+
+EXTRA = f"{KEY}.json"
+"""The description's name in a ``.pt2``, which is an archive."""
+
+PIXELS, SIZES = "pixels", "sizes"
+LOGITS, BOXES = "logits", "boxes"
+DETECTED = ("corners", "scores", "labels")
+"""The names of inputs and outputs; ``SIZES`` and ``DETECTED`` are those of post-processing."""
+
+Run: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From pixels (B, 3, H, W) to logits (B, N, C) and boxes (B, N, 4)."""
+
+
+class Opened(NamedTuple):
+    """A file, ready to run.
+
+    Attributes:
+        description: the text of it.
+        device: where ``run`` takes its pixels.
+        run: float32 pixels to logits and boxes.
+    """
+
+    description: str
+    device: torch.device
+    run: Run
+
+
+class Settings(NamedTuple):
+    """How a file is to be run: see :class:`conditional_detr.exported.ExportedModel`."""
+
+    device: str
+    threads: int | None
+    dtype: torch.dtype | None
+
+
+def open_file(path: Path, *, device: str, threads: int | None, dtype: torch.dtype | None) -> Opened:
+    """Open an exported file; arguments and errors as of :class:`conditional_detr.exported.ExportedModel`."""
+    opener = _OPENERS.get(path.suffix.lower())
+    if opener is None:
+        expected = ", ".join(SUFFIXES)
+        raise ValueError(f"{path}: expected an exported file ({expected}); from_pretrained loads weights")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: {'expected a file, got a folder' if path.is_dir() else 'no such file'}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: expected at least 1, got {threads}")
+    if dtype is not None and opener is not _open_openvino:
+        raise ValueError(f"dtype: {path.suffix} files are computed in what they were exported in, got {dtype}")
+    return opener(path, Settings(device, threads, dtype))
+
+
+def _damaged(path: Path, error: Exception | str) -> ValueError:
+    """Return the error of a file that its runtime cannot read."""
+    first = str(error).strip().splitlines()
+    told = f": {first[0]}" if first else ""
+    return ValueError(f"{path}: damaged, or of a kind that the installed version cannot read{told}")
+
+
+def _foreign(path: Path) -> ValueError:
+    """Return the error of a file that others have made."""
+    return ValueError(
+        f"{path}: expected a file that `conditional-detr export` has written, which says what its classes are and how"
+        " pictures are prepared; this one does not"
+    )
+
+
+def _needs(package: str, extra: str, path: Path) -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        f"{path}: needs {package}, which is not installed: pip install 'conditional-detr[{extra}]'"
+    )
+
+
+def _open_onnx(path: Path, settings: Settings) -> Opened:
+    """Open an ``.onnx`` in ONNX Runtime."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise _needs("onnxruntime", "onnx", path) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors are raised as well
+    if settings.threads is not None:
+        options.intra_op_num_threads = settings.threads
+    provider = _provider(settings.device, onnxruntime.get_available_providers())
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:  # of many kinds, all of the runtime's own
+        raise _damaged(path, error) from error
+    description = session.get_modelmeta().custom_metadata_map.get(KEY)
+    if description is None:
+        raise _foreign(path)
+    if provider[0] not in session.get_providers():
+        raise ValueError(f"device: ONNX Runtime could not use {settings.device!r}, and would have used the CPU")
+    with_sizes = SIZES in {of.name for of in session.get_inputs()}
+
+    def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        feeds = {PIXELS: pixels.numpy(), **({SIZES: _no_sizes(pixels).numpy()} if with_sizes else {})}
+        logits, boxes = session.run([LOGITS, BOXES], feeds)
+        return torch.from_numpy(logits), torch.from_numpy(boxes)
+
+    return Opened(description, torch.device("cpu"), run)
+
+
+def _provider(device: str, available: list[str]) -> tuple[str, dict[str, Any]]:
+    """Return ONNX Runtime's name of a device, and its settings."""
+    kind, _, number = device.partition(":")
+    name = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind)
+    if name not in available or (number and not number.isdecimal()):
+        raise ValueError(f"device: got {device!r}, but ONNX Runtime here has {', '.join(available)}")
+    return name, {"device_id": int(number)} if number else {}
+
+
+@cache
+def openvino_core() -> Any:
+    """Return OpenVINO's entry, one for the whole process, which is never freed.
+
+    Its CPU plugin gives the thread an alternate stack for signals and puts the earlier one back when it is freed. Of
+    two that are freed in the order in which they were made, the second puts back the stack of the first, which is no
+    more; the next Ctrl-C is then a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
+_OPENVINO_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def _open_openvino(path: Path, settings: Settings) -> Opened:
+    """Open an ``.xml`` and its ``.bin`` in OpenVINO."""
+    try:
+        core = openvino_core()
+    except ImportError as error:
+        raise _needs("openvino", "openvino", path) from error
+    device, dtype = settings.device.upper(), settings.dtype or torch.float32
+    if device not in core.available_devices:
+        raise ValueError(f"device: got {settings.device!r}, but OpenVINO here has {', '.join(core.available_devices)}")
+    if dtype not in _OPENVINO_DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, _OPENVINO_DTYPES))}, got {dtype}")
+    _check_weights(path)
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _OPENVINO_DTYPES[dtype]}
+    if settings.threads is not None:
+        options["INFERENCE_NUM_THREADS"] = settings.threads
+    try:
+        network = core.read_model(path)
+        description = network.get_rt_info([KEY, "description"]).astype(str) if network.has_rt_info([KEY]) else None
+        if description is not None:
+            compiled = core.compile_model(network, device, options)
+    except Exception as error:  # of many kinds, all of the runtime's own
+        raise _damaged(path, error) from error
+    if description is None:
+        raise _foreign(path)
+    with_sizes = len(compiled.inputs) > 1
+    one_at_a_time = threading.Lock()  # the compiled model has one set of inputs and outputs
+
+    def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        feeds = {PIXELS: pixels.numpy(), **({SIZES: _no_sizes(pixels).numpy()} if with_sizes else {})}
+        with one_at_a_time:
+            found = compiled(feeds)  # outputs are copies
+        return torch.from_numpy(found[LOGITS]), torch.from_numpy(found[BOXES])
+
+    return Opened(description, torch.device("cpu"), run)
+
+
+def _check_weights(path: Path) -> None:
+    """Raise unless the ``.bin`` beside an ``.xml`` is there and holds all that the ``.xml`` wants of it."""
+    weights = path.with_suffix(".bin")
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: no such file; it belongs to {path.name} and holds the weights")
+    places = re.finditer(rb'offset="(\d+)" size="(\d+)"', path.read_bytes())
+    end = max((int(place[1]) + int(place[2]) for place in places), default=0)
+    if weights.stat().st_size < end:
+        raise ValueError(f"{weights}: truncated: expected at least {end} bytes, got {weights.stat().st_size}")
+
+
+def _open_program(path: Path, settings: Settings) -> Opened:
+    """Open a ``.pt2`` of torch.export, which may run code when it is loaded, as torch's own loader does."""
+    from torch.export.passes import move_to_device_pass
+
+    if settings.threads is not None:
+        raise ValueError("threads: for .pt2 files call torch.set_num_threads, which is for all of torch")
+    device = _torch_device(settings.device)
+    description = _description_in_archive(path)
+    try:
+        program = torch.export.load(path)
+        if device.type != "cpu":
+            program = move_to_device_pass(program, device)
+        module: Any = program.module(check_guards=False)
+    except Exception as error:  # of many kinds, from the archive, the schema and the operators
+        raise _damaged(path, error) from error
+    # what torch would ask of sizes concerns strides while tracing, and refuses maps of one cell, which run well
+    module._forward_pre_hooks.clear()
+    with_sizes = len(program.graph_signature.user_inputs) > 1
+
+    def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            found = module(pixels, _no_sizes(pixels)) if with_sizes else module(pixels)
+        return found[0], found[1]
+
+    return Opened(description, device, run)
+
+
+def _torch_device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: expected one that this machine has, got {name!r}: {error}") from error
+
+
+def _description_in_archive(path: Path) -> str:
+    """Read the description in a ``.pt2``, which is a zip archive, without loading anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            described = [name for name in archive.namelist() if name.endswith(f"extra/{EXTRA}")]
+            text = archive.read(described[0]).decode() if described else None
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if text is None:
+        raise _foreign(path)
+    return text
+
+
+def _no_sizes(pixels: Tensor) -> Tensor:
+    """Return sizes of pictures for post-processing whose result nobody reads."""
+    return torch.ones((pixels.shape[0], 2), dtype=torch.int64, device=pixels.device)
+
+
+_OPENERS: dict[str, Callable[[Path, Settings], Opened]] = {
+    ".onnx": _open_onnx,
+    ".xml": _open_openvino,
+    ".pt2": _open_program,
+}
+SUFFIXES = tuple(_OPENERS)
+"""What exported files are called."""
