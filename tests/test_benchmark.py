@@ -15,6 +15,7 @@ from set_prediction import transformers_losses
 from typer.testing import CliRunner
 
 from conditional_detr import ConditionalDETR, Output, SetLoss
+from conditional_detr.benchmark import engines as engines_module
 from conditional_detr.benchmark import timing
 from conditional_detr.benchmark import training as training_module
 from conditional_detr.benchmark.engines import ENGINES, REFERENCE, Engine
@@ -28,6 +29,7 @@ from conditional_detr.cli import app
 from conditional_detr.cli.benchmark import _printable
 
 NOT_COMPILED = [name for name in ENGINES if "compiled" not in name]
+OUR_FILES = ["torch.export", "torch.export fp16", "ONNX Runtime", "OpenVINO", "OpenVINO bf16"]
 SCRIPT = """
 import json, sys
 from conditional_detr import ConditionalDETR
@@ -62,6 +64,7 @@ def test_every_engine_does_the_same_work(small):
     """
     names = [name for name in NOT_COMPILED if "cpu" in ENGINES[name].devices]
     assert set(names) <= set(available("cpu"))
+    assert {*OUR_FILES} - {"torch.export fp16"} <= set(names)
     command = [sys.executable, "-c", SCRIPT, str(small), *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -137,6 +140,29 @@ def test_memory_and_a_plain_product(small):
     for side in (OURS, REFERENCE):
         assert 100 < peak_of_step(ConditionalDETR.from_pretrained(small), side, size=(64, 64), batch=1) < 1e6
     assert 0.01 < product_rate(torch.float32, CPU, side=128, rounds=1) < 1e6
+
+
+def test_what_was_written_is_read_and_the_model_is_let_go(small, tmp_path, monkeypatch):
+    """A peak then has neither the exporting in it nor weights twice; without a folder it is written anew."""
+    model = ConditionalDETR.from_pretrained(small)
+    measure(model, ["torch.export"], size=(64, 64), rounds=1, folder=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
+    assert model.projection.weight.device == CPU
+    exports = []
+    monkeypatch.setattr(engines_module, "export", lambda *_, **__: exports.append(1))
+    assert 100 < peak_memory(model, "torch.export", size=(64, 64), folder=tmp_path) < 1e6
+    assert exports == []
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    with pytest.raises(FileNotFoundError, match=r"model\.pt2"):
+        peak_memory(model, "torch.export", size=(64, 64))
+    assert exports == [1]
+
+
+def test_engines_of_a_file_share_it():
+    """What one of them has written is there for the next, and half precision has a file of its own."""
+    files = {name: engine.write.keywords["name"] for name, engine in ENGINES.items() if name in OUR_FILES}
+    assert files["OpenVINO"] == files["OpenVINO bf16"]
+    assert len(set(files.values())) == len(files) - 1
 
 
 # ---- training
@@ -336,10 +362,11 @@ def test_command(small, tmp_path):
 
 
 def test_a_peak_that_is_missing_is_named_and_nothing_else_is_lost(small, tmp_path, monkeypatch):
-    """Its process is a stand-in that fails for one engine, as where memory is short."""
+    """Its process is a stand-in that fails for one engine, as where memory is short, and wants the engines' files."""
     stand_in = tmp_path / "python"
     stand_in.write_text(
-        f"#!/bin/sh\ncase \"$*\" in *'--alone optimised'*) printf 'one\\nno memory left\\n' >&2; exit 3;; esac\n"
+        f"#!/bin/sh\ncase \"$*\" in *'--alone optimised'*) printf 'one\\nno memory left\\n' >&2; exit 3;;"
+        " *'--files /'*) ;; *) exit 4;; esac\n"
         f"exec '{sys.executable}' \"$@\"\n"
     )
     stand_in.chmod(0o755)

@@ -10,8 +10,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from conditional_detr.deploy.export import export
 from conditional_detr.deploy.optimize import optimize
+from conditional_detr.exported import ExportedModel
 from conditional_detr.model import ConditionalDETR
+from conditional_detr.runtimes import openvino_core
 
 Run: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From pixels (B, 3, H, W) to logits (B, N, C) and boxes (B, N, 4)."""
@@ -23,15 +26,18 @@ class Engine:
 
     Attributes:
         name: what the report calls it.
-        make: from the model, a folder for what has to be written, and an example of the pixels, the function to time.
+        make: from the model, the folder of files, and an example of the pixels, the function to time.
         needs: packages beyond this library's own.
         devices: kinds of devices that it runs on.
+        write: of the same three, writes into the folder the files that ``make`` reads instead of the model's weights,
+            unless they are there; None: ``make`` reads the model.
     """
 
     name: str
     make: Callable[[ConditionalDETR, Path, Tensor], Run]
     needs: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
+    write: Callable[[ConditionalDETR, Path, Tensor], object] | None = None
 
     @property
     def missing(self) -> list[str]:
@@ -52,29 +58,39 @@ def _last(output: Any) -> tuple[Tensor, Tensor]:
     return output.logits[-1], output.boxes[-1]
 
 
-def written(model: ConditionalDETR, folder: Path) -> Path:
-    """Write a model's weights in the published format, once, and return the folder that they are in."""
-    path = folder / "weights"
+def _write_file(model: ConditionalDETR, folder: Path, _: Tensor, *, name: str, dtype: torch.dtype) -> None:
+    if not (folder / name).exists():
+        export(model, folder / name, dtype=dtype)
+
+
+def _file(_: ConditionalDETR, folder: Path, example: Tensor, *, name: str, dtype: torch.dtype | None) -> Run:
+    threads = None if name.endswith(".pt2") else torch.get_num_threads()  # a .pt2 uses torch's anyway
+    exported = ExportedModel(folder / name, device=str(example.device), threads=threads, dtype=dtype)
+    return lambda pixels: _last(exported(pixels))
+
+
+def write_weights(model: ConditionalDETR, folder: Path, _: Tensor | None = None) -> None:
+    """Write a model's weights in the published format into a folder, unless they are there."""
+    path = folder / _WEIGHTS
     if not path.exists():
         model.save_pretrained(path)
-    return path
 
 
-def transformers_network(model: ConditionalDETR, folder: Path) -> Any:
-    """Return transformers' network with the model's weights, which it reads from files of the published format."""
+def transformers_network(folder: Path) -> Any:
+    """Return transformers' network with the weights that :func:`write_weights` has written into a folder."""
     from transformers import ConditionalDetrForObjectDetection
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # there is one of ours
-    return ConditionalDetrForObjectDetection.from_pretrained(written(model, folder)).eval()
+    return ConditionalDetrForObjectDetection.from_pretrained(folder / _WEIGHTS).eval()
 
 
 class _Theirs(nn.Module):
     """transformers' network, from pixels to logits and boxes."""
 
-    def __init__(self, model: ConditionalDETR, folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.network = transformers_network(model, folder)
+        self.network = transformers_network(folder)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """As it is called with the output of its own processor, which always has a mask."""
@@ -83,8 +99,8 @@ class _Theirs(nn.Module):
         return output.logits, output.pred_boxes
 
 
-def _transformers(model: ConditionalDETR, folder: Path, example: Tensor, *, dtype: Any, compile: bool) -> Run:
-    network: Any = _Theirs(model, folder).to(example.device, dtype)
+def _transformers(_: ConditionalDETR, folder: Path, example: Tensor, *, dtype: Any, compile: bool) -> Run:
+    network: Any = _Theirs(folder).to(example.device, dtype)
     run = torch.compile(network) if compile else network
 
     def call(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,22 +110,26 @@ def _transformers(model: ConditionalDETR, folder: Path, example: Tensor, *, dtyp
     return call
 
 
-def _exported(model: ConditionalDETR, folder: Path, example: Tensor) -> Path:
+def _their_file(folder: Path, example: Tensor) -> Path:
+    return folder / f"transformers {'x'.join(map(str, example.shape))}.onnx"
+
+
+def _write_their_file(model: ConditionalDETR, folder: Path, example: Tensor) -> None:
     """Export transformers' network to ONNX for pixels of the example's shape, once."""
-    path = folder / f"{'x'.join(map(str, example.shape))}.onnx"
+    path = _their_file(folder, example)
     if not path.exists():
-        program = torch.onnx.export(_Theirs(model, folder).eval(), (example,), dynamo=True, verbose=False)
+        write_weights(model, folder)
+        program = torch.onnx.export(_Theirs(folder).eval(), (example,), dynamo=True, verbose=False)
         assert program is not None  # as it is only without dynamo
         program.save(str(path))
-    return path
 
 
-def _onnx_runtime(model: ConditionalDETR, folder: Path, example: Tensor) -> Run:
+def _their_onnx_runtime(_: ConditionalDETR, folder: Path, example: Tensor) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    path = _exported(model, folder, example)
+    path = _their_file(folder, example)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     (name,) = (of.name for of in session.get_inputs())
 
@@ -120,12 +140,10 @@ def _onnx_runtime(model: ConditionalDETR, folder: Path, example: Tensor) -> Run:
     return call
 
 
-def _openvino(model: ConditionalDETR, folder: Path, example: Tensor, *, precision: str) -> Run:
-    import openvino
-
-    core = openvino.Core()
+def _their_openvino(_: ConditionalDETR, folder: Path, example: Tensor, *, precision: str) -> Run:
+    core = openvino_core()
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = core.compile_model(core.read_model(_exported(model, folder, example)), "CPU", settings)
+    compiled = core.compile_model(core.read_model(_their_file(folder, example)), "CPU", settings)
 
     def call(pixels: Tensor) -> tuple[Tensor, Tensor]:
         found = compiled(pixels.numpy())
@@ -139,26 +157,64 @@ def _ours(dtype: torch.dtype, *, compile: bool = False) -> Callable[[Conditional
     return partial(_optimised, dtype=dtype, compile=compile)
 
 
-def _peer(dtype: torch.dtype, *, compile: bool = False) -> Callable[[ConditionalDETR, Path, Tensor], Run]:
-    return partial(_transformers, dtype=dtype, compile=compile)
+def _exported(
+    name: str,
+    file: str,
+    needs: tuple[str, ...] = (),
+    devices: tuple[str, ...] = ("cpu",),
+    *,
+    dtype: torch.dtype = torch.float32,
+    computed: torch.dtype | None = None,
+) -> Engine:
+    """Return the engine of a file that :func:`conditional_detr.export` writes.
+
+    Args:
+        name: of the engine.
+        file: what the file is called; engines of the same file share it.
+        needs: see :class:`Engine`.
+        devices: likewise.
+        dtype: what the file is exported in.
+        computed: what OpenVINO computes in instead.
+    """
+    write = partial(_write_file, name=file, dtype=dtype)
+    return Engine(name, partial(_file, name=file, dtype=computed), needs, devices, write)
 
 
-_EXPORTS = ("transformers", "onnx", "onnxscript")
+def _peer(
+    name: str, dtype: torch.dtype = torch.float32, *, compile: bool = False, devices: tuple[str, ...] = ("cpu", "cuda")
+) -> Engine:
+    """Return the engine of transformers' network."""
+    make = partial(_transformers, dtype=dtype, compile=compile)
+    return Engine(name, make, ("transformers",), devices, write_weights)
+
+
+def _exported_peer(name: str, make: Callable[[ConditionalDETR, Path, Tensor], Run], runtime: str) -> Engine:
+    """Return the engine of a file of transformers' network."""
+    return Engine(name, make, ("transformers", *_ONNX, runtime), ("cpu",), _write_their_file)
+
+
+_WEIGHTS = "weights"
+_ONNX = ("onnx", "onnxscript")
 REFERENCE = "transformers"
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine(REFERENCE, _peer(torch.float32), ("transformers",)),
-        Engine("transformers compiled", _peer(torch.float32, compile=True), ("transformers",)),
-        Engine("transformers bf16 compiled", _peer(torch.bfloat16, compile=True), ("transformers",), ("cuda",)),
-        Engine("transformers ONNX Runtime", _onnx_runtime, (*_EXPORTS, "onnxruntime"), ("cpu",)),
-        Engine("transformers OpenVINO", partial(_openvino, precision="f32"), (*_EXPORTS, "openvino"), ("cpu",)),
-        Engine("transformers OpenVINO bf16", partial(_openvino, precision="bf16"), (*_EXPORTS, "openvino"), ("cpu",)),
+        _peer(REFERENCE),
+        _peer("transformers compiled", compile=True),
+        _peer("transformers bf16 compiled", torch.bfloat16, compile=True, devices=("cuda",)),
+        _exported_peer("transformers ONNX Runtime", _their_onnx_runtime, "onnxruntime"),
+        _exported_peer("transformers OpenVINO", partial(_their_openvino, precision="f32"), "openvino"),
+        _exported_peer("transformers OpenVINO bf16", partial(_their_openvino, precision="bf16"), "openvino"),
         Engine("plain", _plain),
         Engine("optimised", _ours(torch.float32)),
         Engine("optimised compiled", _ours(torch.float32, compile=True)),
         Engine("optimised bf16", _ours(torch.bfloat16)),
         Engine("optimised bf16 compiled", _ours(torch.bfloat16, compile=True)),
+        _exported("torch.export", "model.pt2", devices=("cpu", "cuda")),
+        _exported("torch.export fp16", "half.pt2", devices=("cuda",), dtype=torch.float16),
+        _exported("ONNX Runtime", "model.onnx", (*_ONNX, "onnxruntime")),
+        _exported("OpenVINO", "model.xml", ("openvino",)),
+        _exported("OpenVINO bf16", "model.xml", ("openvino",), computed=torch.bfloat16),
     )
 }
 """By name. What an engine computes in is float32 where its name says nothing else."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conditional_detr.benchmark.engines import ENGINES, REFERENCE, written
+from conditional_detr.benchmark.engines import ENGINES
 from conditional_detr.benchmark.timing import WARM_UP, Timing, check_rounds, in_turn, process_peak, warm_up
 from conditional_detr.model import ConditionalDETR
 
@@ -42,6 +42,7 @@ def measure(
     batch: int = 1,
     rounds: int = 7,
     seed: int = 0,
+    folder: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Reading]:
     """Time engines on the same pixels, interleaved, on the model's device.
@@ -53,6 +54,8 @@ def measure(
         batch: pictures a call.
         rounds: how often each is timed.
         seed: of the pixels.
+        folder: for the files that engines read, such as exports; what is in it already has to be of the same model.
+            None: one that is removed afterwards.
         progress: told what is being done.
 
     Raises:
@@ -66,13 +69,18 @@ def measure(
     what = f"{size[0]} x {size[1]}, {batch} at a time, {torch.get_num_threads()} threads"
     pixels = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed)).to(device)
     model.eval()
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory() as own, torch.no_grad():
+        folder = folder or Path(own)
         plain = model(pixels)
         calls: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
         others: dict[str, dict[str, Any]] = {}
         for name in names:
+            engine = ENGINES[name]
+            if engine.write is not None:
+                progress(f"{what}: {name}: writing its files")
+                engine.write(model, folder, pixels)
             progress(f"{what}: {name}: getting ready")
-            calls[name] = partial(ENGINES[name].make(model, Path(folder), pixels), pixels)
+            calls[name] = partial(engine.make(model, folder, pixels), pixels)
             (logits, boxes), megabytes = warm_up(calls[name], device)
             others[name] = {
                 "logits": (logits.float() - plain.logits[-1]).abs().max().item(),
@@ -100,26 +108,31 @@ def available(device: str) -> list[str]:
     return [name for name, engine in ENGINES.items() if device in engine.devices and not engine.missing]
 
 
-def peak_memory(model: ConditionalDETR, name: str, *, size: tuple[int, int], batch: int = 1) -> float:
+def peak_memory(
+    model: ConditionalDETR, name: str, *, size: tuple[int, int], batch: int = 1, folder: Path | None = None
+) -> float:
     """Run one engine and return the most memory, in MB, that this process ever had, as Linux tells it.
 
     Args:
-        model: in float32, on the CPU; it loses its weights if another library's network is what runs.
+        model: in float32, on the CPU; it loses its weights if the engine reads files instead.
         name: of the engine.
         size: height and width of the pictures.
         batch: pictures a call.
+        folder: where :func:`measure` has left the engine's files for pictures of this size and number. What is not in
+            it, or is not given, is written here, which counts as well.
 
     Raises:
         OSError: another system than Linux.
         ValueError, ModuleNotFoundError: see :func:`measure`.
     """
     check(name, "cpu")
-    pixels = torch.zeros(batch, 3, *size)
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        if name.startswith(REFERENCE):
-            written(model, Path(folder))
+    engine, pixels = ENGINES[name], torch.zeros(batch, 3, *size)
+    with tempfile.TemporaryDirectory() as own, torch.no_grad():
+        folder = folder or Path(own)
+        if engine.write is not None:
+            engine.write(model, folder, pixels)
             model.to("meta")  # the weights of both would count
-        run = ENGINES[name].make(model, Path(folder), pixels)
+        run = engine.make(model, folder, pixels)
         for _ in range(WARM_UP + 1):
             run(pixels)
     return process_peak()

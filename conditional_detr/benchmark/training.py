@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from conditional_detr.benchmark.engines import REFERENCE, transformers_network, written
+from conditional_detr.benchmark.engines import REFERENCE, transformers_network, write_weights
 from conditional_detr.benchmark.measure import check
 from conditional_detr.benchmark.timing import WARM_UP, Timing, check_rounds, in_turn, process_peak, warm_up
 from conditional_detr.losses import SetLoss
@@ -199,10 +199,10 @@ def _our_step(model: ConditionalDETR, _: Path, pixels: Tensor, targets: Targets)
 @contextmanager
 def _their_step(model: ConditionalDETR, folder: Path, pixels: Tensor, targets: Targets) -> Iterator[Work]:
     """Make ready a step of transformers' network with the model's weights; the model is used up."""
-    written(model, folder)
+    write_weights(model, folder)
     trains = {name: parameter.requires_grad for name, parameter in model.backbone.trunk.named_parameters()}
     model.to("meta")  # the weights of both would count as memory
-    network = transformers_network(model, folder).to(pixels.device).train()
+    network = transformers_network(folder).to(pixels.device).train()
     network.config.auxiliary_loss = True
     for name, parameter in network.model.backbone.model.named_parameters():
         parameter.requires_grad_(trains[name])

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,12 +53,14 @@ def benchmark(
     output: Annotated[Path | None, typer.Option(help="A folder for benchmark.md, .json and .png.")] = None,
     device: Annotated[str, typer.Option(help="Where it runs: cpu, cuda, cuda:1.")] = AUTO,
     alone: Annotated[str | None, typer.Option(hidden=True, help="Run this engine and print the peak memory.")] = None,
+    files: Annotated[Path | None, typer.Option(hidden=True, help="Where this engine's files are.")] = None,
 ) -> None:
     """Time this library and transformers on the same pixels and weights, in turn, round by round.
 
     How many times as fast an engine is, is the median of the rounds, against transformers' network in eager mode.
     Beside each speed stands how far its logits and boxes are from the plain model's. Peak memory is that of a process
-    that only runs the one engine, loading and compiling included; on a GPU, of a call, beyond the weights.
+    that only runs the one engine, loading and compiling included, exporting not; on a GPU, of a call, beyond the
+    weights.
 
     A training step is forward, loss and backward of both libraries' networks, with the same dropout and the same
     frozen part of the trunk. The loss alone, with its matching and its backward, reads ready outputs of COCO's size.
@@ -71,7 +74,10 @@ def benchmark(
         torch.manual_seed(0)
         model = (_untrained() if weights is None else from_pretrained(weights)).eval().to(place)
         if alone is not None:
-            typer.echo(peak_of_step(model, alone, **step) if training else peak_memory(model, alone, **pictures))
+            if training:
+                typer.echo(peak_of_step(model, alone, **step))
+            else:
+                typer.echo(peak_memory(model, alone, **pictures, folder=files))
             return
         names = _names(engines, place.type)
         growing = [name for name in names if name in _GROWING]
@@ -81,18 +87,18 @@ def benchmark(
             check(REFERENCE, place.type)
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
-    with one_line_errors(), err.status("") as status:
+    with one_line_errors(), err.status("") as status, tempfile.TemporaryDirectory() as folder:
         how: dict[str, Any] = {"rounds": rounds, "progress": status.update}
         report = Report(
             f"{height} x {width}, {batch_size} at a time, {_machine(place)}",
             {str(dtype)[6:]: product_rate(dtype, place) for dtype in (torch.float32, torch.bfloat16)},
-            measure(model, names, **pictures, **how),
+            measure(model, names, **pictures, **how, folder=Path(folder)),
             measure_growth(model, growing, **how) if growth else (),
             measure_training(model, **step, **how) if training else (),
         )
         if place.type == "cpu" and Path("/proc/self/status").exists():
             same = ["--device", place, *_given("--weights", weights), *_given("--threads", threads)]
-            of_engine = [*same, "--height", height, "--width", width, "--batch-size", batch_size]
+            of_engine = [*same, "--height", height, "--width", width, "--batch-size", batch_size, "--files", folder]
             of_step = [*same, "--training", "--training-size", training_size]
             of_step += ["--training-batch-size", training_batch_size]
             report = _with_peaks(report, of_engine, of_step, status.update)
