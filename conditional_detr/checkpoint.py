@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conditional_detr.runtimes import SUFFIXES
+
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 SAFETENSORS = "model.safetensors"
@@ -178,7 +180,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]
         return _read_safetensors(path), None
     if path.suffix in WEIGHT_SUFFIXES:
         return _read_pickle(path)
-    raise ValueError(f"{path}: expected a .safetensors, .bin, .pth or .pt file")
+    hint = "; Detector.from_file opens exported files" if path.suffix in SUFFIXES else ""
+    raise ValueError(f"{path}: expected a .safetensors, .bin, .pth or .pt file{hint}")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,8 +108,7 @@ def _open_onnx(path: Path, settings: Settings) -> Opened:
     with_sizes = SIZES in {of.name for of in session.get_inputs()}
 
     def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        feeds = {PIXELS: pixels.numpy(), **({SIZES: _no_sizes(pixels).numpy()} if with_sizes else {})}
-        logits, boxes = session.run([LOGITS, BOXES], feeds)
+        logits, boxes = session.run([LOGITS, BOXES], feeds(pixels, with_sizes=with_sizes))
         return torch.from_numpy(logits), torch.from_numpy(boxes)
 
     return Opened(description, torch.device("cpu"), run)
@@ -167,9 +167,8 @@ def _open_openvino(path: Path, settings: Settings) -> Opened:
     one_at_a_time = threading.Lock()  # the compiled model has one set of inputs and outputs
 
     def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        feeds = {PIXELS: pixels.numpy(), **({SIZES: _no_sizes(pixels).numpy()} if with_sizes else {})}
         with one_at_a_time:
-            found = compiled(feeds)  # outputs are copies
+            found = compiled(feeds(pixels, with_sizes=with_sizes))  # outputs are copies
         return torch.from_numpy(found[LOGITS]), torch.from_numpy(found[BOXES])
 
     return Opened(description, torch.device("cpu"), run)
@@ -231,6 +230,12 @@ def _description_in_archive(path: Path) -> str:
     if text is None:
         raise _foreign(path)
     return text
+
+
+def feeds(pixels: Tensor, *, with_sizes: bool) -> dict[str, np.ndarray]:
+    """Return a network's inputs by name; post-processing gets sizes whose result nobody reads."""
+    sizes = {SIZES: _no_sizes(pixels).numpy()} if with_sizes else {}
+    return {PIXELS: pixels.numpy(), **sizes}
 
 
 def _no_sizes(pixels: Tensor) -> Tensor:

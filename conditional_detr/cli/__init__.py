@@ -12,7 +12,9 @@ from conditional_detr.cli.console import warn_in_one_line
 from conditional_detr.cli.convert import convert
 from conditional_detr.cli.detect import detect
 from conditional_detr.cli.evaluate import evaluate
+from conditional_detr.cli.export import export
 from conditional_detr.cli.info import info
+from conditional_detr.cli.quantize import quantize
 from conditional_detr.cli.train import train
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
@@ -44,4 +46,6 @@ app.command()(evaluate)
 app.command()(check_data)
 app.command()(info)
 app.command()(convert)
+app.command()(export)
+app.command()(quantize)
 app.command()(benchmark)

@@ -23,10 +23,10 @@ from conditional_detr.cli.console import (
     err,
     one_line_errors,
     out,
-    pick_device,
     tell,
 )
 from conditional_detr.cli.inputs import Input, Inputs, list_pictures
+from conditional_detr.cli.models import DEVICE, WEIGHTS, open_detector
 from conditional_detr.cli.processes import join_processes
 from conditional_detr.cli.records import Format, Records, open_records
 from conditional_detr.detections import Detections
@@ -58,16 +58,14 @@ def detect(
     ] = False,
     weights: Annotated[
         str | None,
-        typer.Option(
-            help="A folder, a file, the name of shipped weights, or a hub id 'owner/name'.", show_default=PUBLISHED
-        ),
+        typer.Option(help=WEIGHTS, show_default=PUBLISHED),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Report objects that score above this, 0 to 1.")] = 0.5,
     top_k: Annotated[int, typer.Option(help="Report at most this many objects a picture, the best.")] = 100,
     classes: Annotated[
         list[str] | None, typer.Option("--class", help="Report this class only; again for more.", show_default="all")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")] = AUTO,
+    device: Annotated[str, typer.Option(help=DEVICE)] = AUTO,
     batch_size: Annotated[int, typer.Option(help="Run at most this many pictures of one shape together.", min=1)] = 8,
     output: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("detections"),
     format: Annotated[
@@ -108,7 +106,7 @@ def detect(
         drawn = Input(str(output / _DEMO_PICTURE), _DEMO)
         found = Inputs([drawn], 0) if demo else list_pictures(pictures, output=output)
         default = shipped_folder(_DEMO_WEIGHTS) or _DEMO_WEIGHTS if demo else PUBLISHED
-        detector = Detector.from_pretrained(weights or default, device=pick_device(device))
+        detector = open_detector(str(weights or default), device)
         selection = detector.selection(threshold=threshold, top_k=top_k, classes=classes)
         records = open_records(format, output, process, resume=resume, overwrite=overwrite)
         share = found.pictures[process.rank :: process.size]

@@ -8,9 +8,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from conditional_detr.cli.console import AUTO, err, one_line_errors, out, pick_device
+from conditional_detr.cli.console import AUTO, err, one_line_errors, out
+from conditional_detr.cli.models import DEVICE, WEIGHTS, open_detector
 from conditional_detr.cli.processes import join_processes
-from conditional_detr.detector import PUBLISHED, Detector
+from conditional_detr.detector import PUBLISHED
 from conditional_detr.files import write_whole
 from conditional_detr.progress import progress_bar
 from conditional_detr.training.evaluation import MAX_DETECTIONS, CocoResult, evaluate_detections
@@ -35,10 +36,10 @@ _MEANINGS = {
 def evaluate(
     data: Annotated[Path, typer.Option(help="COCO's json of the data set.")],
     images: Annotated[Path | None, typer.Option(help="The folder of its pictures, to detect on.")] = None,
-    weights: Annotated[str | None, typer.Option(help=f"A folder, a file, or a hub id; else {PUBLISHED}.")] = None,
+    weights: Annotated[str | None, typer.Option(help=WEIGHTS, show_default=PUBLISHED)] = None,
     results: Annotated[Path | None, typer.Option(help="Detections in COCO's json, instead of images.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")] = AUTO,
+    device: Annotated[str, typer.Option(help=DEVICE)] = AUTO,
     batch_size: Annotated[int, typer.Option(min=1, help="The most pictures that run together.")] = 8,
 ) -> None:
     """Measure detections on a data set in COCO's twelve numbers, with the 100 best of a picture and no threshold.
@@ -70,7 +71,7 @@ def _detect_and_evaluate(
     data: Path, images: Path, weights: str, device: str, batch_size: int, rank: int
 ) -> CocoResult:
     """Load the weights, detect and measure, with a progress bar in the first process."""
-    detector = Detector.from_pretrained(weights, device=pick_device(device))
+    detector = open_detector(weights, device)
     with progress_bar(err, shown=rank == 0) as bar:
         task = bar.add_task("detecting", total=None)
         return measure(

@@ -5,10 +5,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -130,23 +131,46 @@ Writer: TypeAlias = Callable[[Path, Description], None]
 """Writes a network to a path that ends as its format's do, with a description in it."""
 
 
+class Traced(NamedTuple):
+    """A model as a graph of torch.export.
+
+    Attributes:
+        program: the graph.
+        inputs: their names.
+        outputs: their names.
+    """
+
+    program: torch.export.ExportedProgram
+    inputs: list[str]
+    outputs: list[str]
+
+
+def trace(model: ConditionalDETR, *, dtype: torch.dtype, top_k: int | None) -> Traced:
+    """Trace a model for pictures of any size and any number of them; arguments as of :func:`export`."""
+    graph = Graph(model, dtype=dtype, top_k=top_k)
+    traced: tuple[Tensor, ...] = (torch.zeros(_TRACED),)
+    any_size: list[dict[int, Any]] = [dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)]
+    inputs, outputs = [PIXELS], [LOGITS, BOXES]
+    if top_k is not None:
+        traced = (*traced, torch.ones((_TRACED[0], 2), dtype=torch.int64))
+        any_size.append({0: torch.export.Dim.DYNAMIC})
+        inputs, outputs = [*inputs, SIZES], [*outputs, *DETECTED]
+    with torch.no_grad():
+        program = torch.export.export(graph, traced, dynamic_shapes=tuple(any_size))
+    return Traced(program, inputs, outputs)
+
+
 def writer_of(model: ConditionalDETR, suffix: str, *, dtype: torch.dtype, top_k: int | None) -> Writer:
     """Trace a model and return what writes it in a format; arguments as of :func:`export`."""
-    graph = Graph(model, dtype=dtype, top_k=top_k)
-    inputs, outputs = [PIXELS], [LOGITS, BOXES]
-    examples: tuple[Tensor, ...] = (torch.zeros(_TRACED),)
-    any_size: list[dict[int, Any]] = [dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)]
-    if top_k is not None:
-        inputs, outputs = [*inputs, SIZES], [*outputs, *DETECTED]
-        examples = (*examples, torch.ones((_TRACED[0], 2), dtype=torch.int64))
-        any_size.append({0: torch.export.Dim.DYNAMIC})
-    with torch.no_grad():
-        program = torch.export.export(graph, examples, dynamic_shapes=tuple(any_size))
+    traced = trace(model, dtype=dtype, top_k=top_k)
     if suffix == ".pt2":
-        return _program_writer(program)
+        return partial(_write_program, traced.program)
     if dtype != torch.float32:  # torch's own kernels compute softmax in float32; elsewhere it has to be said
-        program = program.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: _attention})
-    return (_onnx_writer if suffix == ".onnx" else _openvino_writer)(program, inputs, outputs)
+        operator = torch.ops.aten.scaled_dot_product_attention.default
+        traced = traced._replace(program=traced.program.run_decompositions({operator: _attention}))
+    if suffix == ".onnx":
+        return partial(_write_onnx, onnx_program(traced))
+    return partial(write_openvino, openvino_network(traced))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -155,45 +179,42 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
     return scores.float().softmax(dim=-1).to(v.dtype) @ v
 
 
-def _program_writer(program: torch.export.ExportedProgram) -> Writer:
-    def write(path: Path, description: Description) -> None:
-        torch.export.save(program, path, extra_files={EXTRA: description.to_json()})
-
-    return write
-
-
-def _onnx_writer(program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> Writer:
-    made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=inputs, output_names=outputs)
+def onnx_program(traced: Traced) -> torch.onnx.ONNXProgram:
+    """Translate a graph to ONNX."""
+    options: dict[str, Any] = {"dynamo": True, "verbose": False}
+    made = torch.onnx.export(traced.program, input_names=traced.inputs, output_names=traced.outputs, **options)
     assert made is not None  # as it is only without dynamo
-
-    def write(path: Path, description: Description) -> None:
-        made.model.metadata_props[KEY] = description.to_json()
-        made.save(str(path))
-
-    return write
+    return made
 
 
-def _openvino_writer(program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> Writer:
+def openvino_network(traced: Traced) -> Any:
+    """Translate a graph to OpenVINO."""
     import openvino
 
-    network = openvino.convert_model(program)
-    for ports, names in ((network.inputs, inputs), (network.outputs, outputs)):
+    network = openvino.convert_model(traced.program)
+    for ports, names in ((network.inputs, traced.inputs), (network.outputs, traced.outputs)):
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})
     shapes = {PIXELS: [-1, 3, -1, -1], SIZES: [-1, 2]}
-    network.reshape({name: shapes[name] for name in inputs})
-    return openvino_network_writer(network)
+    network.reshape({name: shapes[name] for name in traced.inputs})
+    return network
 
 
-def openvino_network_writer(network: Any) -> Writer:
-    """Return what writes a network of OpenVINO's."""
+def _write_program(program: torch.export.ExportedProgram, path: Path, description: Description) -> None:
+    torch.export.save(program, path, extra_files={EXTRA: description.to_json()})
+
+
+def _write_onnx(made: torch.onnx.ONNXProgram, path: Path, description: Description) -> None:
+    made.model.metadata_props[KEY] = description.to_json()
+    made.save(str(path))
+
+
+def write_openvino(network: Any, path: Path, description: Description) -> None:
+    """Write a network of OpenVINO's, an ``.xml`` and a ``.bin``, with its description in it."""
     import openvino
 
-    def write(path: Path, description: Description) -> None:
-        network.set_rt_info(description.to_json(), [KEY, "description"])
-        openvino.save_model(network, path, compress_to_fp16=False)
-
-    return write
+    network.set_rt_info(description.to_json(), [KEY, "description"])
+    openvino.save_model(network, path, compress_to_fp16=False)
 
 
 def checked_target(target: str | Path) -> Path:

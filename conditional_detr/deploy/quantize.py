@@ -1,0 +1,166 @@
+"""8-bit integers: convolutions and feed-forward networks of an OpenVINO file, their ranges measured on pictures."""
+
+import contextlib
+import io
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy import ndarray
+
+from conditional_detr.deploy.export import (
+    Traced,
+    check_parity,
+    checked_target,
+    compare,
+    describe,
+    move,
+    openvino_network,
+    parity_pixels,
+    trace,
+    write_openvino,
+)
+from conditional_detr.deploy.optimize import check_model
+from conditional_detr.exported import Description, ExportedModel
+from conditional_detr.images import open_picture, to_pixels
+from conditional_detr.metadata import Preprocessing
+from conditional_detr.model import ConditionalDETR
+from conditional_detr.runtimes import SIZES, feeds
+from conditional_detr.selection import check_count
+from conditional_detr.sources import Picture, name_of
+
+PARTS = {"trunk": r"backbone|projection", "encoder": "encoder", "decoder": "decoder"}
+"""Parts that can be kept in float, and where their modules are."""
+
+# These are always: they cost little, and 8 bits hurt them. λ_q = FFN(f) multiplies p_s, so that an error in it moves
+# where a query looks: with it in int8, no box of a trained model was right.
+_KEPT = (r"encoder\.layers\.\d+\.self_attention", r"decoder\.transformation", "class_head", "box_head")
+_ATTENTION = "scaled_dot_product_attention"
+
+
+def quantize(
+    model: ConditionalDETR,
+    target: str | Path,
+    pictures: Sequence[Picture],
+    *,
+    keep: Sequence[str] = (),
+    top_k: int | None = None,
+    measure: Callable[[ExportedModel], Mapping[str, Any]] = lambda _: {},
+    progress: Callable[[str], None] = lambda _: None,
+) -> Description:
+    """Write a model as an OpenVINO file that computes in 8-bit integers where that is fast and harmless.
+
+    Convolutions and feed-forward networks are; attention, λ_q and the heads stay in float32. The ranges of what flows
+    between are measured on pictures, which should be like those that the file is for. Nothing is trained. Inputs and
+    outputs are those of :func:`conditional_detr.export`. How far logits and boxes of the first picture are from the
+    model's stands in the file; what that means for AP, ``conditional-detr quantize`` measures.
+
+    Args:
+        model: the model; it stays as it is.
+        target: "….xml"; the weights go beside it in "….bin". Files that are there are replaced.
+        pictures: a hundred or so, each opened when it is its turn.
+        keep: parts to keep in float32 as well: "trunk", "encoder", "decoder".
+        top_k: the most detections a picture, for post-processing in the file; None: none.
+        measure: what else is to stand in the file, such as its AP, by name; what it raises leaves the file unwritten.
+        progress: told what is being done.
+
+    Returns:
+        What stands in the file.
+
+    Raises:
+        ModuleNotFoundError: openvino or nncf is not installed.
+        OSError: the file cannot be written, or a picture not read.
+        TypeError: no ConditionalDETR, or a subclass; a picture of an unknown kind.
+        ValueError: no picture; another suffix; a part that does not exist; a model that was optimised, or whose trunk
+            cannot be traced; a file that gives nothing finite.
+    """
+    check_model(model)
+    target = _checked_target(target)
+    if top_k is not None:
+        check_count("top_k", top_k)
+    if isinstance(pictures, str | bytes) or not pictures:
+        raise ValueError(f"pictures: expected a list of at least one, got {pictures!r}")
+    if unknown := [part for part in keep if part not in PARTS]:
+        raise ValueError(f"keep: expected some of {', '.join(PARTS)}, got {', '.join(map(repr, unknown))}")
+    compared = parity_pixels(pictures[0], model.metadata.preprocessing)
+    progress("tracing")
+    traced = trace(model, dtype=torch.float32, top_k=top_k)
+    network = _quantized(traced, pictures, model.metadata.preprocessing, keep, progress)
+    described = describe(model, ".xml", precision="int8", top_k=top_k)
+    versions = {**described.versions, "nncf": version("nncf")}
+    measured: dict[str, Any] = {"calibration": {"pictures": len(pictures), "in float": sorted(keep)}}
+    described = replace(described, versions=versions, picture=name_of(pictures[0], "given"))
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / target.name
+        write_openvino(network, draft, described)
+        progress("comparing with the model")
+        exported = ExportedModel(draft)
+        parity = compare(exported, model, compared)
+        check_parity(parity, (float("inf"), 1.0), target)  # that they are finite: how near is for AP to tell
+        described = replace(described, parity=parity, measured={**measured, **measure(exported)})
+        write_openvino(network, draft, described)
+        move(draft, target)
+    return described
+
+
+def _checked_target(target: str | Path) -> Path:
+    """Return where to write; errors as of :func:`quantize`."""
+    target = Path(target)
+    if target.suffix != ".xml":
+        raise ValueError(f"{target}: expected a file's name that ends in .xml: int8 is for OpenVINO")
+    if find_spec("nncf") is None:
+        needs = "needs nncf, not installed here: pip install 'conditional-detr[openvino]'"
+        raise ModuleNotFoundError(f"{target}: {needs}")
+    return checked_target(target)
+
+
+def _quantized(
+    traced: Traced,
+    pictures: Sequence[Picture],
+    preprocessing: Preprocessing,
+    keep: Sequence[str],
+    progress: Callable[[str], None],
+) -> Any:
+    """Return a network whose operations read and write integers, but for those that are kept."""
+    import nncf
+
+    looks = count()
+
+    def feed(numbered: tuple[int, Picture]) -> dict[str, ndarray]:
+        again, place = divmod(next(looks), len(pictures))
+        progress(f"measuring ranges, pass {again + 1}: {place + 1} of {len(pictures)} pictures")
+        number, picture = numbered
+        pixels = to_pixels(open_picture(picture, f"pictures[{number}]"), preprocessing)[None]
+        return feeds(pixels, with_sizes=SIZES in traced.inputs)
+
+    nncf.set_log_level(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):  # nncf prints bars of its own
+        return nncf.quantize(
+            openvino_network(traced),
+            nncf.Dataset(list(enumerate(pictures)), feed),
+            preset=nncf.QuantizationPreset.MIXED,
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(pictures),
+            ignored_scope=nncf.IgnoredScope(patterns=_names_of_kept(traced, keep)),
+        )
+
+
+def _names_of_kept(traced: Traced, keep: Sequence[str]) -> list[str]:
+    """Return patterns of OpenVINO's names for what stays in float: they begin with torch.export's."""
+    wanted = re.compile("|".join((*_KEPT, *(PARTS[part] for part in keep))))
+    names = []
+    for node in traced.program.graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        path = stack[-1][0].removeprefix("network.") if stack else ""
+        weighted = node.name.startswith(("conv2d", "linear")) and wanted.match(path)
+        if node.op == "call_function" and (weighted or node.name.startswith(_ATTENTION)):
+            names.append(f"{re.escape(node.name.replace('conv2d', 'convolution'))}/.*")
+    return names
