@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from conditional_detr.metadata import Metadata, Preprocessing
 from conditional_detr.model import Config, Output, check_input
 from conditional_detr.runtimes import SUFFIXES, Opened, open_file
+from conditional_detr.selection import check_count
 
 FORMAT = 1  # of a description; another number means that older versions of this library cannot read it
 
@@ -75,7 +76,8 @@ class Description:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError("its description is damaged") from error
         if written != FORMAT:
-            by = content.get("versions", {}).get("conditional-detr", "another version")
+            versions = content.get("versions")
+            by = versions.get("conditional-detr", "?") if isinstance(versions, dict) else "?"
             raise ValueError(
                 f"expected a description of format {FORMAT}, got {written!r}, written by conditional-detr {by};"
                 " export the model anew, or update this library"
@@ -120,13 +122,15 @@ class ExportedModel(nn.Module):
         self,
         path: str | Path,
         *,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         threads: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         path = Path(path)
-        self._opened: Opened = open_file(path, device=device, threads=threads, dtype=dtype)
+        if threads is not None:
+            check_count("threads", threads)
+        self._opened: Opened = open_file(path, device=str(device), threads=threads, dtype=dtype)
         try:
             self.description = Description.from_json(self._opened.description)
         except ValueError as error:
@@ -161,6 +165,17 @@ class ExportedModel(nn.Module):
         if mode:
             raise ValueError("an exported file cannot be trained; train the model that it was made from")
         return super().train(False)
+
+    def state_dict(self, *_: Any, **__: Any) -> Any:
+        """Raise: the weights are the file's."""
+        raise ValueError("an exported file has no weights to save; save the model that it was made from")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ExportedModel":
+        """Raise: it runs where it was opened, in the precision of the file."""
+        raise ValueError(
+            "an exported file stays on its device and in its precision; open it again on another:"
+            " ExportedModel(path, device=device)"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Raise, for pickle and for deepcopy."""

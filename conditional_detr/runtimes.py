@@ -57,17 +57,20 @@ def open_file(path: Path, *, device: str, threads: int | None, dtype: torch.dtyp
         raise ValueError(f"{path}: expected an exported file ({expected}); from_pretrained loads weights")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: {'expected a file, got a folder' if path.is_dir() else 'no such file'}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads: expected at least 1, got {threads}")
+    with path.open("rb"):  # says itself that it may not be read, where runtimes say that it is damaged
+        pass
     if dtype is not None and opener is not _open_openvino:
         raise ValueError(f"dtype: {path.suffix} files are computed in what they were exported in, got {dtype}")
     return opener(path, Settings(device, threads, dtype))
 
 
+_PLACES = ("Exception from ", "Check '")  # lines in which OpenVINO names the place in its own source
+
+
 def _damaged(path: Path, error: Exception | str) -> ValueError:
     """Return the error of a file that its runtime cannot read."""
-    first = str(error).strip().splitlines()
-    told = f": {first[0]}" if first else ""
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith(_PLACES)]
+    told = f": {lines[0]}" if lines else ""
     return ValueError(f"{path}: damaged, or of a kind that the installed version cannot read{told}")
 
 
@@ -118,7 +121,7 @@ def _provider(device: str, available: list[str]) -> tuple[str, dict[str, Any]]:
     """Return ONNX Runtime's name of a device, and its settings."""
     kind, _, number = device.partition(":")
     name = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind)
-    if name not in available or (number and not number.isdecimal()):
+    if name not in available or (number and not (number.isdecimal() and kind == "cuda")):
         raise ValueError(f"device: got {device!r}, but ONNX Runtime here has {', '.join(available)}")
     return name, {"device_id": int(number)} if number else {}
 
@@ -150,7 +153,7 @@ def _open_openvino(path: Path, settings: Settings) -> Opened:
         raise ValueError(f"device: got {settings.device!r}, but OpenVINO here has {', '.join(core.available_devices)}")
     if dtype not in _OPENVINO_DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, _OPENVINO_DTYPES))}, got {dtype}")
-    _check_weights(path)
+    _check_parts(path)
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _OPENVINO_DTYPES[dtype]}
     if settings.threads is not None:
         options["INFERENCE_NUM_THREADS"] = settings.threads
@@ -174,12 +177,15 @@ def _open_openvino(path: Path, settings: Settings) -> Opened:
     return Opened(description, torch.device("cpu"), run)
 
 
-def _check_weights(path: Path) -> None:
-    """Raise unless the ``.bin`` beside an ``.xml`` is there and holds all that the ``.xml`` wants of it."""
+def _check_parts(path: Path) -> None:
+    """Raise unless an ``.xml`` has a network, and the ``.bin`` beside it is there and holds all that this wants."""
+    text = path.read_bytes()
+    if b"<net " not in text[:1000]:  # OpenVINO would try all that it knows on it, and print what each thinks of it
+        raise _damaged(path, "it has no network of OpenVINO's")
     weights = path.with_suffix(".bin")
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such file; it belongs to {path.name} and holds the weights")
-    places = re.finditer(rb'offset="(\d+)" size="(\d+)"', path.read_bytes())
+    places = re.finditer(rb'offset="(\d+)" size="(\d+)"', text)
     end = max((int(place[1]) + int(place[2]) for place in places), default=0)
     if weights.stat().st_size < end:
         raise ValueError(f"{weights}: truncated: expected at least {end} bytes, got {weights.stat().st_size}")
@@ -214,19 +220,24 @@ def _open_program(path: Path, settings: Settings) -> Opened:
 
 def _torch_device(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
+        made = torch.empty(0, device=name)
+        made.cpu()  # from "meta" nothing comes back
+        return made.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device: expected one that this machine has, got {name!r}: {error}") from error
 
 
 def _description_in_archive(path: Path) -> str:
-    """Read the description in a ``.pt2``, which is a zip archive, without loading anything else."""
+    """Read the description in a ``.pt2``, a zip archive, whose checksums torch does not look at."""
     try:
         with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
             described = [name for name in archive.namelist() if name.endswith(f"extra/{EXTRA}")]
             text = archive.read(described[0]).decode() if described else None
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except Exception as error:  # of many kinds, from the archive, its compression and the text
         raise _damaged(path, error) from error
+    if broken is not None:
+        raise _damaged(path, f"the checksum of {broken} is wrong")
     if text is None:
         raise _foreign(path)
     return text

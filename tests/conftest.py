@@ -1,6 +1,8 @@
 """What the tests share: checkpoints in the published format with weights that tell every part apart."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,27 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
     state, other = a.state_dict(), b.state_dict()
     assert state.keys() == other.keys()
     assert [name for name in state if not torch.equal(state[name], other[name])] == []
+
+
+def assert_same_objects(one, other, cut: float) -> None:
+    """Both found the same, each object matched to the nearest of its name, but for scores within 1e-4 of the cut.
+
+    Kernels differ in the last digits from batch to batch and from runtime to runtime, so near-equal scores may change
+    their order.
+    """
+    for found, expected in ((one, other), (other, one)):
+        for box, score, name in found:
+            if score > cut + 1e-4:
+                same = expected.filter(classes=[name])
+                distances = (same.boxes - torch.tensor(box)).abs().amax(dim=1)
+                assert distances.min() < 1e-2
+                assert (same.scores[distances < 1e-2] - score).abs().min() < 1e-4
+
+
+def run_example(name, *arguments, folder, python=(sys.executable,)) -> list[str]:
+    """Run one of the examples in a folder and return the lines that it prints."""
+    script = [*python, Path(__file__).parent.parent / "examples" / f"{name}.py", *arguments]
+    return subprocess.run(script, capture_output=True, text=True, check=True, cwd=folder).stdout.splitlines()
 
 
 class Published:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same_objects
 from PIL import Image
 
 from conditional_detr import ConditionalDETR, Detections, Detector, Metadata, Preprocessing
@@ -171,18 +172,13 @@ def test_equals_transformers_on_photographs(shared, r50):
 
 
 def test_photographs_of_mixed_sizes_are_as_one_at_a_time(detector, shared):
-    """Matched to the nearest of the same label, ignoring scores within 1e-4 of the cut: kernels differ by batch."""
     paths = sorted((shared / "data/coco/val2017").glob("*.jpg"))
     assert len(paths) == 66
     together = detector(paths, threshold=0.5, batch_size=4)
     for path, many in zip(paths, together, strict=True):
         alone = detector(path, threshold=0.5)
         assert many.source == alone.source == path
-        for one, other in ((many, alone), (alone, many)):
-            for box, score, name in one:
-                if score > 0.5 + 1e-4:
-                    same = other.filter(classes=[name])
-                    assert (same.boxes - torch.tensor(box)).abs().amax(1).min() < 1e-2
+        assert_same_objects(many, alone, 0.5)
 
 
 def test_an_iterator_gives_an_iterator_that_draws_little_ahead(detector, photograph):

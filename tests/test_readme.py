@@ -2,11 +2,10 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_example
 
 from conditional_detr.training.shapes import CLASS_NAMES, draw_picture, index_in
 
@@ -52,13 +51,9 @@ def test_there_are_blocks_and_the_first_comes_early():
     assert lines.index("```python") < 30
 
 
-def run_example(name, *arguments, folder) -> list[str]:
-    script = [sys.executable, ROOT / "examples" / f"{name}.py", *arguments]
-    return subprocess.run(script, capture_output=True, text=True, check=True, cwd=folder).stdout.splitlines()
-
-
-def test_every_example_is_run_here():
-    tested = re.findall(r'run_example\("([\w/]+)"', Path(__file__).read_text())
+def test_every_example_is_run():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tested = re.findall(r'run_example\("([\w/]+)"', tests)
     examples = (ROOT / "examples").rglob("*.py")
     assert {str(path.relative_to(ROOT / "examples").with_suffix("")) for path in examples} == set(tested)
 

@@ -29,7 +29,11 @@ from conditional_detr.sources import Picture, name_of
 # largest differences of logits and boxes from the model: of half precision what its 11 bits allow
 TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.float16: (0.1, 0.02)}
 _TRACED = (2, 3, 160, 224)  # no size of any map in it is 1, or equal to another
-_NEEDS = {".onnx": (("onnx", "onnxscript"), "onnx"), ".xml": (("openvino",), "openvino"), ".pt2": ((), "")}
+_NEEDS = {
+    ".onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),  # the last one to compare
+    ".xml": (("openvino",), "openvino"),
+    ".pt2": ((), ""),
+}
 
 
 def export(
@@ -226,8 +230,10 @@ def checked_target(target: str | Path) -> Path:
         ValueError: another suffix than those of exported files.
     """
     target = Path(target)
-    if target.suffix not in SUFFIXES or target.is_dir():
+    if target.suffix not in SUFFIXES:
         raise ValueError(f"{target}: expected a file's name that ends in one of {', '.join(SUFFIXES)}")
+    if target.is_dir():
+        raise IsADirectoryError(f"{target}: expected a file's name, got a folder")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent}: no such folder")
     packages, extra = _NEEDS[target.suffix]

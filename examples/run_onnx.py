@@ -1,0 +1,57 @@
+"""Run an exported model without PyTorch and without this library: ``python run_onnx.py model.onnx photo.jpg``.
+
+It needs numpy, pillow and onnxruntime; what the classes are called and how pictures are prepared stands in the file.
+"""
+
+import argparse
+import json
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+def resized_size(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
+    """Return height and width with the shorter side as wanted, unless the longer one then exceeds its limit."""
+    short, long = min(height, width), max(height, width)
+    wanted = min(shortest_edge, longest_edge * short / long)
+    if round(wanted) == short:
+        return height, width
+    resized = max(round(wanted), 1), int(wanted * long / short)
+    return resized if height <= width else resized[::-1]
+
+
+def main() -> None:
+    """Open both, run, print each object's name, score and box."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a file that `conditional-detr export` wrote")
+    parser.add_argument("picture")
+    parser.add_argument("--threshold", type=float, default=0.5)
+    options = parser.parse_args()
+
+    session = onnxruntime.InferenceSession(options.model, providers=["CPUExecutionProvider"])
+    metadata = json.loads(session.get_modelmeta().custom_metadata_map["conditional_detr"])["metadata"]
+    names, numbers = metadata["class_names"], metadata["preprocessing"]
+
+    image = ImageOps.exif_transpose(Image.open(options.picture)).convert("RGB")
+    height, width = resized_size(image.height, image.width, numbers["shortest_edge"], numbers["longest_edge"])
+    values = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    values = (values - np.float32(numbers["mean"])) / np.float32(numbers["std"])  # (H, W, 3)
+    inputs = {"pixels": values.transpose(2, 0, 1)[None]}
+    if len(session.get_inputs()) > 1:  # the file has post-processing, which this does itself
+        inputs["sizes"] = np.array([[image.height, image.width]])
+    logits, boxes = (output[0] for output in session.run(["logits", "boxes"], inputs))  # (N, C), (N, 4)
+
+    scores = 1 / (1 + np.exp(-logits))
+    scores[:, [name is None for name in names]] = 0  # rows that stand for nothing
+    limits = np.array([image.width, image.height] * 2)
+    for pair in np.argsort(-scores, axis=None, kind="stable")[:100]:
+        query, label = np.unravel_index(pair, scores.shape)
+        if scores[query, label] > options.threshold:
+            centre, half = boxes[query, :2], boxes[query, 2:] / 2
+            corners = np.clip(np.concatenate([centre - half, centre + half]) * limits, 0, limits)
+            print(f"{names[label]:14s} {scores[query, label]:.4f}  " + " ".join(f"{value:8.2f}" for value in corners))
+
+
+if __name__ == "__main__":
+    main()
