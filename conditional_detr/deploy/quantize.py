@@ -97,7 +97,8 @@ def quantize(
     described = describe(model, ".xml", precision="int8", top_k=top_k)
     versions = {**described.versions, "nncf": version("nncf")}
     measured: dict[str, Any] = {"calibration": {"pictures": len(pictures), "in float": sorted(keep)}}
-    described = replace(described, versions=versions, picture=name_of(pictures[0], "given"))
+    named = name_of(pictures[0], "given")
+    described = replace(described, versions=versions, picture=named, measured=measured)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / target.name
         write_openvino(network, draft, described)
