@@ -101,7 +101,7 @@ def test_what_stands_in_the_file(quantised, shapes):
     assert read == described
     assert read.precision == "int8"
     assert read.top_k == 20
-    assert read.measured == {"calibration": {"pictures": 12, "in float": []}, "AP": 0.5}
+    assert read.measured == {"calibration": {"pictures": 12, "also in float": []}, "AP": 0.5}
     assert read.versions.keys() == {"conditional-detr", "torch", "openvino", "nncf"}
     assert [(one.height, one.width) for one in read.parity] == [(256, 341), (129, 172)]
     assert 1e-4 < max(one.logits for one in read.parity) < 3  # neither float32 nor nonsense
@@ -198,7 +198,7 @@ def test_command_keeps_more_in_float_until_little_is_lost(data_set, tmp_path, mo
         def ap(detector, *_, **__):
             if not isinstance(detector.model, ExportedModel):
                 return SimpleNamespace(metrics={"AP": 0.6})
-            kept.append(tuple(detector.model.description.measured["calibration"]["in float"]))
+            kept.append(tuple(detector.model.description.measured["calibration"]["also in float"]))
             return SimpleNamespace(metrics={"AP": 0.58 + 0.01 * len(kept[-1]) if least else 0.5})
 
         monkeypatch.setattr(sys.modules["conditional_detr.cli.quantize"], "evaluate", ap)

@@ -3,20 +3,25 @@
 import json
 import re
 from collections.abc import Iterator
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from conditional_detr.cli.console import megabytes, one_line_errors, out
+from conditional_detr.exported import Description, ExportedModel, is_exported
+from conditional_detr.metadata import Metadata
+from conditional_detr.model import Config
 from conditional_detr.summary import Summary, summarise
 from conditional_detr.weights import from_pretrained
 
 
 def info(
     checkpoint: Annotated[
-        str, typer.Argument(help="Weights of any family: a folder, a file, or a hub id 'owner/name'.")
+        str,
+        typer.Argument(help="Weights of any family: a folder, a file, or a hub id 'owner/name'; or an exported file."),
     ],
     size: Annotated[
         str | None,
@@ -28,20 +33,28 @@ def info(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one json object instead.")] = False,
 ) -> None:
-    """Tell what a checkpoint is.
+    """Tell what a checkpoint or an exported file is.
 
-    Its file, architecture, classes, preprocessing, parameters, and what one
+    Of an exported file what stands in it: classes, preprocessing, and how near
+    it was to its model.
+
+    Of a checkpoint its file, architecture, classes, preprocessing, parameters, and what one
     picture costs: FLOPs count an addition and a multiplication as one each,
     multiply-adds count both together as one.
     """
     height_width = None if size is None else _parsed(size)
     with one_line_errors():
-        summary = summarise(from_pretrained(checkpoint, revision=revision), height_width)
+        if is_exported(checkpoint):
+            description = ExportedModel(checkpoint).description
+            content, rows = json.loads(description.to_json()), _rows_of_file(Path(checkpoint), description)
+        else:
+            summary = summarise(from_pretrained(checkpoint, revision=revision), height_width)
+            content, rows = summary.to_dict(), _rows(summary)
     if as_json:
-        typer.echo(json.dumps(summary.to_dict(), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
         return
     table = Table.grid(padding=(0, 2))
-    for what, value in _rows(summary):
+    for what, value in rows:
         table.add_row(what, Text(value, overflow="fold"))
     out.print(table)
 
@@ -58,10 +71,19 @@ def _parsed(size: str) -> tuple[int, int]:
 
 def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
     """Say it line by line: what, and how much of it."""
-    config, metadata, preprocessing = summary.config, summary.metadata, summary.metadata.preprocessing
     if report := summary.load_report:
         yield "file", report.source
         yield "", f"{report.family} names, {report.dtype}, {megabytes(report.size)}"
+    yield from _rows_of_network(summary.config, summary.metadata)
+    yield "parameters", f"{summary.total:,}, of which {summary.trainable:,} train"
+    for part, count in summary.parameters.items():
+        yield f"  {part}", f"{count:>10,}"
+    height, width = summary.size
+    yield f"{height} x {width}", f"{summary.flops / 1e9:.2f} GFLOP, {summary.multiply_adds / 1e9:.2f} G multiply-adds"
+
+
+def _rows_of_network(config: Config, metadata: Metadata) -> Iterator[tuple[str, str]]:
+    """Say what architecture, classes and preprocessing are."""
     yield "trunk", f"{config.backbone}, stage {config.backbone_stage}{', dilated' if config.dilation else ''}"
     yield "encoder", f"{config.encoder_layers} layers, width {config.width}, {config.heads} heads"
     yield "decoder", f"{config.decoder_layers} layers, {config.num_queries} queries"
@@ -69,10 +91,28 @@ def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
     names = [name for name in metadata.class_names if name is not None]
     yield "classes", f"{len(names)}, and {config.num_classes - len(names)} unused rows"
     yield "", ", ".join(names)
+    preprocessing = metadata.preprocessing
     yield "preprocessing", f"shortest edge {preprocessing.shortest_edge}, longest {preprocessing.longest_edge}"
     yield "", f"mean {preprocessing.mean}, std {preprocessing.std}"
-    yield "parameters", f"{summary.total:,}, of which {summary.trainable:,} train"
-    for part, count in summary.parameters.items():
-        yield f"  {part}", f"{count:>10,}"
-    height, width = summary.size
-    yield f"{height} x {width}", f"{summary.flops / 1e9:.2f} GFLOP, {summary.multiply_adds / 1e9:.2f} G multiply-adds"
+
+
+def _rows_of_file(path: Path, description: Description) -> Iterator[tuple[str, str]]:
+    """Say what an exported file says of itself."""
+    yield "file", str(path)
+    top_k = description.top_k
+    after = "no post-processing" if top_k is None else f"post-processing to at most {top_k} detections"
+    yield "", f"{description.precision}, {after}"
+    yield "written by", ", ".join(f"{package} {version}" for package, version in description.versions.items())
+    yield from _rows_of_network(description.config, description.metadata)
+    for one in description.parity:
+        size = f"{one.height} x {one.width}"
+        yield size, f"logits were within {one.logits:.1e} of the model's, boxes within {one.boxes:.1e}"
+    for what, measured in description.measured.items():
+        yield what, ", ".join(f"{name} {_told(value)}" for name, value in measured.items())
+
+
+def _told(value: Any) -> str:
+    """Write what was measured."""
+    if isinstance(value, list):
+        return " and ".join(value) or "nothing"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

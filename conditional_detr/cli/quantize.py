@@ -118,7 +118,7 @@ def _report(target: Path, described: Description | None, meter: _Meter | None) -
         )
         raise typer.Exit(FAILED)
     report(target, described)
-    kept = ", ".join(described.measured["calibration"]["in float"]) or "nothing else"
+    kept = ", ".join(described.measured["calibration"]["also in float"]) or "nothing else"
     tell(f"in float32, besides attention and heads: {kept}", to=out)
     if meter is None:
         tell("AP was not measured: --data and --images do", to=out)

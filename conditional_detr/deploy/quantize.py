@@ -96,7 +96,7 @@ def quantize(
     network = _quantized(traced, pictures, model.metadata.preprocessing, keep, progress)
     described = describe(model, ".xml", precision="int8", top_k=top_k)
     versions = {**described.versions, "nncf": version("nncf")}
-    measured: dict[str, Any] = {"calibration": {"pictures": len(pictures), "in float": sorted(keep)}}
+    measured: dict[str, Any] = {"calibration": {"pictures": len(pictures), "also in float": sorted(keep)}}
     named = name_of(pictures[0], "given")
     described = replace(described, versions=versions, picture=named, measured=measured)
     with tempfile.TemporaryDirectory() as folder:
