@@ -10,6 +10,7 @@ import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +96,12 @@ def path(written):
     return written[0]
 
 
-def test_equals_the_plain_model_at_sizes_it_never_saw(path, plain):
-    exported = ExportedModel(path)
+@pytest.fixture(scope="module")
+def exported(written):
+    return ExportedModel(written[0])
+
+
+def test_equals_the_plain_model_at_sizes_it_never_saw(exported, plain):
     for size in SIZES:
         logits, boxes = differences(exported, plain, size)
         assert logits < 1e-4
@@ -121,12 +126,12 @@ def test_the_model_stays_as_it_is(plain, exports):
     assert all(parameter.requires_grad for parameter in plain.decoder.parameters())
 
 
-def test_detections_on_photographs_are_the_plain_models(path, plain, shared):
+def test_detections_on_photographs_are_the_plain_models(exported, plain, shared):
     pictures = sorted((shared / "data/coco/val2017").glob("*.jpg"))[:12]
     expected = Detector(plain)(pictures, threshold=0.3, batch_size=2)
     assert len({found.size for found in expected}) > 3
     assert sum(map(len, expected)) > 100
-    for found, wanted in zip(Detector.from_file(path)(pictures, threshold=0.3, batch_size=2), expected, strict=True):
+    for found, wanted in zip(Detector(exported)(pictures, threshold=0.3, batch_size=2), expected, strict=True):
         assert_same_objects(found, wanted, 0.3)
         assert set(zip(found.names, found.category_ids, strict=True)) <= set(
             zip(NAMES[1:], (3, 5, 7, 9, 11, 13), strict=True)
@@ -200,7 +205,8 @@ def test_half_precision_is_within_a_tolerance(suffix, exports, plain, shapes):
         assert found[1] < HALF[1]
         assert found[0] > 1e-5  # it is in half precision
     assert description.precision == "float16"
-    assert all(one.logits <= HALF[0] and one.boxes <= HALF[1] for one in description.parity)
+    logits, boxes = module.TOLERANCES[torch.float16]
+    assert all(one.logits <= logits and one.boxes <= boxes for one in description.parity)
 
 
 def types_of(path) -> dict[str, set[str]]:
@@ -260,9 +266,8 @@ def test_trained_weights_find_the_same_in_half_precision(exports, shapes):
             assert same.scores[distances.argmin()] == pytest.approx(score, abs=0.02)
 
 
-def test_a_file_says_what_it_is(written, plain, photograph):
+def test_a_file_says_what_it_is(written, exported, plain, photograph):
     path, description = written
-    exported = ExportedModel(path)
     assert exported.description == description
     assert exported.config == description.config == plain.config
     assert exported.metadata == description.metadata == plain.metadata
@@ -272,7 +277,7 @@ def test_a_file_says_what_it_is(written, plain, photograph):
     assert description.picture == (str(photograph) if path.suffix == ".onnx" else "drawn")
     packages = {".onnx": {"onnx", "onnxscript", "onnxruntime"}, ".xml": {"openvino"}, ".pt2": set()}
     assert description.versions.keys() == {"conditional-detr", "torch"} | packages[path.suffix]
-    assert description.versions["torch"] == torch.__version__.split("+")[0] or "+" in torch.__version__
+    assert description.versions["torch"] == version("torch")
     assert exported.device == torch.device("cpu")
     assert not exported.training
     assert [*exported.parameters()] == []
@@ -325,6 +330,8 @@ def test_a_wrong_graph_is_not_written(spoilt, path, plain, tmp_path, monkeypatch
     with pytest.raises(ValueError, match=message):
         export(model, target)
     assert [*tmp_path.iterdir()] == []
+    if spoilt == "not finite":
+        return
     for old in (target, target.with_suffix(".bin")):
         old.write_bytes(b"older")
     with pytest.raises(ValueError, match=message):
@@ -487,8 +494,7 @@ def test_damaged_descriptions(exports):
             Description.from_json(json.dumps({**content, "format": 0, "versions": versions}))
 
 
-def test_what_an_exported_file_cannot_do(path, plain, photograph):
-    exported = ExportedModel(path)
+def test_what_an_exported_file_cannot_do(path, exported, plain, photograph):
     pixels = pixels_of(1, 64, 96)
     found = Detector(exported)(photograph, threshold=0)
     other_threads = "call torch.set_num_threads" if path.suffix == ".pt2" else "threads: expected an int of at least 1"
@@ -540,9 +546,8 @@ def test_openvino_computes_in_other_precisions(exports, plain):
     assert boxes < 0.02
 
 
-def test_threads_may_share_a_file(path, plain, photograph):
+def test_threads_may_share_a_file(exported, plain, photograph):
     """A detector on pictures of several sizes, and calls at sizes of their own, at once."""
-    exported = ExportedModel(path)
     image = np.asarray(Image.open(photograph))
     pictures = [image, image[:60], image[:, :70], image[::-1]]
     expected = Detector(plain)(pictures, threshold=0.3)
