@@ -3,9 +3,9 @@
 import io
 import json
 import re
-import subprocess
 import sys
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,30 +15,22 @@ from set_prediction import transformers_losses
 from typer.testing import CliRunner
 
 from conditional_detr import ConditionalDETR, Output, SetLoss
-from conditional_detr.benchmark import engines as engines_module
+from conditional_detr.benchmark import measure as measuring
 from conditional_detr.benchmark import timing
 from conditional_detr.benchmark import training as training_module
-from conditional_detr.benchmark.engines import ENGINES, REFERENCE, Engine
+from conditional_detr.benchmark.engines import ENGINES, REFERENCE
 from conditional_detr.benchmark.growth import measure_growth, thread_counts
-from conditional_detr.benchmark.measure import Reading, available, check, measure, peak_memory
+from conditional_detr.benchmark.measure import Reading, available, check, measure
 from conditional_detr.benchmark.picture import draw
 from conditional_detr.benchmark.report import Report, table
 from conditional_detr.benchmark.timing import product_rate, threads_set, warm_up
 from conditional_detr.benchmark.training import OURS, TrainingReading, measure_training, peak_of_step
+from conditional_detr.benchmark.worker import Task, Worker
 from conditional_detr.cli import app
 from conditional_detr.cli.benchmark import _printable
 
 NOT_COMPILED = [name for name in ENGINES if "compiled" not in name]
 OUR_FILES = ["torch.export", "torch.export fp16", "ONNX Runtime", "OpenVINO", "OpenVINO bf16", "OpenVINO int8"]
-SCRIPT = """
-import json, sys
-from conditional_detr import ConditionalDETR
-from conditional_detr.benchmark.measure import measure
-found = measure(ConditionalDETR.from_pretrained(sys.argv[1]), sys.argv[2:], size=(70, 90), batch=2, rounds=2)
-print(json.dumps([one.to_dict() for one in found]))
-"""
-
-
 CPU = torch.device("cpu")
 
 
@@ -58,26 +50,21 @@ def trained(work, engine, seconds, theirs, **options):
 
 
 def test_every_engine_does_the_same_work(small):
-    """On two pictures, of a size that is no multiple of the stride; in half precision roughly.
-
-    In a process of its own: runtimes of others do not take part in the rest of these tests.
-    """
+    """On two pictures, of a size that is no multiple of the stride; in half precision and in integers roughly."""
     names = [name for name in NOT_COMPILED if "cpu" in ENGINES[name].devices]
     assert set(names) <= set(available("cpu"))
     assert {*OUR_FILES} - {"torch.export fp16"} <= set(names)
-    command = [sys.executable, "-c", SCRIPT, str(small), *names]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert [one["engine"] for one in found] == names
+    found = measure(ConditionalDETR.from_pretrained(small), names, size=(70, 90), batch=2, rounds=2)
+    assert [one.engine for one in found] == names
     assert names[0] == REFERENCE
-    assert found[0]["ratios"] == [1.0, 1.0]
+    assert found[0].ratios == (1.0, 1.0)
     for one in found:
-        assert (one["height"], one["width"], one["batch"], len(one["seconds"])) == (70, 90, 2, 2)
-        half = "bf16" in one["engine"] or "int8" in one["engine"]
-        assert one["logits"] < (0.5 if half else 1e-4), one
-        assert one["boxes"] < (0.1 if half else 1e-5), one
-        assert not half or one["logits"] > 1e-4, "this was not computed in half precision"
+        assert (one.height, one.width, one.batch, len(one.seconds)) == (70, 90, 2, 2)
+        rough = "bf16" in one.engine or "int8" in one.engine
+        assert one.logits < (0.5 if rough else 1e-4), one
+        assert one.boxes < (0.1 if rough else 1e-5), one
+        assert not rough or one.logits > 1e-4, "this was computed in float32"
+        assert one.megabytes > 100
 
 
 def test_ratios_are_those_of_rounds():
@@ -87,15 +74,78 @@ def test_ratios_are_those_of_rounds():
     assert one.to_dict()["ratios"] == (2.0, 2.0, 3.0)
 
 
-def test_rounds_are_interleaved(small, monkeypatch):
-    """Both engines in a round, before the next round."""
-    calls = []
-    monkeypatch.setattr(timing, "seconds_of", lambda call, device: calls.append(call) or float(len(calls)))
-    found = measure(ConditionalDETR.from_pretrained(small), ["plain", "optimised"], size=(64, 64), rounds=3)
-    assert calls == [calls[0], calls[1]] * 3
-    assert [one.seconds for one in found] == [(1.0, 3.0, 5.0), (2.0, 4.0, 6.0)]
-    assert found[1].ratios == (1 / 2, 3 / 4, 5 / 6)
+class Pretended:
+    """Stands for a process: one engine cannot be started, another ends in its second round."""
+
+    calls: ClassVar[list[str]] = []
+
+    def __init__(self, task):
+        self.name, self.found, self.ended = task.engine, {"logits": 0.0, "boxes": 0.0, "megabytes": 9.0}, False
+        if self.name == "torch.export":
+            raise OSError("torch.export: its process failed: no memory left")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.calls.append(f"end of {self.name}")
+
+    def ready(self):
+        self.calls.append(f"{self.name} ready")
+
+    def seconds(self):
+        self.calls.append(self.name)
+        if self.name == "optimised bf16" and self.calls.count(self.name) == 2:
+            raise OSError("optimised bf16: its process failed: exit code -9")
+        return float(len(self.calls))
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    monkeypatch.setattr(measuring, "Worker", Pretended)
+    monkeypatch.setattr(Pretended, "calls", [])
+    return Pretended.calls
+
+
+def test_rounds_are_interleaved(small, pretended):
+    """The first engine before each call of another, which is compared with that call."""
+    found = measure(ConditionalDETR.from_pretrained(small), ["plain", "optimised"], size=(64, 64), rounds=2)
+    alone, together = ["plain ready", "plain", "plain"], ["plain", "optimised", "plain", "optimised"]
+    assert pretended == [*alone, "optimised ready", *together, "end of optimised", "end of plain"]
+    assert [one.seconds for one in found] == [(2.0, 3.0), (6.0, 8.0)]
+    assert found[1].ratios == (5 / 6, 7 / 8)
     assert {one.threads for one in found} == {torch.get_num_threads()}
+
+
+def test_an_engine_that_fails_is_told_and_left_out(small, pretended):
+    model = ConditionalDETR.from_pretrained(small)
+    names, told = ["plain", "torch.export", "optimised bf16", "optimised"], []
+    found = measure(model, names, size=(64, 64), rounds=2, missing=told.append)
+    assert [one.engine for one in found] == ["plain", "optimised"]
+    assert told == [
+        "torch.export: its process failed: no memory left",
+        "optimised bf16: its process failed: exit code -9",
+    ]
+    with pytest.raises(OSError, match="its process failed: no memory left"):
+        measure(model, names, size=(64, 64), rounds=2)
+
+
+def test_what_a_process_says_last_is_told(tmp_path):
+    """Here there is no model for it; and one that is killed has an exit code."""
+    task = Task("plain", str(tmp_path), "cpu", 1, (64, 64), 1, 0)
+    with (
+        Worker(task) as worker,
+        pytest.raises(OSError, match=r"plain: its process failed: FileNotFoundError: .*model"),
+    ):
+        worker.ready()
+    with Worker(task) as worker:
+        worker._process.kill()
+        with pytest.raises(OSError, match="plain: its process failed: exit code -9"):
+            worker.ready()
+        assert worker.ended
 
 
 def test_memory_of_a_call_on_a_gpu_is_what_it_adds(monkeypatch):
@@ -136,26 +186,9 @@ def test_what_cannot_run_is_named(small, monkeypatch):
 
 def test_memory_and_a_plain_product(small):
     """Of this process, which has torch loaded: more than a hundred megabytes, less than all of a large machine."""
-    assert 100 < peak_memory(ConditionalDETR.from_pretrained(small), "plain", size=(64, 64)) < 1e6
     for side in (OURS, REFERENCE):
         assert 100 < peak_of_step(ConditionalDETR.from_pretrained(small), side, size=(64, 64), batch=1) < 1e6
     assert 0.01 < product_rate(torch.float32, CPU, side=128, rounds=1) < 1e6
-
-
-def test_what_was_written_is_read_and_the_model_is_let_go(small, tmp_path, monkeypatch):
-    """A peak then has neither the exporting in it nor weights twice; without a folder it is written anew."""
-    model = ConditionalDETR.from_pretrained(small)
-    measure(model, ["torch.export"], size=(64, 64), rounds=1, folder=tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
-    assert model.projection.weight.device == CPU
-    exports = []
-    monkeypatch.setattr(engines_module, "export", lambda *_, **__: exports.append(1))
-    assert 100 < peak_memory(model, "torch.export", size=(64, 64), folder=tmp_path) < 1e6
-    assert exports == []
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    with pytest.raises(FileNotFoundError, match=r"model\.pt2"):
-        peak_memory(model, "torch.export", size=(64, 64))
-    assert exports == [1]
 
 
 def test_engines_of_a_file_share_it():
@@ -224,29 +257,25 @@ def test_thread_counts():
     ]
 
 
-def test_one_thing_grows_at_a_time_and_threads_are_set_back(small, monkeypatch):
-    used = []
+def test_one_thing_grows_at_a_time_and_threads_are_set_back(small, monkeypatch, pretended):
+    tasks = []
 
-    def make(model, *_):
-        used.append(torch.get_num_threads())
-        return lambda pixels: [tensor[-1] for tensor in model(pixels)]
+    class Spy(Pretended):
+        def __init__(self, task):
+            tasks.append((*task.size, task.batch, task.threads))
+            super().__init__(task)
 
-    monkeypatch.setitem(ENGINES, "spy", Engine("spy", make))
+    monkeypatch.setattr(measuring, "Worker", Spy)
     model = ConditionalDETR.from_pretrained(small)
     with threads_set(3):
-        found = measure_growth(model, ["spy"], heights=(48, 96), batches=(1, 2), common=96, rounds=1)
+        found = measure_growth(model, ["plain"], heights=(48, 96), batches=(1, 2), common=96, rounds=1)
         assert torch.get_num_threads() == 3
     cases = [(48, 64, 1, 3), (96, 128, 1, 3), (96, 128, 2, 3), (96, 128, 1, 1), (96, 128, 1, 2)]
     assert [(one.height, one.width, one.batch, one.threads) for one in found] == cases
-    assert used == [threads for *_, threads in cases]
-
-    def fail(*_):
-        raise RuntimeError("no engine")
-
-    monkeypatch.setitem(ENGINES, "spy", Engine("spy", fail))
+    assert tasks == cases
     with threads_set(2):  # it fails with one thread, the first case
-        with pytest.raises(RuntimeError, match="no engine"):
-            measure_growth(model, ["spy"], heights=(), batches=(), common=48, rounds=1)
+        with pytest.raises(OSError, match="no memory left"):
+            measure_growth(model, ["torch.export"], heights=(), batches=(), common=48, rounds=1)
         assert torch.get_num_threads() == 2
 
 
@@ -361,23 +390,30 @@ def test_command(small, tmp_path):
         assert message in refused.output
 
 
-def test_a_peak_that_is_missing_is_named_and_nothing_else_is_lost(small, tmp_path, monkeypatch):
-    """Its process is a stand-in that fails for one engine, as where memory is short, and wants the engines' files."""
+def test_what_fails_is_named_and_nothing_else_is_lost(small, tmp_path, monkeypatch):
+    """Processes are stand-ins that fail for one engine and for one side of training, as where memory is short."""
     stand_in = tmp_path / "python"
     stand_in.write_text(
-        f"#!/bin/sh\ncase \"$*\" in *'--alone optimised'*) printf 'one\\nno memory left\\n' >&2; exit 3;;"
-        " *'--files /'*) ;; *) exit 4;; esac\n"
+        '#!/bin/sh\ncase "$*" in *\'"engine": "optimised"\'*|*\'--alone transformers\'*)'
+        " printf 'one\\nno memory left\\n' >&2; exit 3;; esac\n"
         f"exec '{sys.executable}' \"$@\"\n"
     )
     stand_in.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stand_in))
-    options = ["--weights", small, "--height", 64, "--width", 96, "--rounds", 1, "--device", "cpu"]
+    options = ["--weights", small, "--height", 64, "--width", 96, "--rounds", 1, "--device", "cpu", "--training"]
+    options += ["--training-size", 64, "--training-batch-size", 1]
     result = run(*options, "--engine", "plain", "--engine", "optimised", "--output", tmp_path)
     assert result.exit_code == 0, result.output
-    assert result.stderr.splitlines()[-1:] == [
-        "warning: optimised: its peak memory is missing, the process for it failed: no memory left"
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert warnings == [
+        "warning: left out: optimised: its process failed: no memory left",
+        "warning: transformers: its peak memory is missing, the process for it failed: no memory left",
     ]
-    plain, optimised = json.loads((tmp_path / "benchmark.json").read_text())["readings"]
+    told = json.loads((tmp_path / "benchmark.json").read_text())
+    (plain,) = told["readings"]
     assert plain["megabytes"] > 100
-    assert (optimised["megabytes"], len(optimised["seconds"])) == (None, 1)
-    assert re.search(r"\| optimised \| [\d.]+ \| \d+\.\d\d \| [^|]+ \|  \|", (tmp_path / "benchmark.md").read_text())
+    theirs, ours, *_ = told["training"]
+    assert (theirs["megabytes"], len(theirs["seconds"])) == (None, 1)
+    assert ours["megabytes"] > 100
+    lines = (tmp_path / "benchmark.md").read_text()
+    assert re.search(r"\| step, transformers \| [\d.]+ \| \d+\.\d\d \| [^|]+ \|  \|", lines)

@@ -1,6 +1,7 @@
 """How time grows with the size of a picture and the number of them, and how it falls with threads of the CPU."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ def measure_growth(
     common: int = COMMON,
     rounds: int = 7,
     progress: Callable[[str], None] = lambda _: None,
+    missing: Callable[[str], None] | None = None,
 ) -> list[Reading]:
     """Time engines on pictures of several sizes, on several of them, and on a CPU with 1, 2, 4, ... threads.
 
@@ -34,12 +36,13 @@ def measure_growth(
         common: the height at which batches and threads grow, in pixels.
         rounds: how often each is timed.
         progress: told what is being done.
+        missing: see :func:`~conditional_detr.benchmark.measure.measure`.
 
     Returns:
         Readings of every case, the engines of a case together.
 
     Raises:
-        ValueError, ModuleNotFoundError: see :func:`~conditional_detr.benchmark.measure.measure`.
+        OSError, ValueError, ModuleNotFoundError: see :func:`~conditional_detr.benchmark.measure.measure`.
     """
     most = torch.get_num_threads()
     counts = thread_counts(most) if model.projection.weight.device.type == "cpu" else []
@@ -50,7 +53,8 @@ def measure_growth(
     for height, batch, threads in dict.fromkeys(cases):  # what is a case of all three is timed once
         with threads_set(threads):
             size = height, round(height * 4 / 3)
-            readings += measure(model, names, size=size, batch=batch, rounds=rounds, progress=progress)
+            how: dict[str, Any] = {"rounds": rounds, "progress": progress, "missing": missing}
+            readings += measure(model, names, size=size, batch=batch, **how)
     return readings
 
 

@@ -1,17 +1,16 @@
 """What the engines are measured by: time, memory, and how far they are from the plain model."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from conditional_detr.benchmark.engines import ENGINES
-from conditional_detr.benchmark.timing import WARM_UP, Timing, check_rounds, in_turn, process_peak, warm_up
+from conditional_detr.benchmark.timing import Timing, check_rounds
+from conditional_detr.benchmark.worker import EXPECTED, MODEL, Task, Worker
 from conditional_detr.model import ConditionalDETR
 
 
@@ -42,10 +41,10 @@ def measure(
     batch: int = 1,
     rounds: int = 7,
     seed: int = 0,
-    folder: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    missing: Callable[[str], None] | None = None,
 ) -> list[Reading]:
-    """Time engines on the same pixels, interleaved, on the model's device.
+    """Time engines on the same pixels, each in a process of its own and in turn with the first, on the model's device.
 
     Args:
         model: in float32; all engines run its weights.
@@ -54,42 +53,63 @@ def measure(
         batch: pictures a call.
         rounds: how often each is timed.
         seed: of the pixels.
-        folder: for the files that engines read, such as exports; what is in it already has to be of the same model.
-            None: one that is removed afterwards.
         progress: told what is being done.
+        missing: told of an engine whose process failed, which is then left out; None: that is an error.
 
     Raises:
+        OSError: the process of an engine failed; of the first one in any case.
         ValueError: an engine that does not exist, or does not run on the device; no rounds.
         ModuleNotFoundError: a package that one of them needs is not installed.
     """
-    device = model.projection.weight.device
+    device, threads = model.projection.weight.device, torch.get_num_threads()
     for name in names:
         check(name, device.type)
     check_rounds(rounds, names)
-    what = f"{size[0]} x {size[1]}, {batch} at a time, {torch.get_num_threads()} threads"
-    pixels = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed)).to(device)
-    model.eval()
-    with tempfile.TemporaryDirectory() as own, torch.no_grad():
-        folder = folder or Path(own)
-        plain = model(pixels)
-        calls: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
-        others: dict[str, dict[str, Any]] = {}
-        for name in names:
-            engine = ENGINES[name]
-            if engine.write is not None:
-                progress(f"{what}: {name}: writing its files")
-                engine.write(model, folder, pixels)
-            progress(f"{what}: {name}: getting ready")
-            calls[name] = partial(engine.make(model, folder, pixels), pixels)
-            (logits, boxes), megabytes = warm_up(calls[name], device)
-            others[name] = {
-                "logits": (logits.float() - plain.logits[-1]).abs().max().item(),
-                "boxes": (boxes.float() - plain.boxes[-1]).abs().max().item(),
-                "megabytes": megabytes,
-            }
-        times = in_turn(calls, device, rounds=rounds, progress=lambda text: progress(f"{what}: {text}"))
-    same: dict[str, Any] = {"height": size[0], "width": size[1], "batch": batch, "threads": torch.get_num_threads()}
-    return [Reading(engine=name, **same, **times[name], **others[name]) for name in times]
+    what = f"{size[0]} x {size[1]}, {batch} at a time, {threads} threads"
+    case: dict[str, Any] = {"height": size[0], "width": size[1], "batch": batch, "threads": threads}
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = [Task(name, folder, str(device), threads, size, batch, seed) for name in names]
+        _prepare(model, tasks, lambda text: progress(f"{what}: {text}"))
+        readings = []
+        with Worker(tasks[0]) as first:
+            progress(f"{what}: {names[0]}")
+            first.ready()
+            seconds = [first.seconds() for _ in range(rounds)]
+            for task in tasks[1:]:
+                progress(f"{what}: {task.engine}")
+                try:
+                    readings.append(_compare(task, first, rounds, case))
+                except OSError as error:
+                    if missing is None or first.ended:
+                        raise
+                    missing(str(error))
+            first.finish()
+        ratios = (1.0,) * rounds
+        return [Reading(engine=names[0], **case, seconds=tuple(seconds), ratios=ratios, **first.found), *readings]
+
+
+@torch.no_grad()
+def _prepare(model: ConditionalDETR, tasks: Sequence[Task], progress: Callable[[str], None]) -> None:
+    """Write what the processes read: the model, what it gives, and the files of the engines that have some."""
+    folder, pixels = Path(tasks[0].folder), tasks[0].pixels()
+    plain = model.eval()(pixels)
+    torch.save((plain.logits[-1].clone(), plain.boxes[-1].clone()), folder / EXPECTED)
+    model.save_pretrained(folder / MODEL)
+    for task in tasks:
+        write = ENGINES[task.engine].write
+        if write is not None:
+            progress(f"{task.engine}: writing its files")
+            write(model, folder, pixels)
+
+
+def _compare(task: Task, first: Worker, rounds: int, case: Mapping[str, Any]) -> Reading:
+    """Time an engine in turn with the first."""
+    with Worker(task) as worker:
+        worker.ready()
+        pairs = [(first.seconds(), worker.seconds()) for _ in range(rounds)]
+        worker.finish()
+    ratios = tuple(theirs / own for theirs, own in pairs)
+    return Reading(engine=task.engine, **case, seconds=tuple(own for _, own in pairs), ratios=ratios, **worker.found)
 
 
 def check(name: str, device: str) -> None:
@@ -106,33 +126,3 @@ def check(name: str, device: str) -> None:
 def available(device: str) -> list[str]:
     """Return the names of the engines that can run here, the reference first if it can."""
     return [name for name, engine in ENGINES.items() if device in engine.devices and not engine.missing]
-
-
-def peak_memory(
-    model: ConditionalDETR, name: str, *, size: tuple[int, int], batch: int = 1, folder: Path | None = None
-) -> float:
-    """Run one engine and return the most memory, in MB, that this process ever had, as Linux tells it.
-
-    Args:
-        model: in float32, on the CPU; it loses its weights if the engine reads files instead.
-        name: of the engine.
-        size: height and width of the pictures.
-        batch: pictures a call.
-        folder: where :func:`measure` has left the engine's files for pictures of this size and number. What is not in
-            it, or is not given, is written here, which counts as well.
-
-    Raises:
-        OSError: another system than Linux.
-        ValueError, ModuleNotFoundError: see :func:`measure`.
-    """
-    check(name, "cpu")
-    engine, pixels = ENGINES[name], torch.zeros(batch, 3, *size)
-    with tempfile.TemporaryDirectory() as own, torch.no_grad():
-        folder = folder or Path(own)
-        if engine.write is not None:
-            engine.write(model, folder, pixels)
-            model.to("meta")  # the weights of both would count
-        run = engine.make(model, folder, pixels)
-        for _ in range(WARM_UP + 1):
-            run(pixels)
-    return process_peak()

@@ -4,7 +4,6 @@ import json
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import typer
 
 from conditional_detr.benchmark.engines import ENGINES, REFERENCE
 from conditional_detr.benchmark.growth import measure_growth
-from conditional_detr.benchmark.measure import available, check, measure, peak_memory
+from conditional_detr.benchmark.measure import available, check, measure
 from conditional_detr.benchmark.picture import draw
 from conditional_detr.benchmark.report import Report, Table
 from conditional_detr.benchmark.timing import product_rate
@@ -52,15 +51,14 @@ def benchmark(
     training_batch_size: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 2,
     output: Annotated[Path | None, typer.Option(help="A folder for benchmark.md, .json and .png.")] = None,
     device: Annotated[str, typer.Option(help="Where it runs: cpu, cuda, cuda:1.")] = AUTO,
-    alone: Annotated[str | None, typer.Option(hidden=True, help="Run this engine and print the peak memory.")] = None,
-    files: Annotated[Path | None, typer.Option(hidden=True, help="Where this engine's files are.")] = None,
+    alone: Annotated[str | None, typer.Option(hidden=True, help="Train with this and print the peak memory.")] = None,
 ) -> None:
-    """Time this library and transformers on the same pixels and weights, in turn, round by round.
+    """Time this library and transformers on the same pixels and weights.
 
-    How many times as fast an engine is, is the median of the rounds, against transformers' network in eager mode.
-    Beside each speed stands how far its logits and boxes are from the plain model's. Peak memory is that of a process
-    that only runs the one engine, loading and compiling included, exporting not; on a GPU, of a call, beyond the
-    weights.
+    Each engine runs in a process of its own, in turn with transformers' network in eager mode; how many times as fast
+    it is, is the median of the rounds. Beside each speed stands how far its logits and boxes are from the plain
+    model's. Peak memory is that of its process, loading and compiling included, exporting not; on a GPU, of a call,
+    beyond the weights.
 
     A training step is forward, loss and backward of both libraries' networks, with the same dropout and the same
     frozen part of the trunk. The loss alone, with its matching and its backward, reads ready outputs of COCO's size.
@@ -74,10 +72,7 @@ def benchmark(
         torch.manual_seed(0)
         model = (_untrained() if weights is None else from_pretrained(weights)).eval().to(place)
         if alone is not None:
-            if training:
-                typer.echo(peak_of_step(model, alone, **step))
-            else:
-                typer.echo(peak_memory(model, alone, **pictures, folder=files))
+            typer.echo(peak_of_step(model, alone, **step))
             return
         names = _names(engines, place.type)
         growing = [name for name in names if name in _GROWING]
@@ -87,21 +82,19 @@ def benchmark(
             check(REFERENCE, place.type)
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
-    with one_line_errors(), err.status("") as status, tempfile.TemporaryDirectory() as folder:
+    with one_line_errors(), err.status("") as status:
         how: dict[str, Any] = {"rounds": rounds, "progress": status.update}
         report = Report(
             f"{height} x {width}, {batch_size} at a time, {_machine(place)}",
             {str(dtype)[6:]: product_rate(dtype, place) for dtype in (torch.float32, torch.bfloat16)},
-            measure(model, names, **pictures, **how, folder=Path(folder)),
-            measure_growth(model, growing, **how) if growth else (),
+            measure(model, names, **pictures, **how, missing=_tell_missing),
+            measure_growth(model, growing, **how, missing=_tell_missing) if growth else (),
             measure_training(model, **step, **how) if training else (),
         )
-        if place.type == "cpu" and Path("/proc/self/status").exists():
-            same = ["--device", place, *_given("--weights", weights), *_given("--threads", threads)]
-            of_engine = [*same, "--height", height, "--width", width, "--batch-size", batch_size, "--files", folder]
-            of_step = [*same, "--training", "--training-size", training_size]
-            of_step += ["--training-batch-size", training_batch_size]
-            report = _with_peaks(report, of_engine, of_step, status.update)
+        if training and place.type == "cpu" and Path("/proc/self/status").exists():
+            options = ["--device", place, *_given("--weights", weights), *_given("--threads", threads)]
+            options += ["--training-size", training_size, "--training-batch-size", training_batch_size]
+            report = _with_peaks(report, options, status.update)
     _show(report)
     if output is not None:
         with one_line_errors():
@@ -129,32 +122,23 @@ def _given(option: str, value: object) -> list[object]:
     return [] if value is None else [option, value]
 
 
-def _with_peaks(
-    report: Report, of_engine: Sequence[object], of_step: Sequence[object], progress: Callable[[str], None]
-) -> Report:
-    """Add the peak memory of a process for each engine, and for each side of a training step.
+def _tell_missing(why: str) -> None:
+    tell(f"warning: left out: {why}", style="yellow")
 
-    Args:
-        report: without.
-        of_engine: the options of a process that runs an engine.
-        of_step: the options of a process that trains.
-        progress: told what is being done.
-    """
-    readings = []
-    for reading in report.readings:
-        progress(f"{reading.engine}: peak memory")
-        readings.append(replace(reading, megabytes=_peak(reading.engine, of_engine)))
+
+def _with_peaks(report: Report, options: Sequence[object], progress: Callable[[str], None]) -> Report:
+    """Add the peak memory of a process for each side of a training step, which runs with these options."""
     training = []
     for trained in report.training:
         if trained.work == STEP:
             progress(f"training step, {trained.engine}: peak memory")
-            trained = replace(trained, megabytes=_peak(trained.engine, of_step))
+            trained = replace(trained, megabytes=_peak(trained.engine, options))
         training.append(trained)
-    return replace(report, readings=readings, training=training)
+    return replace(report, training=training)
 
 
 def _peak(engine: str, options: Sequence[object]) -> float | None:
-    """Return the peak memory, in MB, of a process for one engine; if it fails, say why, and go on without."""
+    """Return the peak memory, in MB, of a process for one side; if it fails, say why, and go on without."""
     start = "from conditional_detr.cli import app; app()"
     command = [sys.executable, "-c", start, "benchmark", "--alone", engine, *map(str, options)]
     try:
