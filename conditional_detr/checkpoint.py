@@ -180,7 +180,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]
         return _read_safetensors(path), None
     if path.suffix in WEIGHT_SUFFIXES:
         return _read_pickle(path)
-    hint = "; Detector.from_file opens exported files" if path.suffix in SUFFIXES else ""
+    hint = "; Detector.from_file opens exported files" if path.suffix.lower() in SUFFIXES else ""
     raise ValueError(f"{path}: expected a .safetensors, .bin, .pth or .pt file{hint}")
 
 

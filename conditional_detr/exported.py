@@ -61,7 +61,8 @@ class Description:
 
     def to_json(self) -> str:
         """Return the text that stands in the file."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False)
+        numbers: Any = {"ensure_ascii": False, "default": lambda number: number.item()}  # numpy's and torch's
+        return json.dumps({"format": FORMAT, **asdict(self)}, **numbers)
 
     @classmethod
     def from_json(cls, text: str) -> "Description":
@@ -103,7 +104,7 @@ class ExportedModel(nn.Module):
         device: where it runs: "cpu", "cuda:0", or what OpenVINO calls a device, such as "GPU".
         threads: of the CPU; None: the runtime's choice. Not for ``.pt2``: ``torch.set_num_threads`` is for all.
         dtype: what an OpenVINO file is computed in where it is not int8, such as ``torch.bfloat16``; None: float32, as
-            it was checked.
+            it was checked, but for a float16 file on another device than the CPU.
 
     Attributes:
         description: what the file says of itself.
@@ -169,6 +170,10 @@ class ExportedModel(nn.Module):
     def state_dict(self, *_: Any, **__: Any) -> Any:
         """Raise: the weights are the file's."""
         raise ValueError("an exported file has no weights to save; save the model that it was made from")
+
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        """Raise: the weights are the file's."""
+        raise ValueError("an exported file takes no weights; load them into a model and export that")
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ExportedModel":
         """Raise: it runs where it was opened, in the precision of the file."""

@@ -126,7 +126,9 @@ def _provider(device: str, available: list[str]) -> tuple[str, dict[str, Any]]:
     return name, {"device_id": int(number)} if number else {}
 
 
-@cache
+_making = threading.Lock()  # else two threads could make two
+
+
 def openvino_core() -> Any:
     """Return OpenVINO's entry, one for the whole process, which is never freed.
 
@@ -134,6 +136,12 @@ def openvino_core() -> Any:
     two that are freed in the order in which they were made, the second puts back the stack of the first, which is no
     more; the next Ctrl-C is then a segmentation fault.
     """
+    with _making:
+        return _core()
+
+
+@cache
+def _core() -> Any:
     import openvino
 
     return openvino.Core()
@@ -148,24 +156,31 @@ def _open_openvino(path: Path, settings: Settings) -> Opened:
         core = openvino_core()
     except ImportError as error:
         raise _needs("openvino", "openvino", path) from error
-    device, dtype = settings.device.upper(), settings.dtype or torch.float32
-    if device not in core.available_devices:
-        raise ValueError(f"device: got {settings.device!r}, but OpenVINO here has {', '.join(core.available_devices)}")
-    if dtype not in _OPENVINO_DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(map(str, _OPENVINO_DTYPES))}, got {dtype}")
+    device = settings.device.upper()
+    known = core.available_devices
+    if device not in known and f"{device}.0" not in known:  # of several of a kind, each has a number
+        raise ValueError(f"device: got {settings.device!r}, but OpenVINO here has {', '.join(known)}")
+    if settings.dtype is not None and settings.dtype not in _OPENVINO_DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, _OPENVINO_DTYPES))}, got {settings.dtype}")
     _check_parts(path)
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _OPENVINO_DTYPES[dtype]}
+    options: dict[str, Any] = {}
     if settings.threads is not None:
         options["INFERENCE_NUM_THREADS"] = settings.threads
     try:
         network = core.read_model(path)
         description = network.get_rt_info([KEY, "description"]).astype(str) if network.has_rt_info([KEY]) else None
         if description is not None:
+            half = device != "CPU" and '"precision": "float16"' in description  # what such files are for
+            dtype = settings.dtype or (torch.float16 if half else torch.float32)
+            options["INFERENCE_PRECISION_HINT"] = _OPENVINO_DTYPES[dtype]
             compiled = core.compile_model(network, device, options)
     except Exception as error:  # of many kinds, all of the runtime's own
         raise _damaged(path, error) from error
     if description is None:
         raise _foreign(path)
+    computed = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if computed != _OPENVINO_DTYPES[dtype]:
+        raise ValueError(f"dtype: got {dtype}, but OpenVINO would compute in {computed} on this {device}")
     with_sizes = len(compiled.inputs) > 1
     one_at_a_time = threading.Lock()  # the compiled model has one set of inputs and outputs
 

@@ -93,11 +93,17 @@ def check_count(name: str, count: int) -> None:
         raise ValueError(f"{name}: expected an int of at least 1, got {count!r}")
 
 
+def named_rows(names: Sequence[str | None]) -> Tensor:
+    """Return the rows (R,), int64, of the class head that have a name."""
+    return torch.tensor([i for i, name in enumerate(names) if name is not None], dtype=torch.int64)
+
+
 def _rows(names: Sequence[str | None], classes: Iterable[str | int] | None) -> Tensor:
     """Return the rows of the class head to report: named ones, and of those the wanted ones."""
-    used = [i for i, name in enumerate(names) if name is not None]
+    named = named_rows(names)
     if classes is None:
-        return torch.tensor(used, dtype=torch.int64)
+        return named
+    used = named.tolist()
     if isinstance(classes, str):
         raise TypeError(f"classes: expected a list of names or rows, got the string {classes!r}")
     wanted = []

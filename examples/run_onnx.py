@@ -39,7 +39,7 @@ def main() -> None:
     values = (values - np.float32(numbers["mean"])) / np.float32(numbers["std"])  # (H, W, 3)
     inputs = {"pixels": values.transpose(2, 0, 1)[None]}
     if len(session.get_inputs()) > 1:  # the file has post-processing, which this does itself
-        inputs["sizes"] = np.array([[image.height, image.width]])
+        inputs["sizes"] = np.array([[image.height, image.width]], dtype=np.int64)
     logits, boxes = (output[0] for output in session.run(["logits", "boxes"], inputs))  # (N, C), (N, 4)
 
     scores = 1 / (1 + np.exp(-logits))

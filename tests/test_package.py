@@ -25,7 +25,17 @@ LAYERS = [
     {"backbone", "encoder", "decoder"},
     {"positions", "boxes"},
     {"attention", "layers", "metadata", "parameter_names", "skeleton"}
-    | {"tensor_checks", "drawing", "files", "pipeline", "sources", "selection", "progress", "runtimes"},
+    | {
+        "tensor_checks",
+        "drawing",
+        "files",
+        "pipeline",
+        "sources",
+        "selection",
+        "progress",
+        "runtimes",
+        "interruption",
+    },
 ]
 EXCEPTIONS = {("model", "weights", "from_pretrained"), ("model", "saving", "save_pretrained")}
 

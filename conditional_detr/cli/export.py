@@ -7,6 +7,7 @@ import torch
 import typer
 
 from conditional_detr.cli.console import err, megabytes, one_line_errors, out, tell
+from conditional_detr.deploy.export import checked_target
 from conditional_detr.deploy.export import export as write
 from conditional_detr.exported import Description
 from conditional_detr.weights import from_pretrained
@@ -29,13 +30,13 @@ def export(
 ) -> None:
     """Write a model into one file that runs without this library, on pictures of any size and any number of them.
 
-    The file is run and compared with the model at two sizes before it is moved to its place. Class names and
-    preprocessing stand in it, so that detect, evaluate and Detector.from_file take it as it is.
+    The file is run at two sizes, and its logits and boxes compared with the model's, before it is moved to its place.
+    Class names and preprocessing stand in it, so that detect, evaluate and Detector.from_file take it as it is.
 
     With --top-k the file also takes the sizes of the pictures and gives corners in their pixels, scores and labels.
     """
     with one_line_errors(), err.status("loading") as status:
-        check_free(target, overwrite=overwrite)
+        check_free(checked_target(target), overwrite=overwrite)
         model = from_pretrained(source, revision=revision)
         dtype = torch.float16 if half else torch.float32
         described = write(model, target, dtype=dtype, top_k=top_k, picture=picture, progress=status.update)

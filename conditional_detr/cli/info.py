@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,11 +45,13 @@ def info(
     height_width = None if size is None else _parsed(size)
     with one_line_errors():
         if is_exported(checkpoint):
+            if size is not None or revision is not None:
+                raise ValueError("--size and --revision: of weights only, got an exported file")
             description = ExportedModel(checkpoint).description
-            content, rows = json.loads(description.to_json()), _rows_of_file(Path(checkpoint), description)
+            content, rows = json.loads(description.to_json()), [*_rows_of_file(Path(checkpoint), description)]
         else:
             summary = summarise(from_pretrained(checkpoint, revision=revision), height_width)
-            content, rows = summary.to_dict(), _rows(summary)
+            content, rows = summary.to_dict(), [*_rows(summary)]
     if as_json:
         typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
         return
@@ -108,7 +110,8 @@ def _rows_of_file(path: Path, description: Description) -> Iterator[tuple[str, s
         size = f"{one.height} x {one.width}"
         yield size, f"logits were within {one.logits:.1e} of the model's, boxes within {one.boxes:.1e}"
     for what, measured in description.measured.items():
-        yield what, ", ".join(f"{name} {_told(value)}" for name, value in measured.items())
+        many = measured.items() if isinstance(measured, Mapping) else {"": measured}.items()
+        yield what, ", ".join(f"{name} {_told(value)}".strip() for name, value in many)
 
 
 def _told(value: Any) -> str:

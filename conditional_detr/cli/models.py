@@ -11,5 +11,5 @@ DEVICE = "Where the model runs: cpu, cuda, cuda:1, mps. Exported files run on th
 def open_detector(weights: str, device: str) -> Detector:
     """Open weights or an exported file; errors as of ``Detector.from_pretrained`` and ``Detector.from_file``."""
     if is_exported(weights):
-        return Detector.from_file(weights, device="cpu" if device == AUTO else device)
+        return Detector.from_file(weights, device="cpu" if device == AUTO else pick_device(device))
     return Detector.from_pretrained(weights, device=pick_device(device))

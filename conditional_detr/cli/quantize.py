@@ -12,6 +12,7 @@ from rich.status import Status
 from conditional_detr.cli.console import FAILED, err, one_line_errors, out, tell
 from conditional_detr.cli.export import OVERWRITE, check_free, report
 from conditional_detr.cli.inputs import list_pictures
+from conditional_detr.deploy.export import checked_target
 from conditional_detr.deploy.optimize import optimize
 from conditional_detr.deploy.quantize import PARTS
 from conditional_detr.deploy.quantize import quantize as write
@@ -37,9 +38,12 @@ def quantize(
     samples: Annotated[int, typer.Option(min=1, help="Look at this many of them, drawn at random.")] = 100,
     data: Annotated[Path | None, typer.Option(help="COCO's json of a data set to measure AP on.")] = None,
     images: Annotated[Path | None, typer.Option(help="The folder of its pictures.")] = None,
-    max_loss: Annotated[float, typer.Option(min=0, help="The most AP to lose: 0.005 is half a point.")] = 0.005,
+    max_loss: Annotated[
+        float, typer.Option(min=0, help="With --data: the most AP to lose; 0.005 is half a point.")
+    ] = 0.005,
     keep: Annotated[
-        list[str] | None, typer.Option(help=f"Keep this part in float32: {', '.join(PARTS)}; again for more.")
+        list[str] | None,
+        typer.Option(help=f"Keep this in float32 ({', '.join(PARTS)}), again for more, and try nothing else."),
     ] = None,
     top_k: Annotated[
         int | None, typer.Option(min=1, help="With post-processing in the file, of at most this many detections.")
@@ -57,7 +61,7 @@ def quantize(
     Exit code: 0 written, 1 too much was lost, 2 it could not begin.
     """
     with one_line_errors(), err.status("loading") as status:
-        check_free(target, overwrite=overwrite)
+        check_free(checked_target(target), overwrite=overwrite)
         if (data is None) != (images is None):
             raise ValueError("expected both --data and --images, to measure AP on, or neither")
         pictures = [found.picture for found in list_pictures(calibration, output=target).pictures]
@@ -88,6 +92,8 @@ class _Meter:
     def __init__(self, model: ConditionalDETR, data: Path, images: Path, max_loss: float, status: Status) -> None:
         self.data, self.images, self.max_loss, self.status = data, images, max_loss, status
         self.before = self._ap(Detector(optimize(model)), "float32")
+        if self.before < 0:
+            raise ValueError(f"{data}: expected objects to measure AP on, got none")
         self.tried: list[float] = []
 
     def __call__(self, exported: ExportedModel) -> Mapping[str, Any]:
@@ -119,7 +125,7 @@ def _report(target: Path, described: Description | None, meter: _Meter | None) -
         raise typer.Exit(FAILED)
     report(target, described)
     kept = ", ".join(described.measured["calibration"]["also in float"]) or "nothing else"
-    tell(f"in float32, besides attention and heads: {kept}", to=out)
+    tell(f"in float32, besides attention's products, λ_q and heads: {kept}", to=out)
     if meter is None:
         tell("AP was not measured: --data and --images do", to=out)
     else:

@@ -1,1 +1,1 @@
-"""Models made ready to run: optimised in memory."""
+"""Models made ready to run: optimised in memory, or as files for other runtimes."""

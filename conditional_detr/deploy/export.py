@@ -3,31 +3,29 @@
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from conditional_detr.deploy.kernels import Computation
 from conditional_detr.deploy.optimize import OptimizedDETR, check_dtype, check_model
-from conditional_detr.exported import Description, ExportedModel, Parity
+from conditional_detr.deploy.parity import TOLERANCES, check_parity, compare, parity_pixels
+from conditional_detr.exported import Description, ExportedModel
 from conditional_detr.files import write_whole
-from conditional_detr.images import open_picture, to_pixels
-from conditional_detr.metadata import Preprocessing
+from conditional_detr.interruption import StopRequest
 from conditional_detr.model import ConditionalDETR
 from conditional_detr.runtimes import BOXES, DETECTED, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
-from conditional_detr.selection import best, check_count
+from conditional_detr.selection import best, check_count, named_rows
 from conditional_detr.sources import Picture, name_of
 
-# largest differences of logits and boxes from the model: of half precision what its 11 bits allow
-TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.float16: (0.1, 0.02)}
 _TRACED = (2, 3, 160, 224)  # no size of any map in it is 1, or equal to another
 _NEEDS = {
     ".onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),  # the last one to compare
@@ -52,8 +50,9 @@ def export(
     (B, 2), int64, height and width of the original pictures in pixels, and the outputs "corners" (B, K, 4) x0 y0 x1 y1
     in those pixels, "scores" (B, K) and "labels" (B, K), int64, best first; rows without a class name are left out.
 
-    Before it is moved to its place, the file is run on a picture at two sizes and compared with the model. Class
-    names, preprocessing and the differences stand in it, and ``Detector.from_file`` needs nothing else.
+    Before it is moved to its place, the file is run on a picture at two sizes, and its logits and boxes are compared
+    with the model's. Class names, preprocessing and the differences stand in it, and ``Detector.from_file`` needs
+    nothing else.
 
     Args:
         model: the model; it stays as it is.
@@ -72,8 +71,8 @@ def export(
         ModuleNotFoundError: a package for the format is not installed.
         OSError: the file cannot be written, or the picture not read.
         TypeError: no ConditionalDETR, or a subclass; no dtype.
-        ValueError: another suffix or dtype; a model that was optimised, or whose trunk cannot be traced; the file does
-            not give what the model gives, and was not written.
+        ValueError: another suffix or dtype; a model that was optimised, whose trunk cannot be traced, or whose class
+            head does not fit its class names; the file does not give what the model gives, and was not written.
     """
     check_model(model)
     check_dtype(dtype, tuple(TOLERANCES))
@@ -116,9 +115,18 @@ class Graph(nn.Module):
             self.network = OptimizedDETR(model, Computation(dtype, kernels=False))
             for parameter in self.network.parameters():
                 parameter.data = parameter.data.contiguous()  # files have no other layout
+            rows = model.class_head(torch.zeros(1, model.config.width)).shape[-1]
+        names = model.metadata.class_names
+        if rows != len(names):
+            raise ValueError(
+                f"model: its class head has {rows} classes, but its metadata names {len(names)}; give it metadata that"
+                " names them: model.metadata = Metadata(names)"
+            )
+        named = named_rows(names)
+        if top_k is not None and not len(named):
+            raise ValueError("top_k: post-processing needs a class with a name, got none")
         self.top_k = top_k
-        used = [i for i, name in enumerate(model.metadata.class_names) if name is not None]
-        self.register_buffer("rows", torch.tensor(used))
+        self.register_buffer("rows", named)
         nn.Module.train(self, False)
 
     def forward(self, pixels: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -195,7 +203,10 @@ def openvino_network(traced: Traced) -> Any:
     """Translate a graph to OpenVINO."""
     import openvino
 
-    network = openvino.convert_model(traced.program)
+    with StopRequest() as stop:  # Ctrl-C in the middle of it would abort the process
+        network = openvino.convert_model(traced.program)
+    if stop.asked:
+        raise KeyboardInterrupt
     for ports, names in ((network.inputs, traced.inputs), (network.outputs, traced.outputs)):
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})
@@ -226,7 +237,7 @@ def checked_target(target: str | Path) -> Path:
 
     Raises:
         ModuleNotFoundError: a package for the format is not installed.
-        OSError: the folder is not there.
+        OSError: the folder is not there, or nothing can be written into it.
         ValueError: another suffix than those of exported files.
     """
     target = Path(target)
@@ -236,6 +247,11 @@ def checked_target(target: str | Path) -> Path:
         raise IsADirectoryError(f"{target}: expected a file's name, got a folder")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent}: no such folder")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):  # at once, not after all work
+            pass
+    except OSError as error:
+        raise OSError(f"{target}: cannot be written: {error.strerror or error}") from error
     packages, extra = _NEEDS[target.suffix]
     if missing := [package for package in packages if find_spec(package) is None]:
         needs = f"needs {', '.join(missing)}, not installed here: pip install 'conditional-detr[{extra}]'"
@@ -246,58 +262,25 @@ def checked_target(target: str | Path) -> Path:
 def describe(model: ConditionalDETR, suffix: str, *, precision: str, top_k: int | None) -> Description:
     """Return what is to stand in a file, before anything was measured of it."""
     packages = ("conditional-detr", "torch", *_NEEDS[suffix][0])
-    versions = {package: version(package) for package in packages}
+    versions = {package: version_of(package) for package in packages}
     return Description(model.config, model.metadata, precision, top_k, (), "", versions, {})
 
 
-def parity_pixels(picture: Picture | None, preprocessing: Preprocessing) -> list[Tensor]:
-    """Return pixels (1, 3, H, W) of a picture at the size that it is detected at, and at about half of that."""
-    opened = open_picture(_pattern() if picture is None else picture, "picture")
-    shortest, longest = preprocessing.shortest_edge // 2 + 1, preprocessing.longest_edge // 2 + 1
-    half = replace(preprocessing, shortest_edge=shortest, longest_edge=longest)
-    return [to_pixels(opened, numbers)[None] for numbers in (preprocessing, half)]
-
-
-def _pattern() -> np.ndarray:
-    """Draw waves and discs in colours, (480, 640, 3) uint8."""
-    y, x = np.mgrid[0:480, 0:640] / 100.0
-    waves = np.stack([np.sin(x * 2 + y), np.sin(y * 3 - x), np.sin(x * y)], axis=-1)
-    discs = (x % 1.6 - 0.8) ** 2 + (y % 1.2 - 0.6) ** 2 < 0.2
-    return np.where(discs[..., None], 127 - 100 * waves[..., ::-1], 127 + 100 * waves).astype(np.uint8)
-
-
-@torch.no_grad()
-def compare(exported: ExportedModel, model: ConditionalDETR, pictures: Sequence[Tensor]) -> tuple[Parity, ...]:
-    """Return how far an exported file is from the model, on pixels (1, 3, H, W) each."""
-    plain = copy.deepcopy(model).cpu().float().eval()
-    found = []
-    for pixels in pictures:
-        logits, boxes = (
-            (a[-1] - b[-1]).abs().max().item() for a, b in zip(exported(pixels), plain(pixels), strict=True)
-        )
-        found.append(Parity(pixels.shape[2], pixels.shape[3], logits, boxes))
-    return tuple(found)
-
-
-def check_parity(parity: Sequence[Parity], tolerance: tuple[float, float], target: Path) -> None:
-    """Raise ValueError unless all differences are small; values that are not finite are not."""
-    for one in parity:
-        if not (one.logits <= tolerance[0] and one.boxes <= tolerance[1]):
-            raise ValueError(
-                f"{target}: not written, for it does not give what the model gives: on {one.height} x {one.width}"
-                f" logits differ by up to {one.logits:.2g} and boxes by {one.boxes:.2g}, expected at most"
-                f" {tolerance[0]} and {tolerance[1]}"
-            )
+def version_of(package: str) -> str:
+    """Return the version of a package, also of one that is distributed under another name, as onnxruntime-gpu is."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return str(import_module(package).__version__)
 
 
 def move(draft: Path, target: Path) -> None:
-    """Move a file, and the weights that may lie beside it, to its place: both or none.
+    """Move a file, and the weights that may lie beside it, to its place, when all are written.
 
     Raises:
         OSError: they cannot be written.
     """
-    written = [file for file in sorted(draft.parent.iterdir()) if file.stem == draft.stem]
-    write_whole({target.with_suffix(file.suffix): _copier(file) for file in written})
+    write_whole({target.with_name(file.name): _copier(file) for file in sorted(draft.parent.iterdir())})
 
 
 def _copier(file: Path) -> Callable[[Path], object]:

@@ -1,13 +1,11 @@
-"""8-bit integers: convolutions and feed-forward networks of an OpenVINO file, their ranges measured on pictures."""
+"""8-bit integers: convolutions and linear layers of an OpenVINO file, their ranges measured on pictures."""
 
 import contextlib
-import io
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -18,17 +16,16 @@ from numpy import ndarray
 
 from conditional_detr.deploy.export import (
     Traced,
-    check_parity,
     checked_target,
-    compare,
     describe,
     move,
     openvino_network,
-    parity_pixels,
     trace,
+    version_of,
     write_openvino,
 )
 from conditional_detr.deploy.optimize import check_model
+from conditional_detr.deploy.parity import check_parity, compare, parity_pixels
 from conditional_detr.exported import Description, ExportedModel
 from conditional_detr.images import open_picture, to_pixels
 from conditional_detr.metadata import Preprocessing
@@ -37,13 +34,14 @@ from conditional_detr.runtimes import SIZES, feeds
 from conditional_detr.selection import check_count
 from conditional_detr.sources import Picture, name_of
 
-PARTS = {"trunk": r"backbone|projection", "encoder": "encoder", "decoder": "decoder"}
-"""Parts that can be kept in float, and where their modules are."""
+PARTS = ("trunk", "encoder", "decoder")
+"""Parts that can be kept in float."""
 
-# These are always: they cost little, and 8 bits hurt them. λ_q = FFN(f) multiplies p_s, so that an error in it moves
-# where a query looks: with it in int8, no box of a trained model was right.
-_KEPT = (r"encoder\.layers\.\d+\.self_attention", r"decoder\.transformation", "class_head", "box_head")
+# These are always, as are the products of attention: they cost little, and 8 bits hurt them. λ_q = FFN(f) multiplies
+# p_s, so that an error in it moves where a query looks: with it in int8, no box of a trained model was right.
+_KEPT = (r"decoder\.transformation", "class_head", "box_head")
 _ATTENTION = "scaled_dot_product_attention"
+_CONVOLUTIONS = {"Convolution", "GroupConvolution"}  # OpenVINO's names: all of them are the trunk's
 
 
 def quantize(
@@ -58,10 +56,10 @@ def quantize(
 ) -> Description:
     """Write a model as an OpenVINO file that computes in 8-bit integers where that is fast and harmless.
 
-    Convolutions and feed-forward networks are; attention, λ_q and the heads stay in float32. The ranges of what flows
-    between are measured on pictures, which should be like those that the file is for. Nothing is trained. Inputs and
-    outputs are those of :func:`conditional_detr.export`. How far logits and boxes of the first picture are from the
-    model's stands in the file; what that means for AP, ``conditional-detr quantize`` measures.
+    Convolutions and linear layers are; the products and softmax of attention, λ_q and the heads stay in float32. The
+    ranges of what flows between are measured on pictures, which should be like those that the file is for. Nothing is
+    trained. Inputs and outputs are those of :func:`conditional_detr.export`. How far logits and boxes of the first
+    picture are from the model's stands in the file; what that means for AP, ``conditional-detr quantize`` measures.
 
     Args:
         model: the model; it stays as it is.
@@ -78,16 +76,19 @@ def quantize(
     Raises:
         ModuleNotFoundError: openvino or nncf is not installed.
         OSError: the file cannot be written, or a picture not read.
-        TypeError: no ConditionalDETR, or a subclass; a picture of an unknown kind.
-        ValueError: no picture; another suffix; a part that does not exist; a model that was optimised, or whose trunk
-            cannot be traced; a file that gives nothing finite.
+        TypeError: no ConditionalDETR, or a subclass; no list; a picture of an unknown kind.
+        ValueError: no picture; another suffix; a part that does not exist; a model that was optimised, whose trunk
+            cannot be traced, or whose class head does not fit its class names; a file that gives nothing finite.
     """
     check_model(model)
     target = _checked_target(target)
     if top_k is not None:
         check_count("top_k", top_k)
-    if isinstance(pictures, str | bytes) or not pictures:
-        raise ValueError(f"pictures: expected a list of at least one, got {pictures!r}")
+    for name, given in (("pictures", pictures), ("keep", keep)):
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+            raise TypeError(f"{name}: expected a list, got {type(given).__name__}")
+    if not pictures:
+        raise ValueError("pictures: expected at least one, got none")
     if unknown := [part for part in keep if part not in PARTS]:
         raise ValueError(f"keep: expected some of {', '.join(PARTS)}, got {', '.join(map(repr, unknown))}")
     compared = parity_pixels(pictures[0], model.metadata.preprocessing)
@@ -95,7 +96,7 @@ def quantize(
     traced = trace(model, dtype=torch.float32, top_k=top_k)
     network = _quantized(traced, pictures, model.metadata.preprocessing, keep, progress)
     described = describe(model, ".xml", precision="int8", top_k=top_k)
-    versions = {**described.versions, "nncf": version("nncf")}
+    versions = {**described.versions, "nncf": version_of("nncf")}
     measured: dict[str, Any] = {"calibration": {"pictures": len(pictures), "also in float": sorted(keep)}}
     named = name_of(pictures[0], "given")
     described = replace(described, versions=versions, picture=named, measured=measured)
@@ -142,26 +143,54 @@ def _quantized(
         pixels = to_pixels(open_picture(picture, f"pictures[{number}]"), preprocessing)[None]
         return feeds(pixels, with_sizes=SIZES in traced.inputs)
 
-    nncf.set_log_level(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):  # nncf prints bars of its own
+    network = openvino_network(traced)
+    there = {operation.get_type_name() for operation in network.get_ops()}
+    kept = nncf.IgnoredScope(
+        patterns=_names_of_kept(traced, keep),
+        types=sorted(_CONVOLUTIONS & there) if "trunk" in keep else [],
+    )
+    with _in_silence():
         return nncf.quantize(
-            openvino_network(traced),
+            network,
             nncf.Dataset(list(enumerate(pictures)), feed),
-            preset=nncf.QuantizationPreset.MIXED,
+            preset=nncf.QuantizationPreset.PERFORMANCE,
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(pictures),
-            ignored_scope=nncf.IgnoredScope(patterns=_names_of_kept(traced, keep)),
+            ignored_scope=kept,
+            # nncf would first move scales from activations into weights, for language models; AP is higher without
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1)
+            ),
         )
 
 
+@contextlib.contextmanager
+def _in_silence() -> Iterator[None]:
+    """Let nncf neither draw its bars nor tell what it does; there is a progress of ours."""
+    from nncf.common.logging.track_progress import track
+
+    logger = logging.getLogger("nncf")
+    level, drawn = logger.level, track.__init__
+    logger.setLevel(logging.ERROR)
+    track.__init__ = lambda self, *given, **named: drawn(self, *given, **{**named, "disable": True})
+    try:
+        yield
+    finally:
+        track.__init__ = drawn
+        logger.setLevel(level)
+
+
 def _names_of_kept(traced: Traced, keep: Sequence[str]) -> list[str]:
-    """Return patterns of OpenVINO's names for what stays in float: they begin with torch.export's."""
-    wanted = re.compile("|".join((*_KEPT, *(PARTS[part] for part in keep))))
+    """Return patterns of OpenVINO's names for what stays in float of all that is no convolution.
+
+    They begin with torch.export's, which know the module that an operation comes from.
+    """
+    wanted = re.compile("|".join((*_KEPT, *keep)))
     names = []
     for node in traced.program.graph.nodes:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         path = stack[-1][0].removeprefix("network.") if stack else ""
-        weighted = node.name.startswith(("conv2d", "linear")) and wanted.match(path)
+        weighted = node.name.startswith("linear") and wanted.match(path)
         if node.op == "call_function" and (weighted or node.name.startswith(_ATTENTION)):
-            names.append(f"{re.escape(node.name.replace('conv2d', 'convolution'))}/.*")
+            names.append(f"{re.escape(node.name)}/.*")
     return names

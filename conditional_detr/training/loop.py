@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from conditional_detr.files import remove_unfinished
+from conditional_detr.interruption import StopRequest
 from conditional_detr.losses import SetLoss
 from conditional_detr.model import ConditionalDETR
 from conditional_detr.training.checkpoints import BEST, LAST, STATE, load_state, save_checkpoint
@@ -24,7 +25,6 @@ from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.data import batches
 from conditional_detr.training.feeding import Samples, feed
 from conditional_detr.training.first_epoch import FirstEpoch, look_at_first_epoch
-from conditional_detr.training.interruption import StopRequest
 from conditional_detr.training.journal import Journal
 from conditional_detr.training.optimisation import computed_twice, linears_convolved, norms_folded
 from conditional_detr.training.steps import Stepper

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: asked once, finish the step and save; asked twice, stop at once."""
+"""Ctrl-C and SIGTERM: asked once, finish what is being done; asked twice, stop at once."""
 
 import signal
 import threading

@@ -1,0 +1,59 @@
+"""Whether an exported file gives what its model gives."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conditional_detr.exported import ExportedModel, Parity
+from conditional_detr.images import open_picture, to_pixels
+from conditional_detr.metadata import Preprocessing
+from conditional_detr.model import ConditionalDETR
+from conditional_detr.sources import Picture
+
+# Largest differences of logits and boxes from the model: of half precision what its 11 bits allow
+TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.float16: (0.1, 0.02)}
+
+
+def parity_pixels(picture: Picture | None, preprocessing: Preprocessing) -> list[Tensor]:
+    """Return pixels (1, 3, H, W) of a picture at the size that it is detected at, and at about half of that."""
+    opened = open_picture(_pattern() if picture is None else picture, "picture")
+    shortest, longest = preprocessing.shortest_edge // 2 + 1, preprocessing.longest_edge // 2 + 1
+    half = replace(preprocessing, shortest_edge=shortest, longest_edge=longest)
+    return [to_pixels(opened, numbers)[None] for numbers in (preprocessing, half)]
+
+
+def _pattern() -> np.ndarray:
+    """Draw waves and discs in colours, (480, 640, 3) uint8."""
+    y, x = np.mgrid[0:480, 0:640] / 100.0
+    waves = np.stack([np.sin(x * 2 + y), np.sin(y * 3 - x), np.sin(x * y)], axis=-1)
+    discs = (x % 1.6 - 0.8) ** 2 + (y % 1.2 - 0.6) ** 2 < 0.2
+    return np.where(discs[..., None], 127 - 100 * waves[..., ::-1], 127 + 100 * waves).astype(np.uint8)
+
+
+@torch.no_grad()
+def compare(exported: ExportedModel, model: ConditionalDETR, pictures: Sequence[Tensor]) -> tuple[Parity, ...]:
+    """Return how far an exported file is from the model, on pixels (1, 3, H, W) each."""
+    plain = copy.deepcopy(model).cpu().float().eval()
+    found = []
+    for pixels in pictures:
+        logits, boxes = (
+            (a[-1] - b[-1]).abs().max().item() for a, b in zip(exported(pixels), plain(pixels), strict=True)
+        )
+        found.append(Parity(pixels.shape[2], pixels.shape[3], logits, boxes))
+    return tuple(found)
+
+
+def check_parity(parity: Sequence[Parity], tolerance: tuple[float, float], target: Path) -> None:
+    """Raise ValueError unless all differences are small; values that are not finite are not."""
+    for one in parity:
+        if not (one.logits <= tolerance[0] and one.boxes <= tolerance[1]):
+            raise ValueError(
+                f"{target}: not written, for it does not give what the model gives: on {one.height} x {one.width}"
+                f" logits differ by up to {one.logits:.2g} and boxes by {one.boxes:.2g}, expected at most"
+                f" {tolerance[0]} and {tolerance[1]}"
+            )
