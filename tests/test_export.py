@@ -390,7 +390,7 @@ def test_a_missing_runtime_is_told(suffix, missing, exports, monkeypatch):
     path, _ = exports("tiny", suffix, top_k=TOP_K)
     monkeypatch.setitem(sys.modules, missing, None)
     # as in a process that has not asked before; the one that others hold must not be freed
-    monkeypatch.setattr(runtimes, "openvino_core", runtimes.openvino_core.__wrapped__)
+    monkeypatch.setattr(runtimes, "_core", runtimes._core.__wrapped__)
     message = rf"{path.name}: needs {missing}, which is not installed: pip install 'conditional-detr\["
     with pytest.raises(ModuleNotFoundError, match=message):
         Detector.from_file(path)
