@@ -18,7 +18,7 @@ from conditional_detr.images import normalise, open_picture, resize, size_of, to
 from conditional_detr.layers import evaluation_mode
 from conditional_detr.model import ConditionalDETR
 from conditional_detr.pipeline import prepare_ahead, run_together
-from conditional_detr.selection import Selection, check_count, choose, select
+from conditional_detr.selection import Selection, check_count, check_head, choose, select
 from conditional_detr.sources import LIMITS, Limits, Local, Picture, bring, is_one_picture, name_of
 
 if TYPE_CHECKING:
@@ -255,12 +255,7 @@ class Detector:
         values = torch.stack([picture.values for picture in group]).to(device)  # (B, 3, H, W)
         output = self._evaluate(self.model, normalise(values, metadata.preprocessing))
         logits, boxes = (x[-1].float().cpu() for x in output)  # (B, N, C), (B, N, 4)
-        named = len(metadata.class_names)
-        if logits.shape[-1] != named:
-            raise ValueError(
-                f"model: its class head has {logits.shape[-1]} classes, but its metadata names {named};"
-                " give it metadata that names them: model.metadata = Metadata(names)"
-            )
+        check_head(logits.shape[-1], metadata.class_names)
         for picture, its_logits, its_boxes in zip(group, logits, boxes, strict=True):
             if not (its_logits.isfinite().all() and its_boxes.isfinite().all()):
                 raise ValueError(f"{picture.name}: the model gave logits or boxes that are not finite")

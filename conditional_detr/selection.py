@@ -87,6 +87,15 @@ def best(
     return torch.minimum(chosen.clamp(min=0), limits), scores, labels, queries
 
 
+def check_head(rows: int, names: Sequence[str | None]) -> None:
+    """Raise ValueError unless a class head has as many rows as its metadata has names."""
+    if rows != len(names):
+        raise ValueError(
+            f"model: its class head has {rows} classes, but its metadata names {len(names)};"
+            " give it metadata that names them: model.metadata = Metadata(names)"
+        )
+
+
 def check_count(name: str, count: int) -> None:
     """Raise ValueError unless a count is a whole number of at least 1."""
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:

@@ -190,3 +190,17 @@ def two_pictures(height=160, width=224, seed=0):
     padding[1, :, 3 * width // 5 :] = True
     padding[1, 3 * height // 4 :] = True
     return pixels.masked_fill(padding[:, None], 0), padding
+
+
+def pixels_of(batch, height, width):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
+
+
+@torch.no_grad()
+def differences(fast, plain, pixels, padding=None):
+    """Largest ones of logits and boxes between a copy or file, which gives one layer, and the plain model's last."""
+    found, expected = fast(pixels, padding), plain(pixels, padding)
+    assert found.logits.shape == (1, *expected.logits.shape[1:])
+    assert found.boxes.shape == (1, *expected.boxes.shape[1:])
+    assert found.logits.dtype == found.boxes.dtype == torch.float32
+    return [(a[-1] - b[-1]).abs().max().item() for a, b in zip(found, expected, strict=True)]

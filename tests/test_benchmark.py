@@ -138,7 +138,7 @@ def test_what_a_process_says_last_is_told(tmp_path):
     task = Task("plain", str(tmp_path), "cpu", 1, (64, 64), 1, 0)
     with (
         Worker(task) as worker,
-        pytest.raises(OSError, match=r"plain: its process failed: FileNotFoundError: .*model"),
+        pytest.raises(OSError, match=r"plain: its process failed: FileNotFoundError: .*weights"),
     ):
         worker.ready()
     with Worker(task) as worker:

@@ -14,11 +14,12 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import conftest
 import numpy as np
 import openvino
 import pytest
 import torch
-from conftest import assert_same_objects, run_example
+from conftest import assert_same_objects, pixels_of, run_example
 from PIL import ExifTags, Image
 from torch import nn
 
@@ -37,18 +38,8 @@ SIZES = [(1, 97, 131), (3, 64, 200), (1, 12, 14)]
 HALF = (0.02, 0.003)  # logits and boxes, of what float16 files give: half precision has 11 bits
 
 
-def pixels_of(batch, height, width):
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
-
-
-@torch.no_grad()
 def differences(exported, plain, size):
-    pixels = pixels_of(*size)
-    found, expected = exported(pixels), plain(pixels)
-    assert found.logits.shape == (1, *expected.logits.shape[1:])
-    assert found.boxes.shape == (1, *expected.boxes.shape[1:])
-    assert found.logits.dtype == found.boxes.dtype == torch.float32
-    return [(a[-1] - b[-1]).abs().max().item() for a, b in zip(found, expected, strict=True)]
+    return conftest.differences(exported, plain, pixels_of(*size))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import two_pictures
+from conftest import differences, pixels_of, two_pictures
 from torch import nn
 
 from conditional_detr import ConditionalDETR, Config, Detector, optimize
@@ -16,19 +16,6 @@ from conditional_detr.deploy.trunk import FastTrunk
 BOUNDS = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.02), torch.float16: (0.02, 0.003)}
 OTHERS = ["mobilenetv3_small_100", "regnetx_002", "convnext_atto", "efficientnet_b0", "gcresnext26ts"]
 SIZES = [(1, 64, 96), (2, 97, 131), (3, 160, 64)]
-
-
-def pixels_of(batch, height, width):
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
-
-
-@torch.no_grad()
-def differences(fast, plain, pixels, padding=None):
-    found, expected = fast(pixels, padding), plain(pixels, padding)
-    assert found.logits.shape == (1, *expected.logits.shape[1:])
-    assert found.boxes.shape == (1, *expected.boxes.shape[1:])
-    assert found.logits.dtype == found.boxes.dtype == torch.float32
-    return [(a[-1] - b[-1]).abs().max().item() for a, b in zip(found, expected, strict=True)]
 
 
 @pytest.fixture(scope="module")

@@ -250,6 +250,7 @@ def test_command_keeps_more_in_float_until_little_is_lost(data_set, tmp_path, mo
     [
         (("--data", "x.json"), "expected both --data and --images, to measure AP on, or neither"),
         (("--keep", "head"), "keep: expected some of trunk, encoder, decoder, got 'head'"),
+        (("--keep", "head", "--data", "no.json", "--images", "."), "keep: expected some of trunk, encoder, decoder"),
     ],
 )
 def test_command_refuses(data_set, tmp_path, arguments, message):

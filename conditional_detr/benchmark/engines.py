@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,7 @@ from conditional_detr.deploy.optimize import optimize
 from conditional_detr.deploy.quantize import quantize
 from conditional_detr.exported import ExportedModel
 from conditional_detr.model import ConditionalDETR
-from conditional_detr.runtimes import openvino_core
-
-Run: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From pixels (B, 3, H, W) to logits (B, N, C) and boxes (B, N, 4)."""
+from conditional_detr.runtimes import Run, openvino_core
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def _file(_: ConditionalDETR, folder: Path, example: Tensor, *, name: str, dtype
 
 def write_weights(model: ConditionalDETR, folder: Path, _: Tensor | None = None) -> None:
     """Write a model's weights in the published format into a folder, unless they are there."""
-    path = folder / _WEIGHTS
+    path = folder / WEIGHTS
     if not path.exists():
         model.save_pretrained(path)
 
@@ -84,7 +81,7 @@ def transformers_network(folder: Path) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # there is one of ours
-    return ConditionalDetrForObjectDetection.from_pretrained(folder / _WEIGHTS).eval()
+    return ConditionalDetrForObjectDetection.from_pretrained(folder / WEIGHTS).eval()
 
 
 class _Theirs(nn.Module):
@@ -203,7 +200,7 @@ def _exported_peer(name: str, make: Callable[[ConditionalDETR, Path, Tensor], Ru
     return Engine(name, make, ("transformers", *_ONNX, runtime), ("cpu",), _write_their_file)
 
 
-_WEIGHTS = "weights"
+WEIGHTS = "weights"
 _INT8 = "int8.xml"
 _ONNX = ("onnx", "onnxscript")
 REFERENCE = "transformers"

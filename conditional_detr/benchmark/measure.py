@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from conditional_detr.benchmark.engines import ENGINES
+from conditional_detr.benchmark.engines import ENGINES, write_weights
 from conditional_detr.benchmark.timing import Timing, check_rounds
-from conditional_detr.benchmark.worker import EXPECTED, MODEL, Task, Worker
+from conditional_detr.benchmark.worker import EXPECTED, Task, Worker
 from conditional_detr.model import ConditionalDETR
 
 
@@ -94,7 +94,7 @@ def _prepare(model: ConditionalDETR, tasks: Sequence[Task], progress: Callable[[
     folder, pixels = Path(tasks[0].folder), tasks[0].pixels()
     plain = model.eval()(pixels)
     torch.save((plain.logits[-1].clone(), plain.boxes[-1].clone()), folder / EXPECTED)
-    model.save_pretrained(folder / MODEL)
+    write_weights(model, folder)
     for task in tasks:
         write = ENGINES[task.engine].write
         if write is not None:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conditional_detr.benchmark.engines import ENGINES
+from conditional_detr.benchmark.engines import ENGINES, WEIGHTS
 from conditional_detr.benchmark.timing import process_peak, seconds_of, warm_up
 from conditional_detr.model import ConditionalDETR
 
-MODEL, EXPECTED = "model", "expected.pt"
+EXPECTED = "expected.pt"
 _SIGN = "benchmark: "  # in front of what is said to the parent: libraries may print as well
 _START = "from conditional_detr.benchmark.worker import main; main()"
 
@@ -133,7 +133,7 @@ def main() -> None:
     torch.set_num_threads(task.threads)
     folder, device = Path(task.folder), torch.device(task.device)
     engine, pixels = ENGINES[task.engine], task.pixels()
-    model = ConditionalDETR.from_pretrained(folder / MODEL, device=device)
+    model = ConditionalDETR.from_pretrained(folder / WEIGHTS, device=device)
     with torch.no_grad():
         if engine.write is not None:
             model.to("meta")  # it reads its files: the weights of both would count

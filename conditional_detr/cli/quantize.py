@@ -12,9 +12,8 @@ from rich.status import Status
 from conditional_detr.cli.console import FAILED, err, one_line_errors, out, tell
 from conditional_detr.cli.export import OVERWRITE, check_free, report
 from conditional_detr.cli.inputs import list_pictures
-from conditional_detr.deploy.export import checked_target
 from conditional_detr.deploy.optimize import optimize
-from conditional_detr.deploy.quantize import PARTS
+from conditional_detr.deploy.quantize import PARTS, check_request
 from conditional_detr.deploy.quantize import quantize as write
 from conditional_detr.detector import Detector
 from conditional_detr.exported import Description, ExportedModel
@@ -61,7 +60,7 @@ def quantize(
     Exit code: 0 written, 1 too much was lost, 2 it could not begin.
     """
     with one_line_errors(), err.status("loading") as status:
-        check_free(checked_target(target), overwrite=overwrite)
+        check_free(check_request(target, keep or ()), overwrite=overwrite)  # at once, not after AP was measured
         if (data is None) != (images is None):
             raise ValueError("expected both --data and --images, to measure AP on, or neither")
         pictures = [found.picture for found in list_pictures(calibration, output=target).pictures]

@@ -23,7 +23,7 @@ from conditional_detr.files import write_whole
 from conditional_detr.interruption import StopRequest
 from conditional_detr.model import ConditionalDETR
 from conditional_detr.runtimes import BOXES, DETECTED, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
-from conditional_detr.selection import best, check_count, named_rows
+from conditional_detr.selection import best, check_count, check_head, named_rows
 from conditional_detr.sources import Picture, name_of
 
 _TRACED = (2, 3, 160, 224)  # no size of any map in it is 1, or equal to another
@@ -117,11 +117,7 @@ class Graph(nn.Module):
                 parameter.data = parameter.data.contiguous()  # files have no other layout
             rows = model.class_head(torch.zeros(1, model.config.width)).shape[-1]
         names = model.metadata.class_names
-        if rows != len(names):
-            raise ValueError(
-                f"model: its class head has {rows} classes, but its metadata names {len(names)}; give it metadata that"
-                " names them: model.metadata = Metadata(names)"
-            )
+        check_head(rows, names)
         named = named_rows(names)
         if top_k is not None and not len(named):
             raise ValueError("top_k: post-processing needs a class with a name, got none")

@@ -81,16 +81,12 @@ def quantize(
             cannot be traced, or whose class head does not fit its class names; a file that gives nothing finite.
     """
     check_model(model)
-    target = _checked_target(target)
+    target = check_request(target, keep)
     if top_k is not None:
         check_count("top_k", top_k)
-    for name, given in (("pictures", pictures), ("keep", keep)):
-        if not isinstance(given, Sequence) or isinstance(given, str | bytes):
-            raise TypeError(f"{name}: expected a list, got {type(given).__name__}")
+    _check_list("pictures", pictures)
     if not pictures:
         raise ValueError("pictures: expected at least one, got none")
-    if unknown := [part for part in keep if part not in PARTS]:
-        raise ValueError(f"keep: expected some of {', '.join(PARTS)}, got {', '.join(map(repr, unknown))}")
     compared = parity_pixels(pictures[0], model.metadata.preprocessing)
     progress("tracing")
     traced = trace(model, dtype=torch.float32, top_k=top_k)
@@ -113,15 +109,24 @@ def quantize(
     return described
 
 
-def _checked_target(target: str | Path) -> Path:
-    """Return where to write; errors as of :func:`quantize`."""
+def check_request(target: str | Path, keep: Sequence[str]) -> Path:
+    """Return where to write, if it can be written and the parts to keep are some; errors as of :func:`quantize`."""
     target = Path(target)
     if target.suffix != ".xml":
         raise ValueError(f"{target}: expected a file's name that ends in .xml: int8 is for OpenVINO")
     if find_spec("nncf") is None:
         needs = "needs nncf, not installed here: pip install 'conditional-detr[openvino]'"
         raise ModuleNotFoundError(f"{target}: {needs}")
+    _check_list("keep", keep)
+    if unknown := [part for part in keep if part not in PARTS]:
+        raise ValueError(f"keep: expected some of {', '.join(PARTS)}, got {', '.join(map(repr, unknown))}")
     return checked_target(target)
+
+
+def _check_list(name: str, given: object) -> None:
+    """Raise TypeError for what is no list: a string is a sequence, too."""
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise TypeError(f"{name}: expected a list, got {type(given).__name__}")
 
 
 def _quantized(
