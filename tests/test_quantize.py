@@ -58,17 +58,21 @@ def _source(node):
     """Return what gives an operation its first input, through what only moves or scales it."""
     while True:
         node = node.input_value(0).get_node()
-        if node.get_type_name() not in ("Reshape", "Transpose", "Multiply"):
+        if node.get_type_name() not in ("Reshape", "Transpose", "Multiply", "MaxPool"):
             return node.get_type_name()
 
 
 def test_what_is_in_integers(quantised):
-    """All convolutions and linear layers, but no product of attention, no head and no λ_q."""
+    """The trunk, its additions too, and all linear layers, but no product of attention, no head and no λ_q."""
     path, *_ = quantised
     convolutions = operations(path, "Convolution")
     assert len(convolutions) == 16  # of a ResNet-18 up to stage 3, and the projection
     assert all(rounded for _, rounded in convolutions)
-    assert not any(rounded for _, rounded in operations(path, "ScaledDotProductAttention"))
+    sums = [rounded for name, rounded in operations(path, "Add") if "aten.add" in name]
+    assert sum(sums) == 6  # two blocks in each stage
+    assert len(sums) > 20  # and those of positions and of what attention gives, before it is normalised
+    for kind in ("ScaledDotProductAttention", "MVN"):
+        assert not any(rounded for _, rounded in operations(path, kind))
     linear = operations(path, "MatMul")
     rounded = {name.split("/")[0] for name, is_rounded in linear if is_rounded}
     # 3 encoder layers of 5; the keys and values of the decoder, whose positions no picture changes (16); its layers,

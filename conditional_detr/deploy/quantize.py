@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -37,11 +36,9 @@ from conditional_detr.sources import Picture, name_of
 PARTS = ("trunk", "encoder", "decoder")
 """Parts that can be kept in float."""
 
-# These are always, as are the products of attention: they cost little, and 8 bits hurt them. λ_q = FFN(f) multiplies
-# p_s, so that an error in it moves where a query looks: with it in int8, no box of a trained model was right.
-_KEPT = (r"decoder\.transformation", "class_head", "box_head")
-_ATTENTION = "scaled_dot_product_attention"
-_CONVOLUTIONS = {"Convolution", "GroupConvolution"}  # OpenVINO's names: all of them are the trunk's
+# λ_q = FFN(f) is always: it multiplies p_s, so that an error in it moves where a query looks. With it in int8, no box
+# of a trained model was right.
+_TRANSFORMATION = "decoder.transformation"
 
 
 def quantize(
@@ -56,7 +53,8 @@ def quantize(
 ) -> Description:
     """Write a model as an OpenVINO file that computes in 8-bit integers where that is fast and harmless.
 
-    Convolutions and linear layers are; the products and softmax of attention, λ_q and the heads stay in float32. The
+    The trunk is, its additions too, and the linear layers of encoder and decoder; the products and softmax of
+    attention, sums and norms outside the trunk, λ_q and the heads stay in float32. The
     ranges of what flows between are measured on pictures, which should be like those that the file is for. Nothing is
     trained. Inputs and outputs are those of :func:`conditional_detr.export`. How far logits and boxes of the first
     picture are from the model's stands in the file; what that means for AP, ``conditional-detr quantize`` measures.
@@ -149,23 +147,13 @@ def _quantized(
         return feeds(pixels, with_sizes=SIZES in traced.inputs)
 
     network = openvino_network(traced)
-    there = {operation.get_type_name() for operation in network.get_ops()}
-    kept = nncf.IgnoredScope(
-        patterns=_names_of_kept(traced, keep),
-        types=sorted(_CONVOLUTIONS & there) if "trunk" in keep else [],
-    )
     with _in_silence():
         return nncf.quantize(
             network,
             nncf.Dataset(list(enumerate(pictures)), feed),
-            preset=nncf.QuantizationPreset.PERFORMANCE,
-            model_type=nncf.ModelType.TRANSFORMER,
+            preset=nncf.QuantizationPreset.MIXED,  # zero need not be in the middle: as fast here, and AP is higher
             subset_size=len(pictures),
-            ignored_scope=kept,
-            # nncf would first move scales from activations into weights, for language models; AP is higher without
-            advanced_parameters=nncf.AdvancedQuantizationParameters(
-                smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1)
-            ),
+            ignored_scope=nncf.IgnoredScope(names=_names_of_kept(network, traced, keep)),
         )
 
 
@@ -185,17 +173,38 @@ def _in_silence() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _names_of_kept(traced: Traced, keep: Sequence[str]) -> list[str]:
-    """Return patterns of OpenVINO's names for what stays in float of all that is no convolution.
+def _names_of_kept(network: Any, traced: Traced, keep: Sequence[str]) -> list[str]:
+    """Return OpenVINO's names of all that stays in float: what is neither the trunk's nor a linear layer to round."""
+    rounded = set() if "trunk" in keep else _names_in_trunk(network)
+    linear = _names_of_linear(traced, keep)
+    operations = [one for one in network.get_ordered_ops() if one.get_type_name() != "Constant"]
+    names = [one.get_friendly_name() for one in operations]
+    return [name for name in names if name not in rounded and name.split("/")[0] not in linear]
 
-    They begin with torch.export's, which know the module that an operation comes from.
+
+def _names_in_trunk(network: Any) -> set[str]:
+    """Return OpenVINO's names of what the last convolution reads, and its own: it projects the trunk's feature map."""
+    found: set[str] = set()
+    left = [one for one in network.get_ordered_ops() if one.get_type_name() == "Convolution"][-1:]
+    while left:
+        operation = left.pop()
+        if operation.get_friendly_name() not in found:
+            found.add(operation.get_friendly_name())
+            left += [port.get_source_output().get_node() for port in operation.inputs()]
+    return found
+
+
+def _names_of_linear(traced: Traced, keep: Sequence[str]) -> set[str]:
+    """Return torch.export's names of the linear layers to round, with which OpenVINO's of their operations begin.
+
+    torch.export knows the module that an operation comes from. Heads are in neither of the two parts.
     """
-    wanted = re.compile("|".join((*_KEPT, *keep)))
-    names = []
+    parts = {"encoder", "decoder"}.difference(keep)
+    names = set()
     for node in traced.program.graph.nodes:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         path = stack[-1][0].removeprefix("network.") if stack else ""
-        weighted = node.name.startswith("linear") and wanted.match(path)
-        if node.op == "call_function" and (weighted or node.name.startswith(_ATTENTION)):
-            names.append(f"{re.escape(node.name)}/.*")
+        rounded = path.split(".")[0] in parts and not path.startswith(_TRANSFORMATION)
+        if node.op == "call_function" and node.name.startswith("linear") and rounded:
+            names.add(node.name)
     return names
