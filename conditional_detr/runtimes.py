@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from conditional_detr.checksums import is_whole
+
 KEY = "conditional_detr"
 """Under which a description stands in a file."""
 
@@ -99,6 +101,8 @@ def _open_onnx(path: Path, settings: Settings) -> Opened:
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
     provider = _provider(settings.device, onnxruntime.get_available_providers())
+    if not is_whole(path):
+        raise _damaged(path, "its checksum is wrong")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # of many kinds, all of the runtime's own
@@ -193,13 +197,15 @@ def _open_openvino(path: Path, settings: Settings) -> Opened:
 
 
 def _check_parts(path: Path) -> None:
-    """Raise unless an ``.xml`` has a network, and the ``.bin`` beside it is there and holds all that this wants."""
+    """Raise unless an ``.xml`` has a network, the ``.bin`` beside it all that this wants, and both are as written."""
     text = path.read_bytes()
     if b"<net " not in text[:1000]:  # OpenVINO would try all that it knows on it, and print what each thinks of it
         raise _damaged(path, "it has no network of OpenVINO's")
     weights = path.with_suffix(".bin")
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such file; it belongs to {path.name} and holds the weights")
+    if not is_whole(path):
+        raise _damaged(path, f"the checksum of it and {weights.name} is wrong")
     places = re.finditer(rb'offset="(\d+)" size="(\d+)"', text)
     end = max((int(place[1]) + int(place[2]) for place in places), default=0)
     if weights.stat().st_size < end:

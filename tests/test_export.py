@@ -422,6 +422,38 @@ def test_openvino_needs_the_whole_bin(exports, tmp_path):
             ExportedModel(tmp_path / "model.xml")
 
 
+@pytest.mark.parametrize(("suffix", "part"), [(".onnx", ".onnx"), (".xml", ".xml"), (".xml", ".bin")])
+def test_a_flipped_bit_is_found(suffix, part, exports, tmp_path):
+    path, _ = exports("tiny", suffix, top_k=TOP_K)
+    for file in path.parent.glob(f"{path.stem}.*"):
+        shutil.copy(file, tmp_path)
+    target = tmp_path / path.with_suffix(part).name
+    content = target.read_bytes()
+    for place in (len(content) // 3, len(content) // 2, len(content) - 200):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        target.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{path.name}: {DAMAGED}: \w+ checksum( of it and .+)? is wrong"):
+            ExportedModel(tmp_path / path.name)
+    target.write_bytes(content)
+    ExportedModel(tmp_path / path.name)
+
+
+def test_files_that_other_programs_have_written_anew_are_opened(exports, tmp_path):
+    import onnx
+    import openvino
+
+    path, description = exports("tiny", ".onnx", top_k=TOP_K)
+    model = onnx.load(path)
+    onnx.save(model, tmp_path / "same.onnx")
+    onnx.helper.set_model_props(model, {**{one.key: one.value for one in model.metadata_props}, "more": "1"})
+    onnx.save(model, tmp_path / "more.onnx")
+    path, _ = exports("tiny", ".xml", top_k=TOP_K)
+    openvino.save_model(runtimes.openvino_core().read_model(path), tmp_path / "same.xml", compress_to_fp16=True)
+    for name in ("same.onnx", "more.onnx", "same.xml"):
+        assert ExportedModel(tmp_path / name).description.metadata == description.metadata
+
+
 def test_damaged_weights_in_an_archive_are_found(exports, tmp_path):
     path, _ = exports("tiny", ".pt2", top_k=TOP_K)
     content = bytearray(path.read_bytes())

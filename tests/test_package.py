@@ -24,16 +24,17 @@ LAYERS = [
     {"model", "labels", "targets"},
     {"backbone", "encoder", "decoder"},
     {"positions", "boxes"},
+    {"runtimes"},
     {"attention", "layers", "metadata", "parameter_names", "skeleton"}
     | {
         "tensor_checks",
         "drawing",
         "files",
+        "checksums",
         "pipeline",
         "sources",
         "selection",
         "progress",
-        "runtimes",
         "interruption",
     },
 ]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from conditional_detr.checksums import seal
 from conditional_detr.deploy.kernels import Computation
 from conditional_detr.deploy.optimize import OptimizedDETR, check_dtype, check_model
 from conditional_detr.deploy.parity import TOLERANCES, check_parity, compare, parity_pixels
@@ -218,6 +219,7 @@ def _write_program(program: torch.export.ExportedProgram, path: Path, descriptio
 def _write_onnx(made: torch.onnx.ONNXProgram, path: Path, description: Description) -> None:
     made.model.metadata_props[KEY] = description.to_json()
     made.save(str(path))
+    seal(path)
 
 
 def write_openvino(network: Any, path: Path, description: Description) -> None:
@@ -226,6 +228,7 @@ def write_openvino(network: Any, path: Path, description: Description) -> None:
 
     network.set_rt_info(description.to_json(), [KEY, "description"])
     openvino.save_model(network, path, compress_to_fp16=False)
+    seal(path)
 
 
 def checked_target(target: str | Path) -> Path:
