@@ -133,6 +133,20 @@ def test_an_engine_that_fails_is_told_and_left_out(small, pretended):
         measure(model, names, size=(64, 64), rounds=2)
 
 
+def test_an_engine_whose_files_cannot_be_written_is_told_and_left_out(small, pretended, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setitem(ENGINES, "OpenVINO", replace(ENGINES["OpenVINO"], write=broken))
+    model, told = ConditionalDETR.from_pretrained(small), []
+    found = measure(model, ["plain", "OpenVINO", "optimised"], size=(64, 64), rounds=1, missing=told.append)
+    assert [one.engine for one in found] == ["plain", "optimised"]
+    assert told == ["OpenVINO: its files could not be written: RuntimeError: no such operator"]
+    for names, missing in ((["plain", "OpenVINO"], None), (["OpenVINO", "plain"], told.append)):
+        with pytest.raises(OSError, match="OpenVINO: its files could not be written: RuntimeError: no such op"):
+            measure(model, names, size=(64, 64), rounds=1, missing=missing)
+
+
 def test_what_a_process_says_last_is_told(tmp_path):
     """Here there is no model for it; and one that is killed has an exit code."""
     task = Task("plain", str(tmp_path), "cpu", 1, (64, 64), 1, 0)

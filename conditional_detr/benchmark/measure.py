@@ -54,10 +54,11 @@ def measure(
         rounds: how often each is timed.
         seed: of the pixels.
         progress: told what is being done.
-        missing: told of an engine whose process failed, which is then left out; None: that is an error.
+        missing: told of an engine whose process failed, or whose files could not be written, and which is then left
+            out; None: that is an error.
 
     Raises:
-        OSError: the process of an engine failed; of the first one in any case.
+        OSError: the process of an engine failed, or its files could not be written; of the first one in any case.
         ValueError: an engine that does not exist, or does not run on the device; no rounds.
         ModuleNotFoundError: a package that one of them needs is not installed.
     """
@@ -69,7 +70,7 @@ def measure(
     case: dict[str, Any] = {"height": size[0], "width": size[1], "batch": batch, "threads": threads}
     with tempfile.TemporaryDirectory() as folder:
         tasks = [Task(name, folder, str(device), threads, size, batch, seed) for name in names]
-        _prepare(model, tasks, lambda text: progress(f"{what}: {text}"))
+        tasks = _prepared(model, tasks, lambda text: progress(f"{what}: {text}"), missing)
         readings = []
         with Worker(tasks[0]) as first:
             progress(f"{what}: {names[0]}")
@@ -89,17 +90,31 @@ def measure(
 
 
 @torch.no_grad()
-def _prepare(model: ConditionalDETR, tasks: Sequence[Task], progress: Callable[[str], None]) -> None:
-    """Write what the processes read: the model, what it gives, and the files of the engines that have some."""
+def _prepared(
+    model: ConditionalDETR,
+    tasks: Sequence[Task],
+    progress: Callable[[str], None],
+    missing: Callable[[str], None] | None,
+) -> list[Task]:
+    """Write what the processes read: the model, what it gives, and files of engines; return what can be run."""
     folder, pixels = Path(tasks[0].folder), tasks[0].pixels()
     plain = model.eval()(pixels)
     torch.save((plain.logits[-1].clone(), plain.boxes[-1].clone()), folder / EXPECTED)
     write_weights(model, folder)
+    ready = []
     for task in tasks:
         write = ENGINES[task.engine].write
-        if write is not None:
-            progress(f"{task.engine}: writing its files")
-            write(model, folder, pixels)
+        try:
+            if write is not None:
+                progress(f"{task.engine}: writing its files")
+                write(model, folder, pixels)
+            ready.append(task)
+        except Exception as error:  # of many kinds, from exporters of several packages
+            told = f"{task.engine}: its files could not be written: {type(error).__name__}: {error}"
+            if missing is None or task is tasks[0]:
+                raise OSError(told) from error
+            missing(told)
+    return ready
 
 
 def _compare(task: Task, first: Worker, rounds: int, case: Mapping[str, Any]) -> Reading:
