@@ -1,4 +1,4 @@
-"""8-bit integers: convolutions and linear layers of an OpenVINO file, their ranges measured on pictures."""
+"""8-bit integers: the trunk and the linear layers of an OpenVINO file, their ranges measured on pictures."""
 
 import contextlib
 import logging
@@ -53,11 +53,12 @@ def quantize(
 ) -> Description:
     """Write a model as an OpenVINO file that computes in 8-bit integers where that is fast and harmless.
 
-    The trunk is, its additions too, and the linear layers of encoder and decoder; the products and softmax of
-    attention, sums and norms outside the trunk, λ_q and the heads stay in float32. The
-    ranges of what flows between are measured on pictures, which should be like those that the file is for. Nothing is
-    trained. Inputs and outputs are those of :func:`conditional_detr.export`. How far logits and boxes of the first
-    picture are from the model's stands in the file; what that means for AP, ``conditional-detr quantize`` measures.
+    That is in the whole trunk, its additions too, and in the linear layers of encoder and decoder. The products and
+    softmax of attention, sums and norms outside the trunk, λ_q and the heads stay in float32. The ranges of what flows
+    between are measured on pictures, which should be like those that the file is for. Nothing is trained.
+
+    Inputs and outputs are those of :func:`conditional_detr.export`. How far logits and boxes of the first picture are
+    from the model's stands in the file; what that means for AP, ``conditional-detr quantize`` measures.
 
     Args:
         model: the model; it stays as it is.
