@@ -31,10 +31,11 @@ def seal(path: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a file is what was sealed.
+    """Return whether a file is what was sealed, as far as can be told.
 
-    So it is also if it was never sealed, or other programs have written it anew: it then has another length, or no
-    checksum at its end.
+    Of a file that was never sealed it cannot, nor of one of another length than was sealed, which other programs have
+    written anew, or from which something is missing that runtimes miss as well. A change that keeps the length, by
+    whatever program, is taken for damage.
 
     Raises:
         OSError: it cannot be read, or the ``.bin`` beside it.

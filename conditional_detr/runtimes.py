@@ -102,7 +102,7 @@ def _open_onnx(path: Path, settings: Settings) -> Opened:
         options.intra_op_num_threads = settings.threads
     provider = _provider(settings.device, onnxruntime.get_available_providers())
     if not is_whole(path):
-        raise _damaged(path, "its checksum is wrong")
+        raise _damaged(path, "its checksum is wrong, unless it was changed on purpose")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # of many kinds, all of the runtime's own
@@ -205,7 +205,7 @@ def _check_parts(path: Path) -> None:
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such file; it belongs to {path.name} and holds the weights")
     if not is_whole(path):
-        raise _damaged(path, f"the checksum of it and {weights.name} is wrong")
+        raise _damaged(path, f"the checksum of it and {weights.name} is wrong, unless they were changed on purpose")
     places = re.finditer(rb'offset="(\d+)" size="(\d+)"', text)
     end = max((int(place[1]) + int(place[2]) for place in places), default=0)
     if weights.stat().st_size < end:

@@ -135,7 +135,7 @@ def test_an_engine_that_fails_is_told_and_left_out(small, pretended):
 
 def test_an_engine_whose_files_cannot_be_written_is_told_and_left_out(small, pretended, monkeypatch):
     def broken(*_):
-        raise RuntimeError("no such operator")
+        raise RuntimeError("\nno such operator\nat great length")
 
     monkeypatch.setitem(ENGINES, "OpenVINO", replace(ENGINES["OpenVINO"], write=broken))
     model, told = ConditionalDETR.from_pretrained(small), []

@@ -433,7 +433,8 @@ def test_a_flipped_bit_is_found(suffix, part, exports, tmp_path):
         damaged = bytearray(content)
         damaged[place] ^= 1
         target.write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf"{path.name}: {DAMAGED}: \w+ checksum( of it and .+)? is wrong"):
+        wrong = rf"{path.name}: {DAMAGED}: \w+ checksum( of it and .+)? is wrong, unless"
+        with pytest.raises(ValueError, match=wrong):
             ExportedModel(tmp_path / path.name)
     target.write_bytes(content)
     ExportedModel(tmp_path / path.name)
@@ -445,12 +446,11 @@ def test_files_that_other_programs_have_written_anew_are_opened(exports, tmp_pat
 
     path, description = exports("tiny", ".onnx", top_k=TOP_K)
     model = onnx.load(path)
-    onnx.save(model, tmp_path / "same.onnx")
     onnx.helper.set_model_props(model, {**{one.key: one.value for one in model.metadata_props}, "more": "1"})
     onnx.save(model, tmp_path / "more.onnx")
     path, _ = exports("tiny", ".xml", top_k=TOP_K)
     openvino.save_model(runtimes.openvino_core().read_model(path), tmp_path / "same.xml", compress_to_fp16=True)
-    for name in ("same.onnx", "more.onnx", "same.xml"):
+    for name in ("more.onnx", "same.xml"):
         assert ExportedModel(tmp_path / name).description.metadata == description.metadata
 
 

@@ -86,10 +86,23 @@ def test_what_is_in_integers(quantised):
 
 def test_parts_can_be_kept(shapes, tmp_path):
     quantize(shapes, tmp_path / "kept.xml", drawn(2), keep=("encoder", "trunk"))
-    assert not any(rounded for _, rounded in operations(tmp_path / "kept.xml", "Convolution"))
+    for kind in ("Convolution", "Add"):
+        assert not any(rounded for _, rounded in operations(tmp_path / "kept.xml", kind))
     rounded = {name.split("/")[0] for name, is_rounded in operations(tmp_path / "kept.xml", "MatMul") if is_rounded}
     assert "linear_15" in rounded
     assert not {"linear_3", "linear_4"} & rounded
+
+
+def test_attention_and_norms_of_a_trunk_stay_in_float(tmp_path):
+    config = replace(TINY_CONFIG, backbone="pvt_v2_b0", backbone_stage=2)
+    model = ConditionalDETR(config, Metadata.numbered(7)).eval()
+    model.metadata = replace(model.metadata, preprocessing=Preprocessing(96, 160))
+    quantize(model, tmp_path / "int8.xml", drawn(1))
+    for kind, at_least in (("ScaledDotProductAttention", 8), ("MVN", 10)):  # decoder and encoder have fewer
+        found = operations(tmp_path / "int8.xml", kind)
+        assert len(found) > at_least
+        assert not any(rounded for _, rounded in found)
+    assert all(rounded for _, rounded in operations(tmp_path / "int8.xml", "Convolution"))
 
 
 def test_a_trunk_whose_convolutions_have_other_names(tmp_path):
@@ -240,7 +253,7 @@ def test_command_keeps_more_in_float_until_little_is_lost(data_set, tmp_path, mo
     assert done.exit_code == 0, done.output
     assert kept == [(), ("encoder",), ("decoder", "encoder")]
     assert "AP 0.6000 before, 0.5900 after: more than 0.0001 is lost" in done.stderr
-    assert "in float32, besides attention's products, λ_q and heads: decoder, encoder" in done.stdout
+    assert "parts kept in float32: decoder, encoder" in done.stdout
     pretend(least=False)
     before = target.read_bytes()
     failed = run("quantize", "shapes", target, *options, "--overwrite", "--keep", "encoder")

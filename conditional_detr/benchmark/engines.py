@@ -120,7 +120,9 @@ def _write_their_file(model: ConditionalDETR, folder: Path, example: Tensor) -> 
         write_weights(model, folder)
         program = torch.onnx.export(_Theirs(folder).eval(), (example,), dynamo=True, verbose=False)
         assert program is not None  # as it is only without dynamo
-        program.save(str(path))
+        draft = path.with_name("draft.onnx")  # half a file must not be taken for a whole one
+        program.save(str(draft))
+        draft.replace(path)
 
 
 def _their_onnx_runtime(_: ConditionalDETR, folder: Path, example: Tensor) -> Run:

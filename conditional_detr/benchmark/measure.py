@@ -58,7 +58,8 @@ def measure(
             out; None: that is an error.
 
     Raises:
-        OSError: the process of an engine failed, or its files could not be written; of the first one in any case.
+        OSError: the process of an engine failed, or its files could not be written; with ``missing``, only if it is
+            the first.
         ValueError: an engine that does not exist, or does not run on the device; no rounds.
         ModuleNotFoundError: a package that one of them needs is not installed.
     """
@@ -110,7 +111,8 @@ def _prepared(
                 write(model, folder, pixels)
             ready.append(task)
         except Exception as error:  # of many kinds, from exporters of several packages
-            told = f"{task.engine}: its files could not be written: {type(error).__name__}: {error}"
+            why = next(iter(str(error).strip().splitlines()), "")  # exporters tell much more than that
+            told = f"{task.engine}: its files could not be written: {type(error).__name__}: {why}"
             if missing is None or task is tasks[0]:
                 raise OSError(told) from error
             missing(told)

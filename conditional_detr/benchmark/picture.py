@@ -44,7 +44,7 @@ def _bars(axes: Any, timings: Sequence[Timing], label: str) -> None:
     names = [one.engine for one in timings]
     colours = [_THEIRS if "transformers" in name else _OURS for name in names]
     bars = axes.barh(names, [one.median for one in timings], color=colours)
-    axes.bar_label(bars, [f"{one.median:#.3g} s, {one.ratio:.2f}x" for one in timings], padding=3)
+    axes.bar_label(bars, [f"{f'{one.median:#.3g}'.rstrip('.')} s, {one.ratio:.2f}x" for one in timings], padding=3)
     axes.margins(x=0.6)
     axes.invert_yaxis()
     axes.set_xlabel(label)

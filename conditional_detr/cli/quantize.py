@@ -118,13 +118,14 @@ def _report(target: Path, described: Description | None, meter: _Meter | None) -
         best = max(meter.tried)
         tell(
             f"error: {target}: not written: AP was {meter.before:.4f} before and at best {best:.4f} after,"
-            f" more than {meter.max_loss} lost; more pictures like the data set's, or a larger --max-loss",
+            f" more than {meter.max_loss} lost; more pictures like the data set's, --keep trunk,"
+            " or a larger --max-loss",
             style="red",
         )
         raise typer.Exit(FAILED)
     report(target, described)
-    kept = ", ".join(described.measured["calibration"]["also in float"]) or "nothing else"
-    tell(f"in float32, besides attention's products, λ_q and heads: {kept}", to=out)
+    kept = ", ".join(described.measured["calibration"]["also in float"]) or "none"
+    tell(f"parts kept in float32: {kept}", to=out)
     if meter is None:
         tell("AP was not measured: --data and --images do", to=out)
     else:

@@ -36,9 +36,10 @@ from conditional_detr.sources import Picture, name_of
 PARTS = ("trunk", "encoder", "decoder")
 """Parts that can be kept in float."""
 
-# λ_q = FFN(f) is always: it multiplies p_s, so that an error in it moves where a query looks. With it in int8, no box
-# of a trained model was right.
+# λ_q = FFN(f) always stays in float: it multiplies p_s, so that an error in it moves where a query looks. With it in
+# int8, no box of a trained model was right.
 _TRANSFORMATION = "decoder.transformation"
+_KEPT_IN_TRUNK = {"ScaledDotProductAttention", "MVN"}  # OpenVINO's names for attention's products and for LayerNorm
 
 
 def quantize(
@@ -53,8 +54,8 @@ def quantize(
 ) -> Description:
     """Write a model as an OpenVINO file that computes in 8-bit integers where that is fast and harmless.
 
-    That is in the whole trunk, its additions too, and in the linear layers of encoder and decoder. The products and
-    softmax of attention, sums and norms outside the trunk, λ_q and the heads stay in float32. The ranges of what flows
+    That is in the trunk, its additions too, and in the linear layers of encoder and decoder. The products and softmax
+    of attention, layer norms, sums outside the trunk, λ_q and the heads stay in float32. The ranges of what flows
     between are measured on pictures, which should be like those that the file is for. Nothing is trained.
 
     Inputs and outputs are those of :func:`conditional_detr.export`. How far logits and boxes of the first picture are
@@ -184,7 +185,7 @@ def _names_of_kept(network: Any, traced: Traced, keep: Sequence[str]) -> list[st
 
 
 def _names_in_trunk(network: Any) -> set[str]:
-    """Return OpenVINO's names of what the last convolution reads, and its own: it projects the trunk's feature map."""
+    """Return OpenVINO's names of what to round in the trunk, which ends in the last convolution, the projection."""
     found: set[str] = set()
     left = [one for one in network.get_ordered_ops() if one.get_type_name() == "Convolution"][-1:]
     while left:
@@ -192,7 +193,8 @@ def _names_in_trunk(network: Any) -> set[str]:
         if operation.get_friendly_name() not in found:
             found.add(operation.get_friendly_name())
             left += [port.get_source_output().get_node() for port in operation.inputs()]
-    return found
+    kept = [one for one in network.get_ordered_ops() if one.get_type_name() in _KEPT_IN_TRUNK]
+    return found.difference(one.get_friendly_name() for one in kept)
 
 
 def _names_of_linear(traced: Traced, keep: Sequence[str]) -> set[str]:
