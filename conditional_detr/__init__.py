@@ -2,14 +2,14 @@
 
 from conditional_detr.deploy.export import export
 from conditional_detr.deploy.optimize import optimize
-from conditional_detr.detections import Detections
-from conditional_detr.detector import Detector
-from conditional_detr.exported import ExportedModel
-from conditional_detr.losses import SetLoss
-from conditional_detr.matcher import HungarianMatcher
-from conditional_detr.metadata import Metadata, Preprocessing
-from conditional_detr.model import AttentionMaps, ConditionalDETR, Config, Output
-from conditional_detr.sources import Limits
+from conditional_detr.inference.detections import Detections
+from conditional_detr.inference.detector import Detector
+from conditional_detr.inference.exported import ExportedModel
+from conditional_detr.inference.sources import Limits
+from conditional_detr.modeling.conditional_detr import AttentionMaps, ConditionalDETR, Config, Output
+from conditional_detr.modeling.metadata import Metadata, Preprocessing
+from conditional_detr.set_prediction.losses import SetLoss
+from conditional_detr.set_prediction.matcher import HungarianMatcher
 
 __all__ = [
     "AttentionMaps",

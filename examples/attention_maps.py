@@ -9,7 +9,7 @@ import argparse
 import torch
 
 from conditional_detr import ConditionalDETR, Config, Detector
-from conditional_detr.images import open_picture, to_pixels
+from conditional_detr.inference.images import open_picture, to_pixels
 
 
 def main() -> None:

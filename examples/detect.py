@@ -7,7 +7,7 @@ such pictures, so that every step runs where nothing can be downloaded.
 import argparse
 
 from conditional_detr import Detector
-from conditional_detr.training.shapes import draw_picture, index_in
+from conditional_detr.data.synthetic import draw_picture, index_in
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import argparse
 import torch
 
 from conditional_detr import ConditionalDETR, Config, Detector, Metadata, Preprocessing
-from conditional_detr.training.evaluation import evaluate
-from conditional_detr.training.shapes import CLASS_NAMES, write_shapes
+from conditional_detr.data.synthetic import CLASS_NAMES, write_shapes
+from conditional_detr.evaluation.coco import evaluate
 
 
 def main() -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from conditional_detr import ConditionalDETR, Config, Detector, Preprocessing
+from conditional_detr.data.dataset import Augmentation, CocoData
+from conditional_detr.data.synthetic import write_shapes
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.data import Augmentation, CocoData
 from conditional_detr.training.loop import train
-from conditional_detr.training.shapes import write_shapes
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from conditional_detr import ConditionalDETR, Config, Metadata
-from conditional_detr.labels import COCO_NAMES
+from conditional_detr.checkpoints.labels import COCO_NAMES
 
 
 class BottleneckHead(nn.Module):

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run_example
 
-from conditional_detr.training.shapes import CLASS_NAMES, draw_picture, index_in
+from conditional_detr.data.synthetic import CLASS_NAMES, draw_picture, index_in
+from helpers.models import run_example
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from conditional_detr.deploy.export import export
 from conditional_detr.deploy.optimize import optimize
 from conditional_detr.deploy.quantize import quantize
-from conditional_detr.exported import ExportedModel
-from conditional_detr.model import ConditionalDETR
-from conditional_detr.runtimes import Run, openvino_core
+from conditional_detr.inference.exported import ExportedModel
+from conditional_detr.inference.runtimes import Run, openvino_core
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from conditional_detr.benchmark.measure import Reading, measure
 from conditional_detr.benchmark.timing import threads_set
-from conditional_detr.model import ConditionalDETR
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 HEIGHTS, BATCHES, COMMON = (400, 600, 800, 1000, 1333), (1, 2, 4), 800
 

@@ -11,7 +11,7 @@ import torch
 from conditional_detr.benchmark.engines import ENGINES, write_weights
 from conditional_detr.benchmark.timing import Timing, check_rounds
 from conditional_detr.benchmark.worker import EXPECTED, Task, Worker
-from conditional_detr.model import ConditionalDETR
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 
 @dataclass(frozen=True, kw_only=True)

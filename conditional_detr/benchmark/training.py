@@ -14,9 +14,9 @@ from torch import Tensor
 from conditional_detr.benchmark.engines import REFERENCE, transformers_network, write_weights
 from conditional_detr.benchmark.measure import check
 from conditional_detr.benchmark.timing import WARM_UP, Timing, check_rounds, in_turn, process_peak, warm_up
-from conditional_detr.losses import SetLoss
-from conditional_detr.model import ConditionalDETR, Output
-from conditional_detr.training.optimisation import linears_convolved, norms_folded
+from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output
+from conditional_detr.set_prediction.losses import SetLoss
+from conditional_detr.training.optimizer import linears_convolved, norms_folded
 
 OURS = "this library"
 STEP, CRITERION = "step", "criterion"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from conditional_detr.benchmark.engines import ENGINES, WEIGHTS
 from conditional_detr.benchmark.timing import process_peak, seconds_of, warm_up
-from conditional_detr.model import ConditionalDETR
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 EXPECTED = "expected.pt"
 _SIGN = "benchmark: "  # in front of what is said to the parent: libraries may print as well

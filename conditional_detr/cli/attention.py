@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from conditional_detr.cli.console import AUTO, one_line_errors, out, pick_device
-from conditional_detr.cli.inputs import list_pictures
-from conditional_detr.detector import PUBLISHED, Detector
-from conditional_detr.files import write_whole
+from conditional_detr.inference.detector import PUBLISHED, Detector
+from conditional_detr.inference.listing import list_pictures
+from conditional_detr.system.atomic_files import write_whole
 
 
 def attention(

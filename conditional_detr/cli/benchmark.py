@@ -15,16 +15,16 @@ import torch
 import typer
 
 from conditional_detr.benchmark.engines import ENGINES, REFERENCE
+from conditional_detr.benchmark.figure import draw
 from conditional_detr.benchmark.growth import measure_growth
 from conditional_detr.benchmark.measure import available, check, measure
-from conditional_detr.benchmark.picture import draw
 from conditional_detr.benchmark.report import Report, Table
 from conditional_detr.benchmark.timing import product_rate
 from conditional_detr.benchmark.training import STEP, measure_training, peak_of_step
+from conditional_detr.checkpoints.loading import checked_device, from_pretrained
 from conditional_detr.cli.console import AUTO, err, one_line_errors, out, pick_device, tell
-from conditional_detr.files import write_whole
-from conditional_detr.model import ConditionalDETR, Config
-from conditional_detr.weights import checked_device, from_pretrained
+from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
+from conditional_detr.system.atomic_files import write_whole
 
 _GROWING = (REFERENCE, "plain", "optimised", "optimised bf16")
 

@@ -9,12 +9,12 @@ from PIL import Image
 from rich.table import Table
 
 from conditional_detr.cli.console import FAILED, err, one_line_errors, out
-from conditional_detr.files import write_whole
-from conditional_detr.progress import progress_bar
-from conditional_detr.training.coco_files import read_annotations
-from conditional_detr.training.contact_sheet import draw_sheet
-from conditional_detr.training.data_report import Cases, DataReport
-from conditional_detr.training.data_report import check_data as check
+from conditional_detr.data.coco import read_annotations
+from conditional_detr.data.contact_sheet import draw_sheet
+from conditional_detr.data.report import Cases, DataReport
+from conditional_detr.data.report import check_data as check
+from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.progress import progress_bar
 
 SHOWN = 5  # cases of a kind on the screen; the json has all
 

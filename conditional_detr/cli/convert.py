@@ -7,10 +7,10 @@ from typing import Annotated
 import torch
 import typer
 
+from conditional_detr.checkpoints.key_maps import Family
+from conditional_detr.checkpoints.loading import from_pretrained
+from conditional_detr.checkpoints.saving import files_of, save_as
 from conditional_detr.cli.console import Precision, megabytes, one_line_errors
-from conditional_detr.parameter_names import Family
-from conditional_detr.saving import files_of, save_as
-from conditional_detr.weights import from_pretrained
 
 
 class Target(str, Enum):

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
-from conditional_detr.checkpoint import shipped_folder
+from conditional_detr.checkpoints.files import shipped_folder
 from conditional_detr.cli.console import (
     AUTO,
     FAILED,
@@ -25,18 +25,18 @@ from conditional_detr.cli.console import (
     out,
     tell,
 )
-from conditional_detr.cli.inputs import Input, Inputs, list_pictures
 from conditional_detr.cli.models import DEVICE, WEIGHTS, open_detector
-from conditional_detr.cli.processes import join_processes
-from conditional_detr.cli.records import Format, Records, open_records
-from conditional_detr.detections import Detections
-from conditional_detr.detector import PICTURE_ERRORS, PUBLISHED, Detector
-from conditional_detr.drawing import font_at
-from conditional_detr.files import write_whole
-from conditional_detr.pipeline import prepare_ahead
-from conditional_detr.progress import progress_bar
-from conditional_detr.selection import Selection
-from conditional_detr.training.shapes import draw_picture, index_in
+from conditional_detr.data.synthetic import draw_picture, index_in
+from conditional_detr.inference.detections import Detections
+from conditional_detr.inference.detector import PICTURE_ERRORS, PUBLISHED, Detector
+from conditional_detr.inference.drawing import font_at
+from conditional_detr.inference.listing import Input, Inputs, list_pictures
+from conditional_detr.inference.pipeline import prepare_ahead
+from conditional_detr.inference.postprocessing import Selection
+from conditional_detr.inference.processes import join_processes
+from conditional_detr.inference.results import Format, Records, open_records
+from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.progress import progress_bar
 
 _LISTED = 20  # failures that are spelled out at the end
 _DEMO, _DEMO_PICTURE = PurePath("demo"), "demo-picture.png"

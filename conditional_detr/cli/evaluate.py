@@ -10,12 +10,12 @@ from rich.text import Text
 
 from conditional_detr.cli.console import AUTO, err, one_line_errors, out
 from conditional_detr.cli.models import DEVICE, WEIGHTS, open_detector
-from conditional_detr.cli.processes import join_processes
-from conditional_detr.detector import PUBLISHED
-from conditional_detr.files import write_whole
-from conditional_detr.progress import progress_bar
-from conditional_detr.training.evaluation import MAX_DETECTIONS, CocoResult, evaluate_detections
-from conditional_detr.training.evaluation import evaluate as measure
+from conditional_detr.evaluation.coco import MAX_DETECTIONS, CocoResult, evaluate_detections
+from conditional_detr.evaluation.coco import evaluate as measure
+from conditional_detr.inference.detector import PUBLISHED
+from conditional_detr.inference.processes import join_processes
+from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.progress import progress_bar
 
 _MEANINGS = {
     "AP": "average precision, IoU 0.50 to 0.95",

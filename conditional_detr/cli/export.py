@@ -6,11 +6,11 @@ from typing import Annotated
 import torch
 import typer
 
+from conditional_detr.checkpoints.loading import from_pretrained
 from conditional_detr.cli.console import err, megabytes, one_line_errors, out, tell
 from conditional_detr.deploy.export import checked_target
 from conditional_detr.deploy.export import export as write
-from conditional_detr.exported import Description
-from conditional_detr.weights import from_pretrained
+from conditional_detr.inference.exported import Description
 
 OVERWRITE = "Replace what is there."
 

@@ -10,12 +10,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from conditional_detr.checkpoints.loading import from_pretrained
 from conditional_detr.cli.console import megabytes, one_line_errors, out
-from conditional_detr.exported import Description, ExportedModel, is_exported
-from conditional_detr.metadata import Metadata
-from conditional_detr.model import Config
-from conditional_detr.summary import Summary, summarise
-from conditional_detr.weights import from_pretrained
+from conditional_detr.deploy.summary import Summary, summarise
+from conditional_detr.inference.exported import Description, ExportedModel, is_exported
+from conditional_detr.modeling.conditional_detr import Config
+from conditional_detr.modeling.metadata import Metadata
 
 
 def info(

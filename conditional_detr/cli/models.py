@@ -1,8 +1,8 @@
 """Which model the commands mean: weights of any kind, or an exported file."""
 
 from conditional_detr.cli.console import AUTO, pick_device
-from conditional_detr.detector import Detector
-from conditional_detr.exported import is_exported
+from conditional_detr.inference.detector import Detector
+from conditional_detr.inference.exported import is_exported
 
 WEIGHTS = "A folder, a file, the name of shipped weights, a hub id 'owner/name', or an exported .onnx, .xml or .pt2."
 DEVICE = "Where the model runs: cpu, cuda, cuda:1, mps. Exported files run on the CPU unless this says otherwise."

@@ -9,17 +9,17 @@ from typing import Annotated, Any
 import typer
 from rich.status import Status
 
+from conditional_detr.checkpoints.loading import from_pretrained
 from conditional_detr.cli.console import FAILED, err, one_line_errors, out, tell
 from conditional_detr.cli.export import OVERWRITE, check_free, report
-from conditional_detr.cli.inputs import list_pictures
 from conditional_detr.deploy.optimize import optimize
 from conditional_detr.deploy.quantize import PARTS, check_request
 from conditional_detr.deploy.quantize import quantize as write
-from conditional_detr.detector import Detector
-from conditional_detr.exported import Description, ExportedModel
-from conditional_detr.model import ConditionalDETR
-from conditional_detr.training.evaluation import evaluate
-from conditional_detr.weights import from_pretrained
+from conditional_detr.evaluation.coco import evaluate
+from conditional_detr.inference.detector import Detector
+from conditional_detr.inference.exported import Description, ExportedModel
+from conditional_detr.inference.listing import list_pictures
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 _LADDER = ((), ("encoder",), ("encoder", "decoder"))  # what is kept in float, until little enough is lost
 

@@ -10,18 +10,18 @@ import torch
 import typer
 from torch import distributed
 
+from conditional_detr.checkpoints.backbone_weights import load_trunk
+from conditional_detr.checkpoints.loading import from_pretrained
 from conditional_detr.cli.console import INTERRUPTED, Precision, one_line_errors, out, tell
-from conditional_detr.metadata import Metadata, Preprocessing
-from conditional_detr.model import ConditionalDETR, Config
+from conditional_detr.data.annotations import name_rows
+from conditional_detr.data.coco import read_annotations
+from conditional_detr.data.dataset import Augmentation, CocoData
+from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
+from conditional_detr.modeling.metadata import Metadata, Preprocessing
 from conditional_detr.training.checkpoints import LAST, STATE
-from conditional_detr.training.coco_files import read_annotations
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.data import Augmentation, CocoData
 from conditional_detr.training.loop import TrainResult
 from conditional_detr.training.loop import train as run
-from conditional_detr.training.objects import name_rows
-from conditional_detr.trunk_weights import load_trunk
-from conditional_detr.weights import from_pretrained
 
 NOTHING = "none"
 """What --weights says for a model that starts untrained."""

@@ -15,17 +15,17 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from conditional_detr.checksums import seal
 from conditional_detr.deploy.kernels import Computation
 from conditional_detr.deploy.optimize import OptimizedDETR, check_dtype, check_model
 from conditional_detr.deploy.parity import TOLERANCES, check_parity, compare, parity_pixels
-from conditional_detr.exported import Description, ExportedModel
-from conditional_detr.files import write_whole
-from conditional_detr.interruption import StopRequest
-from conditional_detr.model import ConditionalDETR
-from conditional_detr.runtimes import BOXES, DETECTED, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
-from conditional_detr.selection import best, check_count, check_head, named_rows
-from conditional_detr.sources import Picture, name_of
+from conditional_detr.inference.checksums import seal
+from conditional_detr.inference.exported import Description, ExportedModel
+from conditional_detr.inference.postprocessing import best, check_count, check_head, named_rows
+from conditional_detr.inference.runtimes import BOXES, DETECTED, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
+from conditional_detr.inference.sources import Picture, name_of
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.shutdown import StopRequest
 
 _TRACED = (2, 3, 160, 224)  # no size of any map in it is 1, or equal to another
 _NEEDS = {

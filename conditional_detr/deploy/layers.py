@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conditional_detr.attention import attend
-from conditional_detr.decoder import ConditionalCrossAttention as CrossAttention
-from conditional_detr.decoder import Decoder
-from conditional_detr.decoder import SelfAttention as QueryAttention
 from conditional_detr.deploy.kernels import Computation, FusedLinear
-from conditional_detr.encoder import Encoder
-from conditional_detr.encoder import SelfAttention as TokenAttention
-from conditional_detr.layers import FeedForward, inverse_sigmoid
+from conditional_detr.modeling.attention import attend
+from conditional_detr.modeling.decoder import ConditionalCrossAttention as CrossAttention
+from conditional_detr.modeling.decoder import Decoder
+from conditional_detr.modeling.decoder import SelfAttention as QueryAttention
+from conditional_detr.modeling.encoder import Encoder
+from conditional_detr.modeling.encoder import SelfAttention as TokenAttention
+from conditional_detr.modeling.layers import FeedForward, inverse_sigmoid
 
 
 def joined(computation: Computation, *layers: Any, relu: bool = False) -> FusedLinear:

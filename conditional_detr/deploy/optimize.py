@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conditional_detr.deploy.backbone import FastTrunk
 from conditional_detr.deploy.kernels import Computation, FusedConv, has_kernels, of_any_size
 from conditional_detr.deploy.layers import FastDecoder, fast_encoder
-from conditional_detr.deploy.trunk import FastTrunk
-from conditional_detr.model import ConditionalDETR, Output, check_input
+from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output, check_input
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NOT_SAVED = "an optimised copy cannot be saved or copied; save or copy the model that it was made from"

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conditional_detr.exported import ExportedModel, Parity
-from conditional_detr.images import open_picture, to_pixels
-from conditional_detr.metadata import Preprocessing
-from conditional_detr.model import ConditionalDETR
-from conditional_detr.sources import Picture
+from conditional_detr.inference.exported import ExportedModel, Parity
+from conditional_detr.inference.images import open_picture, to_pixels
+from conditional_detr.inference.sources import Picture
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.metadata import Preprocessing
 
 # Largest differences of logits and boxes from the model: of half precision what its 11 bits allow
 TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.float16: (0.1, 0.02)}

@@ -25,13 +25,13 @@ from conditional_detr.deploy.export import (
 )
 from conditional_detr.deploy.optimize import check_model
 from conditional_detr.deploy.parity import check_parity, compare, parity_pixels
-from conditional_detr.exported import Description, ExportedModel
-from conditional_detr.images import open_picture, to_pixels
-from conditional_detr.metadata import Preprocessing
-from conditional_detr.model import ConditionalDETR
-from conditional_detr.runtimes import SIZES, feeds
-from conditional_detr.selection import check_count
-from conditional_detr.sources import Picture, name_of
+from conditional_detr.inference.exported import Description, ExportedModel
+from conditional_detr.inference.images import open_picture, to_pixels
+from conditional_detr.inference.postprocessing import check_count
+from conditional_detr.inference.runtimes import SIZES, feeds
+from conditional_detr.inference.sources import Picture, name_of
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.metadata import Preprocessing
 
 PARTS = ("trunk", "encoder", "decoder")
 """Parts that can be kept in float."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from conditional_detr.model import ConditionalDETR
-from conditional_detr.saving import write_tensors, writers_of
+from conditional_detr.checkpoints.saving import write_tensors, writers_of
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 LAST = "last"
 BEST = "best"

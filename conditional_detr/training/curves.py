@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from conditional_detr.files import write_whole
+from conditional_detr.system.atomic_files import write_whole
 
 _POINTS = 200  # a smoothed curve shows about as many
 

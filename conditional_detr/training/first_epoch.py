@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
-from conditional_detr.matcher import HungarianMatcher
-from conditional_detr.model import ConditionalDETR
-from conditional_detr.training.data import Sample
-from conditional_detr.training.feeding import Samples
+from conditional_detr.data.dataset import Sample
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.set_prediction.matcher import HungarianMatcher
+from conditional_detr.training.loader import Samples
 from conditional_detr.training.validation import predict
 
 PICTURES = 64  # looked at, spread over the data set

@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from conditional_detr.files import remove_unfinished
-from conditional_detr.interruption import StopRequest
-from conditional_detr.losses import SetLoss
-from conditional_detr.model import ConditionalDETR
+from conditional_detr.data.dataset import batches
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.set_prediction.losses import SetLoss
+from conditional_detr.system.atomic_files import remove_unfinished
+from conditional_detr.system.shutdown import StopRequest
 from conditional_detr.training.checkpoints import BEST, LAST, STATE, load_state, save_checkpoint
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.data import batches
-from conditional_detr.training.feeding import Samples, feed
 from conditional_detr.training.first_epoch import FirstEpoch, look_at_first_epoch
-from conditional_detr.training.journal import Journal
-from conditional_detr.training.optimisation import computed_twice, linears_convolved, norms_folded
+from conditional_detr.training.loader import Samples, feed
+from conditional_detr.training.logging import Journal
+from conditional_detr.training.optimizer import computed_twice, linears_convolved, norms_folded
 from conditional_detr.training.steps import Stepper
 from conditional_detr.training.validation import measure
 
@@ -81,7 +81,7 @@ def train(
     Args:
         model: trained in place; parameters without ``requires_grad`` stay. In the end it is in eval mode and holds
             the weights that ``last`` does.
-        train_data: pictures and targets: :class:`~conditional_detr.training.data.CocoData` or any map-style data set
+        train_data: pictures and targets: :class:`~conditional_detr.data.dataset.CocoData` or any map-style data set
             of such samples.
         val_data: what AP is measured on after epochs; None: nothing.
         config: the settings; default: the paper's.

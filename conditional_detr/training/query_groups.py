@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from conditional_detr.model import ConditionalDETR, Output
-from conditional_detr.training.feeding import seed_of
+from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output
+from conditional_detr.training.loader import seed_of
 
 
 class QueryGroups(nn.Module):

@@ -8,11 +8,11 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from conditional_detr.losses import SetLoss, boxes_per_process
-from conditional_detr.model import ConditionalDETR, Output
+from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output
+from conditional_detr.set_prediction.losses import SetLoss, boxes_per_process
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.feeding import Batch, seed_of
-from conditional_detr.training.optimisation import moving_average, parameter_groups, rate_factor
+from conditional_detr.training.loader import Batch, seed_of
+from conditional_detr.training.optimizer import moving_average, parameter_groups, rate_factor
 from conditional_detr.training.query_groups import QueryGroups
 
 Group: TypeAlias = Sequence[tuple[list[int], Batch]]

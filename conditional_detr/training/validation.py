@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, distributed
 from torchvision.ops import box_convert
 
-from conditional_detr.detector import Detector
-from conditional_detr.layers import evaluation_mode
-from conditional_detr.model import ConditionalDETR
-from conditional_detr.selection import Selection, select
-from conditional_detr.training.data import Sample, batches, collate
-from conditional_detr.training.evaluation import MAX_DETECTIONS, evaluate, evaluate_detections
-from conditional_detr.training.feeding import Samples
+from conditional_detr.data.dataset import Sample, batches, collate
+from conditional_detr.evaluation.coco import MAX_DETECTIONS, evaluate, evaluate_detections
+from conditional_detr.inference.detector import Detector
+from conditional_detr.inference.postprocessing import Selection, select
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.layers import evaluation_mode
+from conditional_detr.training.loader import Samples
 
 
 def measure(model: ConditionalDETR, data: Samples, batch_size: int) -> dict[str, float]:

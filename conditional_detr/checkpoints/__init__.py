@@ -1,0 +1,1 @@
+"""Load and save weights in every format that Conditional DETR is published in."""

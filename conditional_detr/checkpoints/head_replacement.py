@@ -1,0 +1,109 @@
+"""Changing a model's classes and object queries on purpose, keeping every row that still means the same."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from conditional_detr.modeling.conditional_detr import ConditionalDETR, prior_bias
+from conditional_detr.modeling.metadata import HeadChanges, Metadata
+
+
+def change_heads(
+    model: ConditionalDETR,
+    *,
+    class_names: Sequence[str | None] | None = None,
+    num_classes: int | None = None,
+    num_queries: int | None = None,
+) -> HeadChanges:
+    """Give a model other classes or another number of object queries, in place.
+
+    Args:
+        model: the model.
+        class_names: the classes it shall have; rows whose names match are kept, others start at the prior
+            probability. None stands for a row that belongs to no class.
+        num_classes: the number of classes, where they have no names. No row is kept unless it is the present one.
+        num_queries: the number of object queries; the leading ones are kept, new ones are drawn.
+
+    Returns:
+        What was kept, made and dropped.
+
+    Raises:
+        TypeError: class names that are no sequence of strings, or a count that is no int.
+        ValueError: no class, a name that stands twice, a count below 1, or counts that contradict each other.
+    """
+    old = model.metadata
+    names = _wanted_names(old.class_names, class_names, num_classes)
+    queries = _wanted_count("num_queries", num_queries, model.config.num_queries)
+    rows: list[int | None] = list(range(len(names)))
+    if names != old.class_names:
+        rows = [None if name is None else _index(old.class_names, name) for name in names]
+        head = nn.Linear(model.config.width, len(names), device=model.class_head.weight.device)
+        nn.init.constant_(head.bias, prior_bias())
+        _keep_rows(head.weight, model.class_head.weight, rows)
+        _keep_rows(head.bias, model.class_head.bias, rows)
+        model.class_head = head
+        model.metadata = Metadata(names, preprocessing=old.preprocessing)
+    kept_queries = min(queries, model.config.num_queries)
+    if queries != model.config.num_queries:
+        present = model.object_queries.weight
+        model.object_queries = nn.Embedding(queries, model.config.width, device=present.device)
+        _keep_rows(model.object_queries.weight, present, [*range(kept_queries)])
+    changes = HeadChanges(
+        kept_classes=_named(name for name, row in zip(names, rows, strict=True) if row is not None),
+        made_classes=_named(name for name, row in zip(names, rows, strict=True) if row is None),
+        dropped_classes=_named(name for name in old.class_names if name not in names),
+        kept_queries=kept_queries,
+        made_queries=queries - kept_queries,
+        dropped_queries=model.config.num_queries - kept_queries,
+    )
+    model.config = replace(model.config, num_classes=len(names), num_queries=queries)
+    return changes
+
+
+def _wanted_names(
+    old: tuple[str | None, ...], class_names: Sequence[str | None] | None, num_classes: int | None
+) -> tuple[str | None, ...]:
+    """Return the names the model shall have."""
+    if class_names is None:
+        count = _wanted_count("num_classes", num_classes, len(old))
+        return old if count == len(old) else Metadata.numbered(count).class_names
+    strings = not isinstance(class_names, str) and all(isinstance(n, str | None) for n in class_names)
+    if not strings:
+        raise TypeError(f"class_names: expected a sequence of strings, got {class_names!r}")
+    names = tuple(class_names)
+    if not _named(names):
+        raise ValueError(f"class_names: expected at least one name, got {names}")
+    if twice := sorted({name for name in _named(names) if names.count(name) > 1}):
+        raise ValueError(f"class_names: expected each name once, got more than one {', '.join(twice)}")
+    if num_classes not in (None, len(names)):
+        raise ValueError(f"num_classes: got {num_classes}, but class_names has {len(names)}")
+    return names
+
+
+def _wanted_count(what: str, count: int | None, default: int) -> int:
+    """Return a count, checked."""
+    if count is None:
+        return default
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{what}: expected an int, got {count!r}")
+    if count < 1:
+        raise ValueError(f"{what}: expected at least 1, got {count}")
+    return count
+
+
+def _named(names: Iterable[str | None]) -> tuple[str, ...]:
+    return tuple(name for name in names if name is not None)
+
+
+def _index(names: tuple[str | None, ...], name: str) -> int | None:
+    return names.index(name) if name in names else None
+
+
+@torch.no_grad()
+def _keep_rows(new: Tensor, old: Tensor, rows: Sequence[int | None]) -> None:
+    """Copy ``old[rows[i]]`` to ``new[i]`` wherever there is such a row."""
+    for i, row in enumerate(rows):
+        if row is not None:
+            new[i] = old[row]

@@ -1,0 +1,1 @@
+"""Measure detections: COCO's average precision and recall."""

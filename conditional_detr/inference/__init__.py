@@ -1,0 +1,1 @@
+"""Detect objects on images with a model or an exported file."""

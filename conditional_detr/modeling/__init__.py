@@ -1,0 +1,1 @@
+"""The network: one file per box of the paper's figure. Tensors in, tensors out."""

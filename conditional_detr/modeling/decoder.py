@@ -1,0 +1,214 @@
+"""The transformer decoder with conditional cross-attention: the paper's own idea (section 3).
+
+Names follow the paper: ``f`` decoder states (``c`` where they act as content), ``o_q`` object queries,
+``s`` reference points, ``p_s`` their sine encoding, ``lambda_q`` the transformation, ``p_q`` the conditional
+spatial query, ``p_k`` the position encoding of the keys.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from conditional_detr.modeling.attention import attend, attention_scores, attention_weights
+from conditional_detr.modeling.layers import MLP, FeedForward, Linear, at_least_float32, inverse_sigmoid
+from conditional_detr.modeling.positions import sine_of_points
+
+
+class SelfAttention(nn.Module):
+    """Self-attention among the queries: q = W c + W' o_q and k = W c + W' o_q, projected apart; v = W c."""
+
+    def __init__(self, width: int, heads: int, *, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.content_query = Linear(width, width)
+        self.position_query = Linear(width, width)
+        self.content_key = Linear(width, width)
+        self.position_key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.output = Linear(width, width, zero_bias=True)
+
+    def forward(self, c: Tensor, o_q: Tensor) -> Tensor:
+        """Relate the queries' content c (B, N, D), at positions o_q (B, N, D), to each other."""
+        q, k, v = self.project(c, o_q)
+        dropout = self.dropout if self.training else 0.0
+        return self.output(attend(q, k, v, self.heads, dropout=dropout))
+
+    def project(self, c: Tensor, o_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (B, N, D)."""
+        q = self.content_query(c) + self.position_query(o_q)
+        k = self.content_key(c) + self.position_key(o_q)
+        return q, k, self.value(c)
+
+
+class ConditionalCrossAttention(nn.Module):
+    """Cross-attention whose scores are c_qᵀ c_k + p_qᵀ p_k (paper, equation 2, section 3.3).
+
+    The sum of the two products is one product of concatenations, [c_q; p_q]ᵀ [c_k; p_k], in every head. In the
+    first decoder layer, where the content of a query is still zero, the projected o_q is added to c_q and p_k
+    to c_k.
+
+    Args:
+        width: D.
+        heads: M.
+        dropout: rate on the attention weights.
+        first: whether this is the first decoder layer.
+    """
+
+    def __init__(self, width: int, heads: int, *, dropout: float, first: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.content_query = Linear(width, width)
+        self.object_query = Linear(width, width) if first else None
+        self.spatial_query = Linear(width, width)
+        self.content_key = Linear(width, width)
+        self.spatial_key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.output = Linear(width, width, zero_bias=True)
+
+    def forward(
+        self, f: Tensor, o_q: Tensor, p_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None
+    ) -> Tensor:
+        """Gather from memory (B, S, D) what the queries (B, N, D) look for: (B, N, D)."""
+        q = self.concatenate(*self.project_queries(f, o_q, p_q))  # (B, N, 2D)
+        k = self.concatenate(*self.project_keys(memory, p_k))  # (B, S, 2D)
+        return self.gather(q, k, self.value(memory), padding)
+
+    def project_queries(self, f: Tensor, o_q: Tensor, p_q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return c_q (B, N, D) and p_q (B, N, D), projected."""
+        c_q = self.content_query(f)
+        if self.object_query is not None:
+            c_q = c_q + self.object_query(o_q)
+        return c_q, self.spatial_query(p_q)
+
+    def project_keys(self, memory: Tensor, p_k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return c_k (B, S, D) and p_k (B, S, D), projected: they depend on the picture and on no query."""
+        c_k, p_k = self.content_key(memory), self.spatial_key(p_k)
+        return (c_k if self.object_query is None else c_k + p_k), p_k
+
+    def gather(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
+        """Attend with queries (B, N, 2D) to keys (B, S, 2D) and values (B, S, D): (B, N, D)."""
+        dropout = self.dropout if self.training else 0.0
+        return self.output(attend(q, k, v, self.heads, padding=padding, dropout=dropout))
+
+    def concatenate(self, content: Tensor, spatial: Tensor) -> Tensor:
+        """Put content and spatial part of each head beside each other: (B, T, D) twice to (B, T, 2D)."""
+        parts = [part.unflatten(-1, (self.heads, -1)) for part in (content, spatial)]
+        return torch.cat(parts, dim=-1).flatten(-2)
+
+    def attention_maps(
+        self, f: Tensor, o_q: Tensor, p_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the softmax of the content part, of the spatial part, and of their sum: each (B, M, N, S)."""
+        (c_q, p_q), (c_k, p_k) = self.project_queries(f, o_q, p_q), self.project_keys(memory, p_k)
+        scale = (2 * c_q.shape[-1] // self.heads) ** -0.5
+        content = attention_scores(c_q, c_k, self.heads, scale=scale)
+        spatial = attention_scores(p_q, p_k, self.heads, scale=scale)
+        content, spatial, combined = (attention_weights(x, padding) for x in (content, spatial, content + spatial))
+        return content, spatial, combined
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, conditional cross-attention, feed-forward network; each with addition and norm."""
+
+    def __init__(self, width: int, heads: int, feedforward: int, *, dropout: float, first: bool) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(width, heads, dropout=dropout)
+        self.self_attention_norm = nn.LayerNorm(width)
+        self.cross_attention = ConditionalCrossAttention(width, heads, dropout=dropout, first=first)
+        self.cross_attention_norm = nn.LayerNorm(width)
+        self.feedforward = FeedForward(width, feedforward, dropout=dropout)
+        self.feedforward_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, f: Tensor, o_q: Tensor, p_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None
+    ) -> Tensor:
+        """Map decoder states f (B, N, D) to the next ones."""
+        c = self.relate(f, o_q)
+        return self.take_in(c, self.cross_attention(c, o_q, p_q, memory, p_k, padding))
+
+    def relate(self, f: Tensor, o_q: Tensor) -> Tensor:
+        """Self-attention with addition and norm: what cross-attention starts from."""
+        return self.self_attention_norm(f + self.dropout(self.self_attention(f, o_q)))
+
+    def take_in(self, c: Tensor, gathered: Tensor) -> Tensor:
+        """Add what cross-attention gathered, and the feed-forward network's, each with norm: the next state."""
+        c = self.cross_attention_norm(c + self.dropout(gathered))
+        return self.feedforward_norm(c + self.dropout(self.feedforward(c)))
+
+    def attention_maps(
+        self, f: Tensor, o_q: Tensor, p_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return content, spatial and combined cross-attention for decoder states f: each (B, M, N, S)."""
+        return self.cross_attention.attention_maps(self.relate(f, o_q), o_q, p_q, memory, p_k, padding)
+
+
+class Decoder(nn.Module):
+    """The stack of decoder layers, with the reference points and conditional spatial queries it runs on.
+
+    Args:
+        layers: L, 1 or more.
+        width: D.
+        heads: M, a divisor of D.
+        feedforward: hidden units of the feed-forward networks.
+        dropout: rate on attention weights, hidden units and residual branches.
+    """
+
+    def __init__(self, *, layers: int, width: int, heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DecoderLayer(width, heads, feedforward, dropout=dropout, first=i == 0) for i in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.reference_point = MLP(width, width, 2, depth=2, linear=Linear)
+        self.transformation = MLP(width, width, width, depth=2, linear=Linear)
+
+    def forward(
+        self, o_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Turn object queries into states that describe objects.
+
+        Args:
+            o_q: (B, N, D), object queries.
+            memory: (B, S, D), the encoder's output.
+            p_k: (B, S, D), position encoding of the keys.
+            padding: (B, S) bool, True = padded; None: nothing is padded.
+
+        Returns:
+            f: (L, B, N, D), normalised states of every layer.
+            s: (B, N, 2), reference points x y before the sigmoid.
+        """
+        points, p_s = self.points(o_q)
+        f = torch.stack(self.run(o_q, p_s, memory, p_k, padding)[1:])  # (L, B, N, D)
+        return self.norm(f), inverse_sigmoid(points)
+
+    def points(self, o_q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sigmoid(s), s = FFN(o_q): (B, N, 2) x y in [0, 1]; and p_s = sine(sigmoid(s)): (B, N, D)."""
+        points = at_least_float32(self.reference_point(o_q)).sigmoid()
+        return points, sine_of_points(points, o_q.shape[-1]).to(o_q.dtype)
+
+    def run(self, o_q: Tensor, p_s: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None) -> list[Tensor]:
+        """Return the states before the first layer and after each, L + 1 times (B, N, D), not normalised."""
+        states = [torch.zeros_like(o_q)]
+        for i, layer in enumerate(self.layers):
+            p_q = self.spatial_query(i, states[-1], p_s)
+            states.append(layer(states[-1], o_q, p_q, memory, p_k, padding))
+        return states
+
+    def spatial_query(self, layer: int, f: Tensor, p_s: Tensor) -> Tensor:
+        """Return p_q = λ_q ⊙ p_s with λ_q = FFN(f); in the first layer, p_q = p_s (paper, section 3.3)."""
+        if layer == 0:
+            return p_s
+        lambda_q = self.transformation(f)
+        return lambda_q * p_s
+
+    def attention_maps(
+        self, layer: int, o_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return content, spatial and combined cross-attention of one layer, 0..L-1: each (B, M, N, S)."""
+        _, p_s = self.points(o_q)
+        f = self.run(o_q, p_s, memory, p_k, padding)[layer]
+        p_q = self.spatial_query(layer, f, p_s)
+        at: DecoderLayer = self.layers[layer]  # type: ignore[assignment]  # ModuleList forgets it
+        return at.attention_maps(f, o_q, p_q, memory, p_k, padding)

@@ -1,0 +1,78 @@
+"""The transformer encoder: self-attention over the tokens of the feature map, as in DETR."""
+
+from torch import Tensor, nn
+
+from conditional_detr.modeling.attention import attend
+from conditional_detr.modeling.layers import FeedForward, Linear
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with the position encoding added to queries and keys, not to values."""
+
+    def __init__(self, width: int, heads: int, *, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        # The authors keep these three in one (3D, D) matrix, whose Xavier bound is smaller by √2.
+        self.query = Linear(width, width, gain=2**-0.5, zero_bias=True)
+        self.key = Linear(width, width, gain=2**-0.5, zero_bias=True)
+        self.value = Linear(width, width, gain=2**-0.5, zero_bias=True)
+        self.output = Linear(width, width, zero_bias=True)
+
+    def forward(self, x: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
+        """Attend among tokens x (B, S, D) with positions (B, S, D) and padding (B, S)."""
+        q, k, v = self.project(x, positions)
+        dropout = self.dropout if self.training else 0.0
+        return self.output(attend(q, k, v, self.heads, padding=padding, dropout=dropout))
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (B, S, D) of tokens."""
+        return self.query(x + positions), self.key(x + positions), self.value(x)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward network, each followed by addition and normalisation."""
+
+    def __init__(self, width: int, heads: int, feedforward: int, *, dropout: float) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(width, heads, dropout=dropout)
+        self.self_attention_norm = nn.LayerNorm(width)
+        self.feedforward = FeedForward(width, feedforward, dropout=dropout)
+        self.feedforward_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
+        """Map tokens (B, S, D) to tokens (B, S, D)."""
+        x = self.self_attention_norm(x + self.dropout(self.self_attention(x, positions, padding)))
+        return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers; there is no norm after the last.
+
+    Args:
+        layers: number of layers, 0 or more.
+        width: D.
+        heads: M, a divisor of D.
+        feedforward: hidden units of the feed-forward networks.
+        dropout: rate on attention weights, hidden units and residual branches.
+    """
+
+    def __init__(self, *, layers: int, width: int, heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, feedforward, dropout=dropout) for _ in range(layers))
+
+    def forward(self, tokens: Tensor, positions: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Relate every token to every other.
+
+        Args:
+            tokens: (B, S, D), the projected feature map.
+            positions: (B, S, D), p_k.
+            padding: (B, S) bool, True = padded; None: nothing is padded.
+
+        Returns:
+            memory (B, S, D).
+        """
+        for layer in self.layers:
+            tokens = layer(tokens, positions, padding)
+        return tokens

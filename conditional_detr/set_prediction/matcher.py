@@ -1,0 +1,205 @@
+"""Which query answers for which target: the assignment of least cost, of every picture at every decoder layer."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from conditional_detr.modeling.layers import at_least_float32
+from conditional_detr.set_prediction.boxes import generalized_iou
+from conditional_detr.set_prediction.targets import JoinedTargets, Target, move, validate_targets
+
+Pairs = list[tuple[Tensor, Tensor]]
+"""Query indices and target indices of each picture, int64, on the CPU, in the order of the queries."""
+
+_SMALLEST_PROBABILITY = 1e-8  # the authors': a class that is out of the question costs 18.4, not infinitely much
+
+
+class Matches(NamedTuple):
+    """The pairs of all pictures at all decoder layers, K in all, on the CPU.
+
+    Attributes:
+        queries: (L, K) int64, places among a picture's queries.
+        targets: (L, K) int64, places among the joined targets.
+        pictures: (K,) int64, whose pair each is; the same at every layer.
+    """
+
+    queries: Tensor
+    targets: Tensor
+    pictures: Tensor
+
+
+@dataclass(frozen=True)
+class HungarianMatcher:
+    """Pairs queries and targets so that their total cost is least (paper, section 3.1; DETR with focal loss).
+
+    The cost of a pair is the sum of three, each with its coefficient: focal, α(1-p)^γ(-log p) - (1-α)p^γ(-log(1-p))
+    with p the score of the target's class; the L1 distance of the boxes cx cy w h; and -GIoU.
+
+    Attributes:
+        class_cost: coefficient of the focal cost.
+        l1_cost: coefficient of the L1 distance.
+        giou_cost: coefficient of -GIoU.
+        alpha: α, the weight of "this class" against "not this class".
+        gamma: γ, the focal exponent.
+
+    Raises:
+        TypeError: a coefficient that is no number.
+        ValueError: a coefficient that is negative or not finite, all three 0, or alpha outside [0, 1].
+    """
+
+    class_cost: float = 2.0
+    l1_cost: float = 5.0
+    giou_cost: float = 2.0
+    alpha: float = 0.25
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_coefficients({field.name: getattr(self, field.name) for field in fields(self)})
+        if not any((self.class_cost, self.l1_cost, self.giou_cost)):
+            raise ValueError("expected class_cost, l1_cost or giou_cost above 0, got 0 for all three")
+
+    def __call__(self, logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> Pairs | list[Pairs]:
+        """Match a batch; nothing is differentiated, and half precision is computed in float32.
+
+        Args:
+            logits: (B, N, C), or (L, B, N, C) for several decoder layers at once.
+            boxes: (B, N, 4), or (L, B, N, 4), cx cy w h.
+            targets: one a picture, {"labels": (T,) int64, "boxes": (T, 4) cx cy w h in [0, 1]}.
+
+        Returns:
+            B pairs (query indices, target indices), each (min(N, T),) int64 on the CPU; L lists of them for several
+            layers.
+
+        Raises:
+            TypeError: not floating point tensors; targets of the wrong type.
+            ValueError: shapes that do not fit each other, targets that do not fit, predictions that are not finite.
+        """
+        check_predictions(logits, boxes)
+        joined = validate_targets(targets, logits.shape[-3], logits.shape[-1])
+        if logits.dim() == 4:
+            return _per_picture(self.match(logits, boxes, joined), joined)
+        return _per_picture(self.match(logits[None], boxes[None], joined), joined)[0]
+
+    @torch.no_grad()
+    def match(self, logits: Tensor, boxes: Tensor, targets: JoinedTargets) -> Matches:
+        """Match all layers (L, B, N, ·) with targets that are validated already: one copy to the host in all.
+
+        Raises:
+            ValueError: predictions that are not finite.
+        """
+        with torch.autocast(logits.device.type, enabled=False):
+            cost = self.cost(logits, boxes, targets)  # (K, L, N)
+            # What is not finite shows in a sum, and a sum is the cheapest to compute and to copy.
+            sums = torch.stack([x.sum((2, 3), dtype=cost.dtype) for x in (logits, boxes)])  # (2, L, B)
+            on_host = torch.cat((cost.flatten(), sums.flatten())).cpu()
+        cost, sums = on_host[: cost.numel()].view(cost.shape), on_host[cost.numel() :]
+        if not sums.isfinite().all():
+            _refuse_what_is_not_finite(logits, boxes)
+        return _assign(cost.numpy(), targets.counts)
+
+    def cost(self, logits: Tensor, boxes: Tensor, targets: JoinedTargets) -> Tensor:
+        """Return what it costs each target to be answered by each query of its own picture.
+
+        Args:
+            logits: (L, B, N, C).
+            boxes: (L, B, N, 4) cx cy w h.
+            targets: K in all.
+
+        Returns:
+            (K, L, N), float32 or wider, on the predictions' device.
+        """
+        labels, pictures = move(torch.stack((targets.labels, targets.pictures)), logits.device)
+        x = at_least_float32(logits[:, pictures, :, labels])  # (K, L, N)
+        found = at_least_float32(boxes).transpose(0, 1)  # (B, L, N, 4)
+        wanted = move(targets.boxes.to(found.dtype), logits.device)[:, None, None]  # (K, 1, 1, 4)
+        l1 = (found[pictures] - wanted).abs().sum(-1)
+        corners = box_convert(found, "cxcywh", "xyxy")[pictures]
+        giou = generalized_iou(corners, box_convert(wanted, "cxcywh", "xyxy"))
+        return self.class_cost * self._focal_cost(x) + self.l1_cost * l1 - self.giou_cost * giou
+
+    def _focal_cost(self, x: Tensor) -> Tensor:
+        """Return the focal cost of logits, any shape: that of "this class" less that of "not this class".
+
+        q = 1-p is a sigmoid of its own, so that both logarithms are as exact as a log-sigmoid, and bounded.
+        """
+        p, q = x.sigmoid(), (-x).sigmoid()
+        this = self.alpha * q**self.gamma * -(p + _SMALLEST_PROBABILITY).log()
+        other = (1 - self.alpha) * p**self.gamma * -(q + _SMALLEST_PROBABILITY).log()
+        return this - other
+
+
+def check_predictions(logits: Tensor, boxes: Tensor) -> None:
+    """Raise TypeError or ValueError unless logits are (B, N, C) or (L, B, N, C) floats and boxes fit them."""
+    for name, value in (("logits", logits), ("boxes", boxes)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}: expected a floating point tensor, got {got}")
+    if logits.dim() not in (3, 4) or 0 in logits.shape:
+        raise ValueError(f"logits: expected (B, N, C) or (L, B, N, C), none of them 0, got {tuple(logits.shape)}")
+    if boxes.shape != (*logits.shape[:-1], 4):
+        raise ValueError(
+            f"boxes: expected {(*logits.shape[:-1], 4)} beside logits {tuple(logits.shape)}, got {tuple(boxes.shape)}"
+        )
+    if boxes.device != logits.device:
+        raise ValueError(f"boxes: expected the device of the logits, {logits.device}, got {boxes.device}")
+
+
+def check_coefficients(coefficients: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError unless all are numbers, finite and not negative, and alpha is at most 1."""
+    for name, value in coefficients.items():
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+        if not (0 <= value < math.inf) or (name == "alpha" and value > 1):
+            raise ValueError(f"{name}: expected {'0..1' if name == 'alpha' else 'at least 0'}, got {value}")
+
+
+def _assign(cost: np.ndarray, counts: tuple[int, ...]) -> Matches:
+    """Solve the assignment of every picture at every layer, from costs (K, L, N)."""
+    from scipy.optimize import linear_sum_assignment
+
+    layers, num_queries = cost.shape[1:]
+    sizes = [min(count, num_queries) for count in counts]
+    queries, targets = np.empty((2, layers, sum(sizes)), dtype=np.int64)
+    start = end = 0
+    for count, size in zip(counts, sizes, strict=True):
+        for layer in range(layers if count else 0):
+            rows, columns = linear_sum_assignment(cost[start : start + count, layer].T)
+            queries[layer, end : end + size], targets[layer, end : end + size] = rows, columns + start
+        start, end = start + count, end + size
+    pictures = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return Matches(torch.from_numpy(queries), torch.from_numpy(targets), pictures)
+
+
+def _per_picture(matches: Matches, joined: JoinedTargets) -> list[Pairs]:
+    """Part matches by layer and picture, with targets counted from 0 in each picture."""
+    sizes = matches.pictures.bincount(minlength=len(joined.counts)).tolist()
+    starts = torch.tensor(joined.counts).cumsum(0) - torch.tensor(joined.counts)
+    places = matches.targets - starts[matches.pictures]
+    parted = zip(matches.queries.split(sizes, 1), places.split(sizes, 1), strict=True)
+    layers = [list(zip(queries.unbind(), targets.unbind(), strict=True)) for queries, targets in parted]
+    return [list(pairs) for pairs in zip(*layers, strict=True)]
+
+
+def _refuse_what_is_not_finite(logits: Tensor, boxes: Tensor) -> None:
+    """Raise ValueError naming pictures, heads and layers; return if only the sums were too large for their dtype."""
+    found: dict[int, list[str]] = {}
+    for head, values in (("class head's logits", logits), ("box head's boxes", boxes)):
+        broken = ~values.isfinite().flatten(2).all(2)  # (L, B)
+        for picture in broken.any(0).nonzero().flatten().tolist():
+            layers = ", ".join(str(layer) for layer in broken[:, picture].nonzero().flatten().tolist())
+            kind = "NaN" if values[:, picture].isnan().any() else "infinity"
+            found.setdefault(picture, []).append(f"{kind} in the {head} at decoder layer {layers}")
+    if not found:
+        return
+    picture, *others = sorted(found)
+    also = f"; the same goes for {len(others)} more: {', '.join(f'images[{i}]' for i in others)}" if others else ""
+    raise ValueError(
+        f"images[{picture}]: expected finite predictions for this picture, got {' and '.join(found[picture])}{also};"
+        " training diverged, or float16 overflowed: lower the learning rate, clip gradients, or use bfloat16"
+    )

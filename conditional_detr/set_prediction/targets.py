@@ -1,0 +1,195 @@
+"""What a target is, and its validation before any kernel runs.
+
+A target is what one picture shows: ``{"labels": (T,) int64, "boxes": (T, 4)}``, the labels rows of the class head,
+the boxes cx cy w h in [0, 1] of the visible picture. T may be 0, and differ from picture to picture. Other keys are
+left alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from conditional_detr.modeling.layers import at_least_float32
+
+Target: TypeAlias = Mapping[str, Tensor]
+
+CORNER_TOLERANCE = 1e-3  # how far a box may reach outside the picture: annotations are rounded
+_ROUNDING = 1e-6  # of float32, so that a corner exactly on the tolerance passes
+_FIELDS = ("cx", "cy", "w", "h", "x0 = cx - w/2", "y0 = cy - h/2", "x1 = cx + w/2", "y1 = cy + h/2")
+_RANGES = ("[0, 1]", "[0, 1]", "(0, 1]", "(0, 1]", *("[-0.001, 1.001]",) * 4)
+
+
+class JoinedTargets(NamedTuple):
+    """The targets of all pictures one after the other, K in all, on the CPU.
+
+    Attributes:
+        labels: (K,) int64.
+        boxes: (K, 4) cx cy w h, float32 or wider.
+        pictures: (K,) int64, whose target each is.
+        counts: how many each picture has.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    pictures: Tensor
+    counts: tuple[int, ...]
+
+
+def validate_targets(targets: Sequence[Target], num_pictures: int, num_classes: int) -> JoinedTargets:
+    """Check everything about targets.
+
+    Targets on the CPU are checked without waiting for any device; from a device they are copied first, which waits.
+
+    Args:
+        targets: one a picture.
+        num_pictures: B.
+        num_classes: C; labels are 0..C-1.
+
+    Returns:
+        The targets, joined.
+
+    Raises:
+        TypeError: not a list of dicts of tensors, or tensors of another dtype.
+        ValueError: another number of them than pictures, a missing key, a shape that does not fit, a label that is no
+            row of the class head, a box that is none of the picture's. The message has picture, box, field and value,
+            and the likely cause.
+    """
+    if not isinstance(targets, list | tuple):
+        raise TypeError(
+            f"targets: expected a list of dicts, one a picture, got {type(targets).__name__};"
+            " for one picture pass [target]"
+        )
+    if len(targets) != num_pictures:
+        raise ValueError(f"targets: expected one a picture, {num_pictures}, got {len(targets)}")
+    for picture, target in enumerate(targets):
+        _check_form(target, f"targets[{picture}]")
+    joined = _join(targets)
+    _check_labels(joined, num_classes)
+    _check_boxes(joined)
+    return joined
+
+
+def move(x: Tensor, device: torch.device) -> Tensor:
+    """Copy what the host made to a device, on CUDA without waiting for what is queued there."""
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
+def _check_form(target: Target, name: str) -> None:
+    """Check keys, types, dtypes, shapes and counts of one picture's target."""
+    if not isinstance(target, Mapping):
+        raise TypeError(f"{name}: expected a dict of labels and boxes, got {type(target).__name__}")
+    if missing := [key for key in ("labels", "boxes") if key not in target]:
+        also = "; transformers' class_labels are labels here" if "class_labels" in target else ""
+        raise ValueError(
+            f"{name}: expected the keys labels and boxes, got {sorted(map(str, target))}{also}: no {missing[0]}"
+        )
+    labels, boxes = target["labels"], target["boxes"]
+    for key, value in (("labels", labels), ("boxes", boxes)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f'{name}["{key}"]: expected a tensor, got {type(value).__name__}')
+    if labels.dtype != torch.int64:
+        raise TypeError(f'{name}["labels"]: expected int64, got {labels.dtype}; labels.long() converts whole numbers')
+    if labels.dim() != 1:
+        cause = "; looks like one-hot rows: labels.argmax(1)" if labels.dim() == 2 and labels.shape[1] > 1 else ""
+        raise ValueError(f'{name}["labels"]: expected the shape (T,), got {tuple(labels.shape)}{cause}')
+    if not boxes.is_floating_point():
+        raise TypeError(
+            f'{name}["boxes"]: expected floating point cx cy w h in [0, 1], got {boxes.dtype};'
+            " whole numbers look like pixels: divide by the picture's width and height"
+        )
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f'{name}["boxes"]: expected the shape (T, 4), got {tuple(boxes.shape)}{_shape_cause(boxes)}')
+    if len(labels) != len(boxes):
+        raise ValueError(f"{name}: expected as many labels as boxes, got {len(labels)} labels and {len(boxes)} boxes")
+
+
+def _shape_cause(boxes: Tensor) -> str:
+    """Guess why boxes are not (T, 4)."""
+    if boxes.numel() == 0:
+        return "; no box at all is torch.zeros(0, 4)"
+    if boxes.shape == (4,):
+        return "; looks like one box: boxes[None]"
+    if boxes.dim() == 2 and boxes.shape[0] == 4:
+        return "; looks transposed: boxes.T"
+    return ""
+
+
+def _join(targets: Sequence[Target]) -> JoinedTargets:
+    """Put the targets of all pictures one after the other, on the CPU."""
+    if not targets:
+        return JoinedTargets(
+            torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), ()
+        )
+    labels = torch.cat([target["labels"].detach().cpu() for target in targets])
+    boxes = at_least_float32(torch.cat([target["boxes"].detach().cpu() for target in targets]))
+    counts = tuple(len(target["labels"]) for target in targets)
+    pictures = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return JoinedTargets(labels, boxes, pictures, counts)
+
+
+def _check_labels(joined: JoinedTargets, num_classes: int) -> None:
+    """Raise ValueError unless every label is a row of the class head."""
+    wrong = (joined.labels < 0) | (joined.labels >= num_classes)
+    if not wrong.any():
+        return
+    picture, place = _first(wrong, joined)
+    label = int(joined.labels[wrong][0])
+    cause = "labels are 0-based rows of the class head, not the data set's ids"
+    if label < 0:
+        cause = "looks like a padding row: give each picture only its own objects"
+    raise ValueError(
+        f'targets[{picture}]["labels"][{place}]: expected 0..{num_classes - 1},'
+        f" got label {label} with {num_classes} classes; {cause}"
+    )
+
+
+def _check_boxes(joined: JoinedTargets) -> None:
+    """Raise ValueError unless every box is cx cy w h, has an area and lies inside its picture."""
+    centre, size = joined.boxes[:, :2], joined.boxes[:, 2:]
+    values = torch.cat((joined.boxes, centre - size / 2, centre + size / 2), dim=1)  # (K, 8), as _FIELDS
+    reach = CORNER_TOLERANCE + _ROUNDING
+    low = values.new_tensor([0, 0, 0, 0, *(-reach,) * 4])
+    high = values.new_tensor([1, 1, 1, 1, *(1 + reach,) * 4])
+    right = (values >= low) & (values <= high)  # false where NaN
+    right[:, 2:4] &= size > 0
+    wrong = ~right.all(dim=1)
+    if not wrong.any():
+        return
+    picture, place = _first(wrong, joined)
+    field = int(right[wrong][0].int().argmin())
+    box = ", ".join(f"{number:.6g}" for number in joined.boxes[wrong][0].tolist())
+    raise ValueError(
+        f'targets[{picture}]["boxes"][{place}]: expected {_FIELDS[field]} in {_RANGES[field]},'
+        f" got {float(values[wrong][0, field]):.6g}; the box is cx cy w h = [{box}];"
+        f" {_box_cause(joined.boxes[wrong][0], joined.boxes[joined.pictures == picture])}"
+    )
+
+
+def _box_cause(box: Tensor, boxes: Tensor) -> str:
+    """Guess what is wrong with a box (4,) among those (T, 4) of its picture."""
+    if not box.isfinite().all():
+        return "a number that is not finite comes from reading or augmenting"
+    if not box.any():
+        return "all zero looks like a padding row: give each picture only its own objects"
+    if boxes.abs().max() > 2:
+        return "looks like pixels: divide by the picture's width and height"
+    if box[2:].min() == 0:
+        return "zero area: leave such boxes out"
+    if box[2:].min() < 0:
+        return "a negative size: corners in the wrong order?"
+    a, b = boxes[:, :2], boxes[:, 2:]
+    inside = bool((boxes >= 0).all()) and bool((boxes <= 1).all())
+    forms = {"x0 y0 x1 y1": inside and bool((a < b).all()), "x0 y0 w h": inside and bool((a + b <= 1).all())}
+    if any(forms.values()):
+        guess = " or ".join(form for form, fits in forms.items() if fits)
+        return f"looks like {guess}: torchvision.ops.box_convert makes cx cy w h of it"
+    return "reaches outside the picture: clip its corners to it first"
+
+
+def _first(wrong: Tensor, joined: JoinedTargets) -> tuple[int, int]:
+    """Return the picture of the first wrong target (K,), and its place there."""
+    place = int(wrong.int().argmax())
+    picture = int(joined.pictures[place])
+    return picture, place - sum(joined.counts[:picture])

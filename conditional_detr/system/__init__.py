@@ -1,0 +1,1 @@
+"""Files written atomically, shutdown requests, progress bars; nothing here needs torch."""

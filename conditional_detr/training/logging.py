@@ -1,0 +1,92 @@
+"""What a run tells while it goes on: a bar and lines on stderr, a log, TensorBoard."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+
+from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.progress import progress_bar
+from conditional_detr.training.curves import draw_curves, read_log
+
+LOG = "log.jsonl"
+CURVES = "curves.png"
+
+
+class Journal:
+    """Writes down each step and each epoch; a context manager.
+
+    ``log.jsonl`` has a line a step with step, epoch, loss, class, l1, giou, norm and lr, and a line an epoch with its
+    evaluation; ``tensorboard`` has the same. ``curves.png`` is drawn at the end, also of an interrupted run.
+
+    Args:
+        folder: of the run.
+        step: how many steps were done: what a killed process had written of later ones is forgotten.
+        epoch: how many epochs were done.
+        total: the steps of the whole run.
+        shown: whether anything is shown on stderr; the bar is only on a terminal.
+    """
+
+    def __init__(self, folder: Path, *, step: int, epoch: int, total: int, shown: bool) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        _forget(folder / LOG, step, epoch)
+        self._log = (folder / LOG).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=not shown)
+        self._bar = progress_bar(self._console, shown=shown)
+        self._task = self._bar.add_task("training", total=total, completed=step)
+
+    def __enter__(self) -> "Journal":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        self._log.close()
+        self._board.close()
+        if kind is None or issubclass(kind, KeyboardInterrupt):
+            draw_curves(self.folder / LOG, self.folder / CURVES)
+
+    def step(self, entry: Mapping[str, Any]) -> None:
+        """Write down a step."""
+        self._write(entry, "train")
+        losses = "  ".join(f"{name} {entry[name]:.3f}" for name in ("loss", "class", "l1", "giou"))
+        self._bar.update(self._task, completed=entry["step"], description=f"epoch {entry['epoch'] + 1}  {losses}")
+
+    def epoch(self, entry: Mapping[str, Any], *, epochs: int, best: float | None) -> None:
+        """Write down an epoch, and show a line of it."""
+        self._write(entry, "val")
+        ap = f"  AP {entry['AP']:.3f}  AP50 {entry['AP50']:.3f}  best {best:.3f}" if "AP" in entry else ""
+        self.say(
+            f"epoch {entry['epoch'] + 1}/{epochs}  step {entry['step']}  mean loss {entry['mean_loss']:.3f}{ap}"
+            f"  {entry['seconds']:.0f} s"
+        )
+
+    def say(self, text: str) -> None:
+        """Show a text above the bar."""
+        self._console.print(text, markup=False)
+
+    def _write(self, entry: Mapping[str, Any], kind: str) -> None:
+        """Write an entry to the log and its numbers to TensorBoard."""
+        self._log.write(json.dumps(entry) + "\n")
+        self._log.flush()
+        for name, value in entry.items():
+            if name not in ("step", "epoch"):
+                self._board.add_scalar(f"{kind}/{name}", value, entry["step"])
+
+
+def _forget(log: Path, step: int, epoch: int) -> None:
+    """Take out of a log what lies after a checkpoint."""
+    if not log.exists():
+        return
+    kept = [entry for entry in read_log(log) if entry["step"] <= step and ("loss" in entry or entry["epoch"] < epoch)]
+    text = "".join(json.dumps(entry) + "\n" for entry in kept)
+    write_whole({log: lambda path: path.write_text(text, encoding="utf-8")})

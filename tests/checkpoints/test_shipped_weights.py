@@ -1,0 +1,61 @@
+"""The weights that are shipped: what their cards say is what their files give."""
+
+import hashlib
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from conditional_detr import ConditionalDETR, Detector, optimize
+from conditional_detr.checkpoints.files import shipped_names
+from conditional_detr.data.synthetic import CLASS_NAMES, write_shapes
+from conditional_detr.evaluation.coco import evaluate
+from helpers.models import WEIGHTS, told
+
+
+def test_names():
+    assert shipped_names() == ["bccd", "shapes"]
+    assert sorted(path.name for path in WEIGHTS.iterdir()) == ["README.md", "bccd", "shapes"]
+
+
+@pytest.mark.parametrize(("name", "most"), [("shapes", 10e6), ("bccd", 30e6)])
+def test_files_are_those_of_the_cards(name, most):
+    """Their checksum, half precision, sizes, and the pictures of their curves."""
+    folder = WEIGHTS / name
+    content = (folder / "model.safetensors").read_bytes()
+    assert hashlib.sha256(content).hexdigest() in (folder / "README.md").read_text()
+    assert len(content) < most
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}  # noqa: SIM118  # it is no dict
+    for picture in re.findall(r"\]\(([\w.]+\.png)\)", (folder / "README.md").read_text()):
+        assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
+    model = ConditionalDETR.from_pretrained(name)
+    assert next(model.parameters()).dtype == torch.float32
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in (folder / "README.md").read_text()
+
+
+def test_shapes_on_pictures_that_it_was_not_trained_on(tmp_path):
+    """The first hundred of the five hundred held-out pictures of the card."""
+    data = write_shapes(tmp_path, 100, seed=0, split="test")
+    result = evaluate(Detector.from_pretrained("shapes"), data, tmp_path / "test")
+    assert tuple(result.per_class) == CLASS_NAMES
+    assert result.metrics["AP"] == pytest.approx(told("shapes", "AP"), abs=0.03)
+    assert min(result.metrics["AP"], told("shapes", "AP")) >= 0.80
+
+
+def test_bccd_on_its_official_test_split(shared):
+    """The stored file, by our evaluator."""
+    data = shared / "data" / "bccd"
+    result = evaluate(Detector.from_pretrained("bccd"), data / "instances_test.json", data / "images")
+    for metric in ("AP", "AP50", "AP75"):
+        assert result.metrics[metric] == pytest.approx(told("bccd", metric), abs=2e-3)
+    assert result.metrics["AP"] >= 0.58
+    assert result.metrics["AP50"] >= 0.88
+
+
+def test_bccd_in_bfloat16_loses_at_most_three_thousandths(shared):
+    data = shared / "data" / "bccd"
+    detector = Detector(optimize(ConditionalDETR.from_pretrained("bccd"), dtype=torch.bfloat16))
+    result = evaluate(detector, data / "instances_test.json", data / "images")
+    assert result.metrics["AP"] == pytest.approx(told("bccd", "AP"), abs=3.5e-3)  # the card's is rounded

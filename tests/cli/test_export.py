@@ -1,0 +1,121 @@
+"""``export``, and the commands that take what it wrote."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from conditional_detr import Detector
+from conditional_detr.cli import app
+from conditional_detr.data.synthetic import write_shapes
+from conditional_detr.evaluation.coco import evaluate
+from conditional_detr.inference.exported import ExportedModel
+from helpers.models import TINY_CONFIG
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def written(small, photograph, tmp_path_factory):
+    """A file with post-processing, and what the command said."""
+    path = tmp_path_factory.mktemp("exported") / "small.onnx"
+    return path, run("export", small, path, "--top-k", 5, "--picture", photograph)
+
+
+def test_export_says_what_it_wrote(written, photograph):
+    path, done = written
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"wrote {path} (float32, {path.stat().st_size / 1e6:.1f} MB)"
+    description = ExportedModel(path).description
+    assert description.top_k == 5
+    assert description.picture == str(photograph)
+    for line, one in zip(lines[1:], description.parity, strict=True):
+        size = f"{one.height} x {one.width}"
+        expected = f"logits differ by at most {one.logits:.1e}, boxes by {one.boxes:.1e}"
+        assert line == f"compared with the model at {size}: {expected}"
+    assert [(one.height, one.width) for one in description.parity] == [(96, 128), (49, 65)]
+
+
+def test_nothing_is_overwritten_unasked(written, small, tmp_path):
+    path, _ = written
+    before = path.read_bytes()
+    refused = run("export", small, path)
+    assert refused.exit_code == 2
+    assert "already there: small.onnx; --overwrite replaces" in refused.stderr
+    assert path.read_bytes() == before
+    (tmp_path / "x.bin").touch()
+    refused = run("export", small, tmp_path / "x.xml")
+    assert "already there: x.bin; --overwrite replaces" in refused.stderr
+    half = run("export", small, tmp_path / "x.xml", "--half", "--overwrite")
+    assert half.exit_code == 0, half.output
+    assert (tmp_path / "x.bin").stat().st_size > 0
+    assert ExportedModel(tmp_path / "x.xml").description.precision == "float16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("x.pth",), "x.pth: expected a file's name that ends in one of .onnx, .xml, .pt2"),
+        (("no/x.onnx",), "no: no such folder"),
+        (("x.onnx", "--picture", "x.png"), "x.png: no such file"),
+    ],
+)
+def test_export_refuses(small, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    refused = run("export", small, *arguments)
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: ")
+    assert message in refused.stderr
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_detect_takes_the_file(written, small, photograph, tmp_path):
+    path, _ = written
+    for name, weights in (("file", path), ("model", small)):
+        done = run("detect", photograph, "--weights", weights, "--threshold", 0.1, "--output", tmp_path / name)
+        assert done.exit_code == 0, done.output
+    found, expected = (json.loads((tmp_path / name / "photograph.json").read_text()) for name in ("file", "model"))
+    assert found.keys() == expected.keys()
+    boxes, theirs = (torch.tensor([one["box"] for one in of["detections"]]) for of in (found, expected))
+    assert len(boxes) > 0
+    torch.testing.assert_close(boxes, theirs, atol=1e-2, rtol=0)
+
+
+def test_evaluate_takes_the_file(tmp_path):
+    data = write_shapes(tmp_path / "data", 4, seed=3, split="val")
+    images = tmp_path / "data" / "val"
+    assert run("export", "shapes", tmp_path / "shapes.onnx").exit_code == 0
+    options = ("--data", data, "--images", images, "--json", tmp_path / "numbers.json")
+    done = run("evaluate", *options, "--weights", tmp_path / "shapes.onnx")
+    assert done.exit_code == 0, done.output
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    expected = evaluate(Detector.from_pretrained("shapes"), data, images).metrics
+    assert numbers["AP"] == pytest.approx(expected["AP"], abs=1e-3)
+    assert numbers["AP"] > 0.3
+
+
+def test_info_tells_what_stands_in_the_file(written, tmp_path):
+    path, _ = written
+    told = run("info", path)
+    assert told.exit_code == 0, told.output
+    assert "float32, post-processing to at most 5 detections" in told.stdout
+    assert f"{TINY_CONFIG.encoder_layers} layers, width {TINY_CONFIG.width}" in told.stdout
+    assert "shortest edge 96, longest 160" in told.stdout
+    assert json.loads(run("info", path, "--json").stdout) == json.loads(ExportedModel(path).description.to_json())
+    (tmp_path / "x.onnx").write_text("x")
+    refused = run("info", tmp_path / "x.onnx")
+    assert refused.exit_code == 2
+    assert f"error: {tmp_path / 'x.onnx'}: damaged" in refused.stderr
+
+
+def test_weights_and_files_are_told_apart(written):
+    path, _ = written
+    for command in (("convert", path, "elsewhere"), ("attention", "x.png", "--weights", path)):
+        refused = run(*command)
+        assert refused.exit_code == 2
+        assert "Detector.from_file opens exported files" in refused.stderr

@@ -1,0 +1,186 @@
+"""``conditional-detr train``: from COCO's json to a folder that detects; what is refused."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+from torchvision.models import resnet18
+from typer.testing import CliRunner
+
+from conditional_detr import ConditionalDETR, Detector
+from conditional_detr.cli import app
+from conditional_detr.cli.train import Augment, Preset, _augmentation, _with_dropout
+from conditional_detr.data.synthetic import CLASS_NAMES, write_shapes
+from conditional_detr.training.logging import Journal
+from helpers.models import assert_same
+from helpers.training_runs import steps_of
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    for split, pictures in (("train", 8), ("val", 3)):
+        write_shapes(folder, pictures, seed=0, split=split, size=(64, 96))
+    return folder
+
+
+def data_of(shapes, *, val=True):
+    data = ["--data", shapes / "instances_train.json", "--images", shapes / "train"]
+    if val:
+        data += ["--val-data", shapes / "instances_val.json", "--val-images", shapes / "val"]
+    return data
+
+
+SHORT = ("--shortest-edge", 64, "--batch-size", 4, "--accumulation", 1, "--workers", 0)
+
+
+def test_fine_tunes_weights_resumes_and_detects(shapes, small, tmp_path):
+    """The classes are the data set's, their loss starts low; --resume needs no --weights."""
+    output = tmp_path / "run"
+    options = (*data_of(shapes), *SHORT, "--output", output)
+    begun = run("train", *options, "--weights", small, "--epochs", 1)
+    assert begun.exit_code == 0, begun.output
+    assert "best AP 0.0" in begun.stdout
+    assert f"after 2 steps: {output / 'last'}" in begun.stdout
+    assert "after the first epoch, on 8 training pictures with" in begun.stderr
+    first, second = steps_of(output)
+    assert first["class"] < 2  # new rows begin at the prior; boxes of random weights are anywhere
+    model = ConditionalDETR.from_pretrained(output / "best")
+    assert model.metadata.class_names == CLASS_NAMES
+    categories = json.loads((shapes / "instances_train.json").read_text())["categories"]
+    assert list(model.metadata.category_ids) == [category["id"] for category in categories]
+    assert (model.metadata.preprocessing.shortest_edge, model.metadata.preprocessing.longest_edge) == (64, 107)
+    again = run("train", *options, "--weights", small, "--epochs", 1)
+    assert again.exit_code == 2
+    assert "expected resume to go on with it, or another folder" in again.stderr
+    resumed = run("train", *options, "--resume", "--epochs", 2)
+    assert resumed.exit_code == 0, resumed.output
+    assert [entry["step"] for entry in steps_of(output)] == [1, 2, 3, 4]
+    assert steps_of(output)[:2] == [first, second]
+    picture = next((shapes / "val").iterdir())
+    assert len(Detector.from_pretrained(output / "best")(picture, threshold=0)) == 66
+    measured = run("evaluate", *data_of(shapes, val=False), "--weights", output / "best")
+    assert measured.exit_code == 0, measured.output
+
+
+def test_untrained_of_an_architecture(shapes, tmp_path):
+    architecture = "backbone=resnet18 backbone_stage=2,width=32 heads=4 encoder_layers=0 decoder_layers=1 dropout=0.0"
+    options = (*data_of(shapes, val=False), *SHORT, "--architecture", architecture, "--num-queries", 9)
+    settings = ("--preset", "from_scratch", "--augmentation", "none", "--epochs", 1, "--lr", 0.001, "--clip", 1)
+    settings += ("--backbone-lr", 0, "--weight-decay", 0, "--warmup", 1, "--schedule", "cosine", "--ema", 0.9)
+    settings += ("--patience", 1, "--evaluate-every", 1, "--save-every", 1, "--seed", 3, "--gradient-checkpointing")
+    settings += ("--autocast", "bfloat16", "--longest-edge", 100)
+    result = run("train", *options, *settings, "--weights", "none", "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "best" not in result.stdout
+    model = ConditionalDETR.from_pretrained(tmp_path / "last")
+    config = model.config
+    assert (config.width, config.heads, config.num_queries, config.num_classes, config.dropout) == (32, 4, 9, 6, 0.0)
+    assert (config.encoder_layers, config.decoder_layers, config.backbone, config.backbone_stage) == (
+        0,
+        1,
+        "resnet18",
+        2,
+    )
+    saved = torch.load(tmp_path / "last" / "training_state.pt", weights_only=True)["settings"]
+    expected = {"lr": 0.001, "clip": 1, "backbone_lr": 0, "weight_decay": 0, "warmup": 1, "schedule": "cosine"}
+    expected |= {"ema": 0.9, "patience": 1, "save_every": 1, "seed": 3, "gradient_checkpointing": True}
+    expected |= {"autocast": "bfloat16", "epochs": 1, "batch_size": 4, "workers": 0, "accumulation": 1}
+    assert {name: saved[name] for name in expected} == expected
+
+
+def test_a_trunk_that_has_weights(shapes, tmp_path):
+    """It is filled, all else is drawn as without it; groups of queries and vertical flips are settings like any."""
+    torch.manual_seed(1)
+    tensors = resnet18().state_dict()
+    torch.save(tensors, tmp_path / "resnet18.pth")
+    architecture = "backbone=resnet18 backbone_stage=2 width=32 heads=4 encoder_layers=0 decoder_layers=1"
+    options = (*data_of(shapes, val=False), *SHORT, "--weights", "none", "--architecture", architecture)
+    options += ("--preset", "from_scratch", "--augmentation", "none", "--epochs", 1, "--backbone-lr", 0)
+    options += ("--query-groups", 3, "--vertical-flip", "--output", tmp_path / "run")
+    result = run("train", *options, "--trunk", tmp_path / "resnet18.pth")
+    assert result.exit_code == 0, result.output
+    assert "resnet18.pth: all 50 tensors of the trunk, and 52 tensors that it does not have" in result.stderr
+    trunk = ConditionalDETR.from_pretrained(tmp_path / "run" / "last").backbone.trunk.state_dict()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in trunk.items())
+    saved = torch.load(tmp_path / "run" / "last" / "training_state.pt", weights_only=True)
+    assert saved["settings"]["query_groups"] == 3
+    assert saved["other_queries"]["weight"].shape == (600, 32)
+
+
+@pytest.mark.parametrize(("wish", "most"), [("none", 0.0), ("small", 0.2)])
+def test_vertical_flips_and_turns_come_on_top(wish, most):
+    augmentation = _augmentation(Augment(wish), Preset.FINETUNE, vertical_flip=True, quarter_turn=False)
+    assert (augmentation.vertical_flip, augmentation.quarter_turn, augmentation.brightness) == (0.5, 0.0, most)
+    augmentation = _augmentation(Augment(wish), Preset.FINETUNE, vertical_flip=False, quarter_turn=True)
+    assert (augmentation.vertical_flip, augmentation.quarter_turn, augmentation.brightness) == (0.0, 0.5, most)
+    assert _augmentation(Augment.NOTHING, Preset.FINETUNE, vertical_flip=False, quarter_turn=False) is None
+
+
+def test_another_dropout_and_the_same_weights(small):
+    model = ConditionalDETR.from_pretrained(small)
+    other = _with_dropout(model, 0.25)
+    assert (other.config.dropout, other.encoder.layers[0].dropout.p) == (0.25, 0.25)
+    assert (other.decoder.layers[0].self_attention.dropout, other.metadata) == (0.25, model.metadata)
+    assert_same(model, other)
+
+
+def test_interrupted(shapes, small, tmp_path, monkeypatch):
+    import signal
+
+    plain = Journal.step
+
+    def step_and_interrupt(self, entry):
+        plain(self, entry)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Journal, "step", step_and_interrupt)
+    result = run("train", *data_of(shapes, val=False), *SHORT, "--weights", small, "--output", tmp_path)
+    assert result.exit_code == 130
+    assert f"interrupted; --resume goes on from {tmp_path / 'last'}" in result.stderr
+    assert len(steps_of(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--weights: expected what to start from: a folder, a file, a hub id, or none for untrained"),
+        (
+            ("--weights", "none", "--architecture", "depth=3"),
+            "--architecture: expected name=value with a name of num_",
+        ),
+        (("--weights", "none", "--architecture", "width"), "--architecture: expected name=value with a name of num_"),
+        (("--weights", "none", "--architecture", "width=wide"), "width: expected int, got 'wide'"),
+        (
+            ("--weights", "{small}", "--architecture", "width=8"),
+            "--architecture: weights have their own, got 'width=8'",
+        ),
+        (("--weights", "{small}", "--trunk", "x.pth"), "--trunk: weights have their own, got 'x.pth'"),
+        (("--weights", "none", "--trunk", "missing.pth"), "missing.pth"),
+        (("--weights", "none", "--epochs", "0"), "epochs: expected at least 1, got 0"),
+        (("--weights", "none", "--val-images", "x"), "--val-images: expected --val-data with it, got x alone"),
+        (("--weights", "nowhere/at-all"), "nowhere/at-all"),
+    ],
+)
+def test_what_cannot_begin_is_one_line(shapes, small, tmp_path, arguments, message):
+    arguments = [argument.format(small=small) for argument in arguments]
+    result = run("train", *data_of(shapes, val=False), "--output", tmp_path / "run", *arguments)
+    assert result.exit_code == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_packages_one_line_says_what_to_install(shapes, small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    result = run("train", *data_of(shapes), *SHORT, "--weights", small, "--output", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        "error: training needs accelerate, which is not installed: pip install 'conditional-detr[train]'"
+    )

@@ -1,0 +1,402 @@
+"""Data sets that are wrong in one place: one clear error or one counted, named warning; and what check-data says."""
+
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from conditional_detr import Preprocessing
+from conditional_detr.cli import app
+from conditional_detr.data.dataset import CocoData
+from helpers import coco
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+def first_object(**change):
+    def apply(data, images):
+        data["annotations"][0].update(change)
+
+    return apply
+
+
+def first_picture(**change):
+    def apply(data, images):
+        data["images"][0].update(change)
+
+    return apply
+
+
+def top(**change):
+    def apply(data, images):
+        data.update(change)
+
+    return apply
+
+
+def boxes(function):
+    def apply(data, images):
+        for entry in data["annotations"]:
+            entry["bbox"] = function(*entry["bbox"])
+
+    return apply
+
+
+def file(function):
+    def apply(data, images):
+        function(images / "10.png")
+
+    return apply
+
+
+def without(key, name):
+    def apply(data, images):
+        del data[key][0][name]
+
+    return apply
+
+
+def again(key, **change):
+    def apply(data, images):
+        data[key].append({**data[key][0], **change})
+
+    return apply
+
+
+def turned(path: Path):
+    """A picture that is stored lying, and whose EXIF says so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).save(path, exif=exif)
+
+
+def cut(path: Path):
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def crowds_only(data, images):
+    data["annotations"] = data["annotations"][4:]
+
+
+# What is done to it; "error" when the data set is made, "item" when the picture is opened, or "warning"; the message;
+# how check-data ends, and what it says.
+BAD = {
+    "not json": (lambda d, i: "{'images': []}", "error", "data.json: expected json, got something else", 2, ""),
+    "half of it": (lambda d, i: json.dumps(d)[:-9], "error", "data.json: expected json, got something else", 2, ""),
+    "a list": (lambda d, i: "[]", "error", "expected an object with images, annotations and categories", 2, ""),
+    "no list of objects": (top(annotations=None), "error", "expected a list under 'annotations'", 2, ""),
+    "no picture": (top(images=[], annotations=[]), "error", "images: expected at least one, got none", 2, ""),
+    "no category": (top(categories=[]), "error", "categories: expected at least one, got none", 2, ""),
+    "a picture's id twice": (
+        again("images", file_name="11.png"),
+        "error",
+        r"images\[3\]: expected each id once, got 10 again",
+        2,
+        "",
+    ),
+    "a category's id twice": (
+        again("categories", name="cow"),
+        "error",
+        r"categories\[2\]: expected each id once, got 9 again",
+        2,
+        "",
+    ),
+    "a category's name twice": (
+        again("categories", id=1),
+        "error",
+        "expected each category's name once, got more than one dog",
+        2,
+        "",
+    ),
+    "ids of two kinds": (first_picture(id="ten"), "error", "expected ids that are all whole numbers or all", 2, ""),
+    "a category without a name": (
+        without("categories", "name"),
+        "error",
+        "category 9: expected an object with 'name'",
+        2,
+        "",
+    ),
+    "an unknown picture": (
+        first_object(image_id=99),
+        "error",
+        r"annotations\[0\]: expected the id of a picture of .*, got image_id 99",
+        1,
+        "1 objects that are none",
+    ),
+    "a picture's id as text": (
+        first_object(image_id="10"),
+        "error",
+        r"annotations\[0\]: expected the id of a picture of .*, got image_id '10'",
+        1,
+        "1 objects that are none",
+    ),
+    "an unknown category": (
+        first_object(category_id=0),
+        "error",
+        r"annotations\[0\]: expected a category of .* \(9 dog, 3 cat\), got category_id 0",
+        1,
+        "1 objects that are none",
+    ),
+    "no box": (
+        without("annotations", "bbox"),
+        "error",
+        r"annotations\[0\]: expected an object with 'bbox'",
+        1,
+        "1 objects that are none",
+    ),
+    "three numbers": (
+        first_object(bbox=[1, 2, 3]),
+        "error",
+        r"annotations\[0\]: expected a bbox \[x0, y0, w, h\], got \[1, 2, 3\]",
+        1,
+        "1 objects that are none",
+    ),
+    "numbers as text": (
+        first_object(bbox=["1", "2", "3", "4"]),
+        "error",
+        r"annotations\[0\]: expected finite numbers as bbox, got '1'",
+        1,
+        "1 objects that are none",
+    ),
+    "NaN": (
+        first_object(bbox=[1, NAN, 3, 4]),
+        "error",
+        r"annotations\[0\]: expected finite numbers as bbox, got nan",
+        1,
+        "1 objects that are none",
+    ),
+    "infinity": (
+        first_object(bbox=[1, 2, INFINITY, 4]),
+        "error",
+        r"annotations\[0\]: expected finite numbers as bbox, got inf",
+        1,
+        "1 objects that are none",
+    ),
+    "a negative width": (
+        first_object(bbox=[9, 9, -3, 4]),
+        "error",
+        r"annotations\[0\]: expected a bbox .* with w and h of at least 0, got \[9, 9, -3, 4\]",
+        1,
+        "1 objects that are none",
+    ),
+    "an area that is none": (
+        first_object(area=None),
+        "error",
+        r"annotations\[0\]: expected finite numbers as area, got None",
+        1,
+        "1 objects that are none",
+    ),
+    "a crowd as text": (
+        first_object(iscrowd="no"),
+        "error",
+        r"annotations\[0\]: expected 0 or 1 as iscrowd, got 'no'",
+        1,
+        "1 objects that are none",
+    ),
+    "fractions": (
+        boxes(lambda x, y, w, h: [x / 64, y / 48, w / 64, h / 48]),
+        "error",
+        "expected every bbox as .* in pixels; looks like fractions of the picture",
+        1,
+        "looks like fractions of the picture",
+    ),
+    "corners": (
+        boxes(lambda x, y, w, h: [x, y, x + w, y + h]),
+        "error",
+        "expected every bbox as .* in pixels; looks like x0 y0 x1 y1",
+        1,
+        "looks like x0 y0 x1 y1",
+    ),
+    "pixels of larger pictures": (
+        boxes(lambda x, y, w, h: [x * 10, y * 10, w * 10, h * 10]),
+        "error",
+        "looks like boxes of pictures of another size",
+        1,
+        "looks like boxes of pictures of another size",
+    ),
+    "no object": (
+        top(annotations=[]),
+        "error",
+        "expected objects to train on, got 0, none of use",
+        1,
+        "without an object",
+    ),
+    "crowds only": (crowds_only, "error", "expected objects to train on, got 1, none of use", 1, "without an object"),
+    "no file_name": (
+        without("images", "file_name"),
+        "error",
+        "picture 10: expected a file_name, got None",
+        1,
+        "1 pictures without file_name",
+    ),
+    "a missing file": (
+        file(Path.unlink),
+        "error",
+        "10.png: no such file; 1 of the 3 pictures of .* are missing",
+        1,
+        "1 pictures that are missing",
+    ),
+    "no width": (
+        first_picture(width=0),
+        "error",
+        "picture 10: expected height and width in whole pixels, got 48 and 0",
+        1,
+        "1 pictures without height and width",
+    ),
+    "a width as text": (
+        first_picture(width="64"),
+        "error",
+        "picture 10: expected height and width in whole pixels, got 48 and '64'",
+        1,
+        "1 pictures without height and width",
+    ),
+    "sides exchanged": (
+        first_picture(width=48, height=64),
+        "item",
+        "10.png: expected 48 x 64 pixels, as .* says, got 64 x 48",
+        1,
+        "1 pictures of another size than the json says",
+    ),
+    "sides before it was turned": (
+        file(turned),
+        "item",
+        "10.png: expected 64 x 48 pixels, as .* says, got 48 x 64",
+        1,
+        "10.png: said 64 x 48, is 48 x 64",
+    ),
+    "a text file": (
+        file(lambda path: path.write_text("no picture")),
+        "item",
+        "10.png: expected a picture, got a text file",
+        1,
+        "1 pictures that cannot be read",
+    ),
+    "an empty file": (
+        file(lambda path: path.write_bytes(b"")),
+        "item",
+        "10.png: expected a picture, got an empty file",
+        1,
+        "1 pictures that cannot be read",
+    ),
+    "half a picture": (
+        file(cut),
+        "item",
+        "10.png: the picture cannot be read",
+        1,
+        "1 pictures that cannot be read",
+    ),
+    "zero area": (
+        first_object(bbox=[4, 6, 20, 0]),
+        "warning",
+        r"1 of 5 objects have zero area, and are left out of the targets: annotations\[0\] of 10.png$",
+        1,
+        "1 objects that have zero area",
+    ),
+    "outside": (
+        first_object(bbox=[64, 6, 20, 10]),
+        "warning",
+        r"1 of 5 objects lie outside their pictures, and are left out of the targets: annotations\[0\] of 10.png$",
+        1,
+        "1 objects that lie outside their pictures",
+    ),
+    "reaching outside": (
+        first_object(bbox=[-4, 6, 20, 10]),
+        "warning",
+        r"1 of 5 objects reach more than 1 pixel outside .*, and are clipped: annotations\[0\] of 10.png$",
+        1,
+        "1 objects that reach more than 1 pixel outside",
+    ),
+    "an object twice": (
+        again("annotations", id=77),
+        "warning",
+        r"1 of 6 objects stand twice, .*, and both count: annotations\[5\] of 10.png$",
+        1,
+        "1 objects that stand twice",
+    ),
+    "an object's id twice": (
+        first_object(id=1),
+        "warning",
+        r"1 of 5 objects have an id that stood before, and both count: annotations\[1\] of 10.png$",
+        1,
+        "1 objects that have an id that stood before",
+    ),
+    "a picture twice": (
+        again("images", id=99),
+        "warning",
+        "1 pictures are there more than once: 10.png$",
+        1,
+        "1 pictures with a file_name that stood before",
+    ),
+}
+
+
+@pytest.fixture
+def broken(request, tmp_path):
+    """The data set with one thing wrong."""
+    data = coco.content()
+    path, images = coco.write(tmp_path)
+    text = BAD[request.param][0](data, images)
+    path.write_text(text if isinstance(text, str) else json.dumps(data))
+    return path, images
+
+
+@pytest.mark.parametrize(("broken", "name"), [(name, name) for name in BAD], indirect=["broken"], ids=list(BAD))
+def test_a_bad_data_set(broken, name):
+    path, images = broken
+    _, when, message, code, said = BAD[name]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if when == "error":
+            with pytest.raises((OSError, ValueError), match=message):
+                CocoData(path, images)
+        else:
+            data = CocoData(path, images, preprocessing=Preprocessing(48, 64))
+        if when == "item":
+            with pytest.raises((OSError, ValueError), match=message):
+                data[0]
+    assert len(caught) == (when == "warning")
+    for warning in caught:
+        assert warning.filename == __file__  # the user's line, not ours
+        assert re.search(message, str(warning.message))
+    result = CliRunner().invoke(app, ["check-data", "--data", str(path), "--images", str(images)])
+    assert result.exit_code == code, result.output
+    if code == 1:
+        assert said in result.stdout
+        assert "problems: 1\n" in result.stdout
+    if code == 2:
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("error: ")
+
+
+def test_at_least_twenty_kinds():
+    assert len(BAD) >= 20
+
+
+def test_many_cases_are_counted_and_the_first_named(tmp_path):
+    data = coco.content()
+    for i in range(7):
+        data["annotations"].append({"id": 50 + i, "image_id": 10, "category_id": 9, "bbox": [i, 1, 0, 5]})
+    path, images = coco.write(tmp_path, data)
+    message = (
+        r"data.json: 7 of 12 objects have zero area, and are left out of the targets: annotations\[5\] of 10.png,"
+        r" annotations\[6\] of 10.png, annotations\[7\] of 10.png and 4 more$"
+    )
+    with pytest.warns(UserWarning, match=message):
+        made = CocoData(path, images)
+    assert len(made[0][1]["labels"]) == 2
+
+
+def test_no_such_places(tmp_path):
+    path, images = coco.write(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"none.json: no such file"):
+        CocoData(tmp_path / "none.json", images)
+    with pytest.raises(NotADirectoryError, match="expected the folder of the pictures, got a file"):
+        CocoData(path, path)
+    shutil.rmtree(images)
+    with pytest.raises(NotADirectoryError, match="expected the folder of the pictures, got nothing of that name"):
+        CocoData(path, images)

@@ -1,0 +1,194 @@
+"""The report on a data set, its command and its contact sheet."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from conditional_detr.cli import app
+from conditional_detr.data.coco import read_annotations
+from conditional_detr.data.contact_sheet import CELL, GAP, _order, draw_sheet
+from conditional_detr.data.report import check_data
+from helpers import coco
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["check-data", *(str(argument) for argument in arguments)])
+
+
+def test_a_clean_data_set_by_hand(tmp_path):
+    progress = []
+    report = check_data(*coco.write(tmp_path), progress=lambda *numbers: progress.append(numbers))
+    assert report.to_dict() == {
+        "name": str(tmp_path / "data.json"),
+        "pictures": 3,
+        "objects": 4,
+        "crowds": 1,
+        "classes": {"cat": 2, "dog": 2},
+        # areas 200, 480, 320, 144
+        "boxes": {"small": 4, "medium": 0, "large": 0, "least": 12, "median": 16.02, "greatest": 21.91},
+        "picture_sizes": {"64 x 48": 3},
+        "problems": {},
+        "notes": {},
+    }
+    assert progress == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_notes_are_no_problems(tmp_path):
+    content = coco.content()
+    content["categories"].append({"id": 1, "name": "cow"})
+    content["annotations"][0]["bbox"] = [0, 0, 64, 48]
+    content["annotations"][1]["bbox"] = [20, 20, 1.5, 24]
+    del content["annotations"][4]
+    path, images = coco.write(tmp_path, content)
+    (images / "more").mkdir()
+    shutil.copy(images / "10.png", images / "more" / "left.png")
+    (images / "readme.txt").write_text("no picture")
+    result = run("--data", path, "--images", images)
+    assert result.exit_code == 0, result.output
+    assert "problems: 0\n" in result.stdout
+    assert check_data(path, images).notes == {
+        "pictures without an object": ["12.png"],
+        "objects with a side under 2 pixels": ["annotations[1] of 10.png"],
+        "objects as large as their pictures": ["annotations[0] of 10.png"],
+        "files that the json does not name": [str(images / "more" / "left.png")],
+        "classes without an object": ["cow"],
+    }
+
+
+def test_all_problems_in_one_report(tmp_path):
+    """A report does not stop at the first."""
+    content = coco.content()
+    content["annotations"][0]["bbox"] = [1, 2, float("nan"), 4]
+    content["annotations"][1]["category_id"] = 7
+    content["annotations"][2]["bbox"] = [1, 2, 3, 0]
+    content["images"].append({"id": 13, "file_name": "gone.png", "height": 5, "width": 5})
+    content["images"].append({"id": 14, "file_name": "copy.png", "height": 48, "width": 64})
+    path, images = coco.write(tmp_path, content)
+    shutil.copy(images / "10.png", images / "copy.png")
+    (images / "12.png").write_bytes(b"")
+    written = tmp_path / "report.json"
+    result = run("--data", path, "--images", images, "--json", written)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-2:] == ["problems: 6", f"wrote {written}"]
+    report = json.loads(written.read_text())
+    assert report == check_data(path, images).to_dict()
+    assert report["problems"] == {
+        "objects that are none": [
+            f"{path}: annotations[0]: expected finite numbers as bbox, got nan",
+            f"{path}: annotations[1]: expected a category of {path} (9 dog, 3 cat), got category_id 7",
+        ],
+        "pictures that cannot be read": [
+            f"{images / '12.png'}: expected a picture, got an empty file (0 bytes)",
+        ],
+        "pictures that are missing": [f"{images / 'gone.png'}: no such file"],
+        "pictures of the same bytes": ["10.png = copy.png"],
+        "objects that have zero area, and are left out of the targets": ["annotations[2] of 11.png"],
+    }
+
+
+def test_long_lists_are_cut_on_the_screen_only(tmp_path):
+    content = coco.content()
+    for i in range(9):
+        content["annotations"].append({"id": 50 + i, "image_id": 10, "category_id": 9, "bbox": [i, 1, 0, 5]})
+    path, images = coco.write(tmp_path, content)
+    result = run("--data", path, "--images", images, "--json", tmp_path / "report.json")
+    assert "  annotations[9] of 10.png\n  and 4 more\n" in result.stdout
+    (cases,) = json.loads((tmp_path / "report.json").read_text())["problems"].values()
+    assert len(cases) == 9
+
+
+def test_real_data_sets_are_clean(shared):
+    folder = shared / "data" / "coco"
+    report = check_data(folder / "instances_val2017.json", folder / "val2017")
+    assert report.problems == {}
+    assert (report.pictures, report.objects + report.crowds) == (66, 560)
+    assert report.crowds > 0
+    assert sum(report.boxes[size] for size in ("small", "medium", "large")) == report.objects
+
+
+# ---- the sheet
+
+
+def test_the_sheet_shows_boxes_in_their_colours(tmp_path):
+    path, images = coco.write(tmp_path)
+    for name in ("10", "11", "12"):
+        Image.new("RGB", (64, 48), (128, 128, 128)).save(images / f"{name}.png")
+    sheet = draw_sheet(read_annotations(path), images)
+    assert sheet.size == (3 * (CELL[0] + GAP) + GAP, CELL[1] + 17 + 2 * GAP)
+    drawn = np.asarray(sheet.crop((GAP, GAP, GAP + CELL[0], GAP + CELL[1])), dtype=int)
+    coloured = np.ptp(drawn, axis=2) > 60
+    assert coloured.any()
+    plain = [np.ptp(np.asarray(sheet)[GAP + 150, GAP + i * (CELL[0] + GAP) + 2]) for i in range(3)]
+    assert max(plain) == 0
+    fewer = draw_sheet(read_annotations(path), images, pictures=1)
+    assert fewer.size[0] == CELL[0] + 2 * GAP
+
+
+def test_every_class_is_on_the_sheet(tmp_path):
+    """Of 200 pictures one has the rare class: it comes first, whatever the seed."""
+    content = coco.content()
+    content["categories"].append({"id": 1, "name": "rare"})
+    content["images"] += [{"id": 100 + i, "file_name": "10.png"} for i in range(197)]
+    content["annotations"].append({"image_id": 150, "category_id": 1, "bbox": [1, 1, 5, 5]})
+    path, _ = coco.write(tmp_path, content)
+    data = read_annotations(path)
+    for seed in range(3):
+        order = _order(data, seed)
+        assert order[0] == 150
+        assert sorted(order) == sorted(data.images)
+    assert _order(data, 0) != _order(data, 1)
+
+
+def test_the_command_writes_the_sheet(tmp_path):
+    path, images = coco.write(tmp_path)
+    for name in ("sheet.jpg", "sheet.png"):
+        result = run("--data", path, "--images", images, "--sheet", tmp_path / name, "--pictures", 2)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.endswith(f"wrote {tmp_path / name}\n")
+        with Image.open(tmp_path / name) as sheet:
+            assert sheet.width == 2 * (CELL[0] + GAP) + GAP
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "none.json", "--images", "{images}"), "error: none.json: no such file"),
+        (("--data", "{data}", "--images", "{data}"), "error: {data}: expected the folder of the pictures, got a file"),
+        (
+            ("--data", "{data}", "--images", "no"),
+            "error: no: expected the folder of the pictures, got nothing of that",
+        ),
+        (
+            ("--data", "{data}", "--images", "{images}", "--json", "no/o.json"),
+            "error: no/o.json: expected a file in a folder that exists, got no",
+        ),
+        (
+            ("--data", "{data}", "--images", "{images}", "--sheet", "no/o.png"),
+            "error: no/o.png: expected a file in a folder that exists, got no",
+        ),
+        (
+            ("--data", "{data}", "--images", "{images}", "--sheet", "sheet.text"),
+            "error: sheet.text: expected a picture's suffix, such as .jpg or .png, got '.text'",
+        ),
+    ],
+)
+def test_the_command_that_cannot_begin(tmp_path, arguments, message):
+    data, images = coco.write(tmp_path)
+    result = run(*(argument.format(data=data, images=images) for argument in arguments))
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(message.format(data=data))
+    assert result.stdout == ""
+
+
+def test_no_picture_for_the_sheet(tmp_path):
+    path, images = coco.write(tmp_path)
+    annotations = read_annotations(path)
+    for picture in images.iterdir():
+        picture.unlink()
+    with pytest.raises(ValueError, match="pictures: expected pictures, got none that can be read"):
+        draw_sheet(annotations, images)

@@ -1,0 +1,173 @@
+"""The optimised copy says what the plain model says, in every precision, for all sizes, padded or not."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from conditional_detr import ConditionalDETR, Config, Detector, optimize
+from conditional_detr.deploy.backbone import FastTrunk
+from conditional_detr.deploy.kernels import Computation
+from helpers.models import differences, pixels_of, two_pictures
+
+# logits and boxes; of half precision what its 8 or 11 bits allow
+BOUNDS = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.02), torch.float16: (0.02, 0.003)}
+OTHERS = ["mobilenetv3_small_100", "regnetx_002", "convnext_atto", "efficientnet_b0", "gcresnext26ts"]
+SIZES = [(1, 64, 96), (2, 97, 131), (3, 160, 64)]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    return ConditionalDETR.from_pretrained(tiny.folder)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_equals_the_plain_model(plain, dtype):
+    """Whose weights keep queries and positions apart: see the mutation tests."""
+    fast = optimize(plain, dtype=dtype)
+    logits, boxes = BOUNDS[dtype]
+    for size in SIZES:
+        found = differences(fast, plain, pixels_of(*size))
+        assert found[0] < logits
+        assert found[1] < boxes
+    found = differences(fast, plain, *two_pictures(96, 128))
+    assert found[0] < logits
+    assert found[1] < boxes
+
+
+@pytest.mark.parametrize("checkpoint", ["r50", "dc5"])
+def test_the_published_architecture(checkpoint, request):
+    plain = ConditionalDETR.from_pretrained(request.getfixturevalue(checkpoint).folder)
+    logits, boxes = differences(optimize(plain), plain, *two_pictures(96, 128))
+    assert logits < 1e-4
+    assert boxes < 1e-5
+
+
+def test_half_precision_gives_the_same_boxes_of_trained_weights(shapes_picture):
+    plain = Detector.from_pretrained("shapes")
+    expected = plain(shapes_picture, threshold=0.6)
+    assert len(expected) > 4
+    for dtype in (torch.bfloat16, torch.float16):
+        found = Detector(optimize(plain.model, dtype=dtype))(shapes_picture, threshold=0.5)
+        for box, score, name in expected:
+            same = found.filter(classes=[name])
+            distances = (same.boxes - torch.tensor(box)).abs().amax(dim=1)
+            assert distances.min() < 2  # pixels
+            assert same.scores[distances.argmin()] == pytest.approx(score, abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def shapes_picture():
+    from conditional_detr.data.synthetic import draw_picture, index_in
+
+    return draw_picture(0, index_in("demo", 6))[0]
+
+
+def test_a_mask_of_nothing_is_dropped(plain):
+    fast = optimize(plain)
+    pixels = pixels_of(2, 64, 96)
+    nothing = torch.zeros(2, 64, 96, dtype=torch.bool)
+    assert torch.equal(fast(pixels, nothing).logits, fast(pixels).logits)
+
+
+def test_compiled_does_not_compile_again_for_other_sizes(plain):
+    """One picture, and any number of them, of sizes that it has not seen; a mask makes another graph."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    fast = optimize(plain, compile=True)
+    assert max(differences(fast, plain, pixels_of(1, 160, 224))) < 1e-4
+    assert max(differences(fast, plain, pixels_of(2, 160, 224))) < 1e-4
+    before = counters["stats"]["unique_graphs"]
+    for size in [(1, 224, 160), (1, 197, 231), (1, 260, 260), (3, 256, 130)]:
+        assert max(differences(fast, plain, pixels_of(*size))) < 1e-4
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_the_model_stays_as_it_is_and_its_mode_does_not_matter(plain):
+    model = copy.deepcopy(plain).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fast = optimize(model)
+    assert model.training
+    assert not fast.training
+    assert max(differences(fast, plain, pixels_of(1, 64, 96))) < 1e-4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    assert fast(pixels_of(1, 64, 96)).logits.requires_grad is False
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_in_other_precisions(plain, dtype):
+    fast = optimize(copy.deepcopy(plain).to(dtype))
+    logits, boxes = differences(fast, plain, pixels_of(1, 64, 96))
+    assert logits < (0.1 if dtype == torch.bfloat16 else 1e-4)
+    assert boxes < (0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_positions_are_kept_by_size_up_to_a_number(plain, monkeypatch):
+    from conditional_detr.deploy import optimize as module
+
+    monkeypatch.setattr(module, "_SHAPES", 2)
+    fast = optimize(plain)
+    for width in (64, 96, 128, 64):
+        assert max(differences(fast, plain, pixels_of(1, 64, width))) < 1e-4
+    assert list(fast._positions) == [(4, 8), (4, 4)]
+
+
+def test_norms_are_gone_from_a_resnet_and_all_else_follows_its_convolutions(plain):
+    fast = FastTrunk(plain.backbone.trunk, Computation(torch.float32, kernels=True))
+    kinds = {type(module).__name__ for module in fast.modules()}
+    assert kinds == {"FastTrunk", "GraphModule", "FusedConv", "MaxPool2d"} | ({"Module"} & kinds)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("kernels", [False, True])
+def test_other_trunks(name, kernels):
+    torch.manual_seed(0)
+    sizes = {"num_classes": 2, "width": 16, "heads": 2, "encoder_layers": 0, "decoder_layers": 1}
+    trunk = ConditionalDETR(Config(backbone=name, backbone_stage=3, **sizes)).eval().backbone.trunk
+    for module in trunk.modules():
+        if hasattr(module, "running_var"):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        elif isinstance(module, nn.Conv2d) and not module.weight.any():  # a branch that timm starts at zero
+            nn.init.normal_(module.weight, std=0.1)
+    pixels = pixels_of(2, 64, 96)
+    with torch.no_grad():
+        (expected,) = trunk(pixels)
+        (found,) = FastTrunk(trunk, Computation(torch.float32, kernels=kernels))(pixels)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
+class Mine(ConditionalDETR):
+    """A subclass may change anything."""
+
+
+def test_what_it_cannot_do(plain, tmp_path):
+    fast = optimize(plain)
+    memory, positions = torch.zeros(1, 4, 32), torch.zeros(1, 4, 32)
+    refusals = [
+        (lambda: fast.train(), ValueError, "cannot be trained"),
+        (lambda: fast.save_pretrained(tmp_path), ValueError, "cannot be saved"),
+        (lambda: fast.state_dict(), ValueError, "cannot be saved or copied"),
+        (lambda: copy.deepcopy(fast), ValueError, "cannot be saved or copied"),
+        (lambda: pickle.dumps(fast), ValueError, "cannot be saved or copied"),
+        (lambda: fast.load_state_dict({}), ValueError, "takes no weights"),
+        (lambda: optimize(Mine(plain.config)), TypeError, "expected a ConditionalDETR, got Mine"),
+        (lambda: optimize(plain, dtype="bfloat16"), TypeError, "expected a torch.dtype, got 'bfloat16'"),
+        (lambda: fast.half(), ValueError, "stays on its device and in its precision"),
+        (lambda: fast.to("cpu"), ValueError, "stays on its device and in its precision"),
+        (lambda: fast.attention_maps(memory), ValueError, "ask the model that it was made from"),
+        (lambda: fast.decode(memory, positions, object_queries=memory), ValueError, "has its own worked in"),
+        (lambda: optimize(fast), ValueError, "one that was optimised before"),
+        (lambda: optimize(nn.Linear(2, 2)), TypeError, "expected a ConditionalDETR, got Linear"),
+        (lambda: optimize(plain, dtype=torch.float64), ValueError, "dtype: expected one of torch.float32"),
+        (lambda: fast(pixels_of(1, 64, 64)[0]), ValueError, "pixels: expected"),
+    ]
+    for do, error, message in refusals:
+        with pytest.raises(error, match=message):
+            do()
+    fast.eval()

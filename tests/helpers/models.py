@@ -1,0 +1,160 @@
+"""Models, inputs and comparisons that the tests share."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from conditional_detr import Config
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = ROOT / "weights"
+
+
+def transformers_model(*, num_labels=91, dc5=False, backbone="resnet50", stage=4, seed=0, **options):
+    """A transformers model whose random weights make queries, positions and every projection count."""
+    from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection
+
+    described = {
+        "model_type": "timm_backbone",
+        "backbone": backbone,
+        "out_indices": [stage],
+        "output_stride": 2 ** (stage if dc5 else stage + 1),
+        "features_only": True,
+        "use_pretrained_backbone": False,
+    }
+    config = ConditionalDetrConfig(backbone_config=described, dilation=dc5, num_labels=num_labels, **options)
+    torch.manual_seed(seed)
+    model = ConditionalDetrForObjectDetection(config).eval()
+    randomise(model)
+    return model
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Draw weights that keep queries and positions apart.
+
+    In a fresh model all queries and all places of the memory soon become alike: attention is even, and what it adds to
+    the residual stream drowns the differences. Half the projections could then be zero and nobody would notice. So
+    queries and keys are drawn large, what is added to the stream small, and features are spread over the picture.
+    """
+    for name, module in model.named_modules():
+        part = name.rsplit(".", 1)[-1]
+        if isinstance(module, nn.Linear):
+            gain = 0.5 if part in ("o_proj", "fc2", "v_proj") else 2.0 if part[:2] in ("q_", "k_") else 1.0
+            nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
+            nn.init.normal_(module.bias, std=0.1)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.7, 1.3)
+            nn.init.normal_(module.bias, std=0.1)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        elif hasattr(module, "running_var"):
+            last = part in ("bn3", "bn2") and "layer" in name
+            nn.init.uniform_(module.weight, *((0.3, 0.6) if last else (0.8, 1.2)))
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    pixels, padding = two_pictures()
+    (features, _), *_ = model.model.backbone(pixels, (~padding).long())[-1:]
+    projection = model.model.input_projection
+    nn.init.normal_(projection.weight)
+    projection.weight /= projection(features).std((2, 3)).mean()
+    projection.bias -= projection(features).mean((0, 2, 3))
+
+
+TINY = {
+    "backbone": "resnet18",
+    "stage": 3,
+    "num_labels": 7,
+    "num_queries": 11,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+}
+
+
+TINY_CONFIG = Config(
+    num_classes=7,
+    num_queries=11,
+    width=32,
+    heads=4,
+    encoder_layers=2,
+    decoder_layers=3,
+    feedforward=48,
+    backbone="resnet18",
+    backbone_stage=3,
+)
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    """Equal to the last bit, every parameter and buffer."""
+    state, other = a.state_dict(), b.state_dict()
+    assert state.keys() == other.keys()
+    assert [name for name in state if not torch.equal(state[name], other[name])] == []
+
+
+def assert_same_objects(one, other, cut: float) -> None:
+    """Both found the same, each object matched to the nearest of its name, but for scores within 1e-4 of the cut.
+
+    Kernels differ in the last digits from batch to batch and from runtime to runtime, so near-equal scores may change
+    their order.
+    """
+    for found, expected in ((one, other), (other, one)):
+        for box, score, name in found:
+            if score > cut + 1e-4:
+                same = expected.filter(classes=[name])
+                distances = (same.boxes - torch.tensor(box)).abs().amax(dim=1)
+                assert distances.min() < 1e-2
+                assert (same.scores[distances < 1e-2] - score).abs().min() < 1e-4
+
+
+def run_example(name, *arguments, folder, python=(sys.executable,)) -> list[str]:
+    """Run one of the examples in a folder and return the lines that it prints."""
+    script = [*python, ROOT / "examples" / f"{name}.py", *arguments]
+    return subprocess.run(script, capture_output=True, text=True, check=True, cwd=folder).stdout.splitlines()
+
+
+class Published:
+    """A checkpoint folder in the published format, and the transformers model it was saved from."""
+
+    def __init__(self, folder: Path, **options) -> None:
+        self.folder = folder
+        self.transformers = transformers_model(**options)
+        self.transformers.save_pretrained(folder)
+
+
+def two_pictures(height=160, width=224, seed=0):
+    """Pixels (2, 3, H, W) and padding (2, H, W): the second picture is smaller both ways."""
+    torch.manual_seed(seed)
+    pixels = torch.randn(2, 3, height, width)
+    padding = torch.zeros(2, height, width, dtype=torch.bool)
+    padding[1, :, 3 * width // 5 :] = True
+    padding[1, 3 * height // 4 :] = True
+    return pixels.masked_fill(padding[:, None], 0), padding
+
+
+def pixels_of(batch, height, width):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
+
+
+@torch.no_grad()
+def differences(fast, plain, pixels, padding=None):
+    """Largest ones of logits and boxes between a copy or file, which gives one layer, and the plain model's last."""
+    found, expected = fast(pixels, padding), plain(pixels, padding)
+    assert found.logits.shape == (1, *expected.logits.shape[1:])
+    assert found.boxes.shape == (1, *expected.boxes.shape[1:])
+    assert found.logits.dtype == found.boxes.dtype == torch.float32
+    return [(a[-1] - b[-1]).abs().max().item() for a, b in zip(found, expected, strict=True)]
+
+
+def told(name, metric):
+    """A number of the table on a card."""
+    return float(re.search(rf"^\| {metric} \| ([\d.]+) \|", (WEIGHTS / name / "README.md").read_text(), re.M)[1])
