@@ -1,7 +1,7 @@
 """Embed the network in a module of one's own: ``python examples/embed.py``.
 
 A small head counts the objects of each class from the decoder's states, while the detector's own heads still give
-boxes: one pass of trunk, encoder and decoder serves both. The gradient of the counts reaches every part of the
+boxes: one pass of backbone, encoder and decoder serves both. The gradient of the counts reaches every part of the
 detector but the frozen stem and first stage.
 """
 

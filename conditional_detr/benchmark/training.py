@@ -68,7 +68,7 @@ def measure_training(
     """Time a training step and the criterion alone, of transformers and of this library, on the model's device.
 
     Ours is the step as ``train`` does it, without AdamW. Both start from the model's weights, with its dropout and
-    its frozen part of the trunk. The criterion reads ready outputs of COCO's size.
+    its frozen part of the backbone. The criterion reads ready outputs of COCO's size.
 
     Args:
         model: in float32; it stays as it is.
@@ -200,7 +200,7 @@ def _our_step(model: ConditionalDETR, _: Path, pixels: Tensor, targets: Targets)
 def _their_step(model: ConditionalDETR, folder: Path, pixels: Tensor, targets: Targets) -> Iterator[Work]:
     """Make ready a step of transformers' network with the model's weights; the model is used up."""
     write_weights(model, folder)
-    trains = {name: parameter.requires_grad for name, parameter in model.backbone.trunk.named_parameters()}
+    trains = {name: parameter.requires_grad for name, parameter in model.backbone.body.named_parameters()}
     model.to("meta")  # the weights of both would count as memory
     network = transformers_network(folder).to(pixels.device).train()
     network.config.auxiliary_loss = True

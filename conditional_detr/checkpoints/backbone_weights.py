@@ -1,4 +1,4 @@
-"""Weights for the trunk alone: what a transformer without weights of its own is trained on."""
+"""Weights for the backbone alone: what a transformer without weights of its own is trained on."""
 
 import zipfile
 import zlib
@@ -16,28 +16,28 @@ from conditional_detr.modeling.conditional_detr import ConditionalDETR
 _IGNORED = ".num_batches_tracked"  # BatchNorm's counter, which a frozen one has no use for
 
 
-class TrunkReport(NamedTuple):
-    """What a file of trunk weights held.
+class BackboneReport(NamedTuple):
+    """What a file of backbone weights held.
 
     Attributes:
-        filled: names of the trunk's parameters and buffers that were filled: all of them.
-        left_over: the file's tensors that the trunk does not have, such as a classifier or stages that were cut off.
+        filled: names of the backbone's parameters and buffers that were filled: all of them.
+        left_over: the file's tensors that the backbone does not have, such as a classifier or stages that were cut off.
     """
 
     filled: tuple[str, ...]
     left_over: tuple[str, ...]
 
 
-def load_trunk(model: ConditionalDETR, path: str | Path) -> TrunkReport:
-    """Fill the trunk from a file with the weights of a classifier, and leave everything else as it is.
+def load_backbone_weights(model: ConditionalDETR, path: str | Path) -> BackboneReport:
+    """Fill the backbone from a file with the weights of a classifier, and leave everything else as it is.
 
-    The file has timm's names, which for ResNets are torchvision's, too. It may hold more than the trunk, such as the
-    classifier and stages that were cut off; what it holds of the trunk's own stages must fit, all of it. Where
+    The file has timm's names, which for ResNets are torchvision's, too. It may hold more than the backbone, such as the
+    classifier and stages that were cut off; what it holds of the backbone's own stages must fit, all of it. Where
     BatchNorm was folded into the convolutions, which then have biases, the frozen BatchNorm becomes the addition of
     that bias.
 
     Args:
-        model: whose trunk is filled, in place.
+        model: whose backbone is filled, in place.
         path: a ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.npz`` file.
 
     Returns:
@@ -52,16 +52,16 @@ def load_trunk(model: ConditionalDETR, path: str | Path) -> TrunkReport:
     if not isinstance(model, ConditionalDETR):
         raise TypeError(f"model: expected a ConditionalDETR, got {type(model).__name__}")
     path = Path(path)
-    trunk = model.backbone.trunk
-    described: Any = getattr(trunk, "feature_info", None)
+    backbone = model.backbone.body
+    described: Any = getattr(backbone, "feature_info", None)
     if described is None:
         raise ValueError(
-            "model: expected a plain model, got one whose trunk is none of timm's, such as an optimised copy"
+            "model: expected a plain model, got one whose backbone is none of timm's, such as an optimised copy"
         )
-    state = trunk.state_dict()
+    state = backbone.state_dict()
     tensors = {name: tensor for name, tensor in _read(path).items() if not name.endswith(_IGNORED)}
     found = {_flat(name): tensor for name, tensor in tensors.items()}
-    folded = _folded_biases(trunk, found)
+    folded = _folded_biases(backbone, found)
     for norm, (bias, eps) in folded.items():
         found |= {_flat(f"{norm}.{name}"): value for name, value in _addition_of(found[bias].float(), eps).items()}
     missing = [name for name in state if _flat(name) not in found]
@@ -77,16 +77,16 @@ def load_trunk(model: ConditionalDETR, path: str | Path) -> TrunkReport:
     stages = tuple(_flat(f"{stage['module']}.") for stage in described.info[: model.config.backbone_stage + 1])
     deeper = [name for name in left_over if _flat(name).startswith(stages)]
     kinds = {"missing": missing, "of another shape": sorted(misshaped), "not finite": sorted(infinite)}
-    kinds |= {"left over, in stages that the trunk has": deeper}
+    kinds |= {"left over, in stages that the backbone has": deeper}
     if any(kinds.values()):
         told = "".join(f"\n  {kind}: {some(names)}" for kind, names in kinds.items() if names)
-        raise ValueError(f"{path}: does not fit the trunk {model.config.backbone!r}:{told}")
-    trunk.load_state_dict({name: found[_flat(name)] for name in state})
-    return TrunkReport(tuple(state), left_over)
+        raise ValueError(f"{path}: does not fit the backbone {model.config.backbone!r}:{told}")
+    backbone.load_state_dict({name: found[_flat(name)] for name in state})
+    return BackboneReport(tuple(state), left_over)
 
 
 def _flat(name: str) -> str:
-    """Return a name without dots: timm writes stages_0 for stages.0 in trunks that give maps."""
+    """Return a name without dots: timm writes stages_0 for stages.0 in backbones that give maps."""
     return name.replace(".", "_")
 
 
@@ -104,11 +104,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: truncated, or not an npz file of numbers: {error}") from error
 
 
-def _folded_biases(trunk: nn.Module, found: dict[str, Tensor]) -> dict[str, tuple[str, float]]:
+def _folded_biases(backbone: nn.Module, found: dict[str, Tensor]) -> dict[str, tuple[str, float]]:
     """Return, for each frozen BatchNorm folded into the convolution before it, the name of that bias, and its eps."""
     folded: dict[str, tuple[str, float]] = {}
     bias = None
-    for path, module in trunk.named_modules():
+    for path, module in backbone.named_modules():
         if isinstance(module, nn.Conv2d):
             bias = _flat(f"{path}.bias") if module.bias is None else None
         elif hasattr(module, "running_var") and bias in found:

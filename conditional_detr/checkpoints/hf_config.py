@@ -24,7 +24,7 @@ _SEEN = {  # what the shapes tell as well
     "feedforward": "dim_feedforward",
     "num_queries": "num_queries",
 }
-_OUT_INDICES = [1, 2, 3, 4]  # transformers' default for timm trunks; the last is used
+_OUT_INDICES = [1, 2, 3, 4]  # transformers' default for timm backbones; the last is used
 _RESNETS = {  # block, blocks per stage -> timm's name
     ("basic", (2, 2, 2, 2)): "resnet18",
     ("basic", (3, 4, 6, 3)): "resnet34",
@@ -52,7 +52,7 @@ def read_config(json: Mapping[str, Any], where: str) -> Config:
         encoder, decoder = json.get(f"encoder_{part}"), json.get(f"decoder_{part}")
         if encoder != decoder:
             raise ValueError(f"{where}: expected encoder_{part} and decoder_{part} alike, got {encoder} and {decoder}")
-    trunk, stage, dilation = _read_backbone(json, where)
+    backbone, stage, dilation = _read_backbone(json, where)
     default = Config()
     try:
         return Config(
@@ -64,7 +64,7 @@ def read_config(json: Mapping[str, Any], where: str) -> Config:
             decoder_layers=json.get("decoder_layers", default.decoder_layers),
             feedforward=json.get("encoder_ffn_dim") or default.feedforward,
             dropout=json.get("dropout", default.dropout),
-            backbone=trunk,
+            backbone=backbone,
             backbone_stage=stage,
             dilation=dilation,
         )
@@ -193,7 +193,7 @@ def _read_names(json: Mapping[str, Any], where: str) -> list[str]:
 
 
 def _read_backbone(json: Mapping[str, Any], where: str) -> tuple[str, int, bool]:
-    """Return the trunk's name, stage and dilation from any of the forms they have had."""
+    """Return the backbone's name, stage and dilation from any of the forms they have had."""
     described = json.get("backbone_config") or {}
     options = json.get("backbone_kwargs") or {}
     kind = described.get("model_type", "timm_backbone")
@@ -212,7 +212,7 @@ def _read_backbone(json: Mapping[str, Any], where: str) -> tuple[str, int, bool]
     if dilation and described and stride is None:
         raise ValueError(
             f"{where}: dilation is true, but backbone_config has no output_stride, so that transformers runs this"
-            " network undilated; set dilation to false, or output_stride to half the trunk's stride, as is meant"
+            " network undilated; set dilation to false, or output_stride to half the backbone's stride, as is meant"
         )
     if stride is not None:
         full = _full_stride(name, stage)
@@ -226,7 +226,7 @@ def _read_backbone(json: Mapping[str, Any], where: str) -> tuple[str, int, bool]
 
 
 def _read_transformers_resnet(described: Mapping[str, Any], where: str) -> str:
-    """Return timm's name of the trunk that transformers' own ResNet describes."""
+    """Return timm's name of the backbone that transformers' own ResNet describes."""
     block, blocks = described.get("layer_type", "bottleneck"), tuple(described.get("depths", (3, 4, 6, 3)))
     sizes = [64, 128, 256, 512] if block == "basic" else [256, 512, 1024, 2048]
     _expect(described, "embedding_size", 64, where)
@@ -239,16 +239,16 @@ def _read_transformers_resnet(described: Mapping[str, Any], where: str) -> str:
     return _RESNETS[block, blocks]
 
 
-def _full_stride(trunk: str, stage: int) -> int:
-    """Return the stride of a trunk's stage without dilation; of the ResNets, without building one."""
-    if trunk in _RESNETS.values():
+def _full_stride(backbone: str, stage: int) -> int:
+    """Return the stride of a backbone's stage without dilation; of the ResNets, without building one."""
+    if backbone in _RESNETS.values():
         return int(2 ** (stage + 1))
     with Skeleton():
-        return Backbone(trunk, stage=stage, dilation=False).stride
+        return Backbone(backbone, stage=stage, dilation=False).stride
 
 
 def _output_stride(config: Config) -> int:
-    """Return the stride of a dilated trunk."""
+    """Return the stride of a dilated backbone."""
     return _full_stride(config.backbone, config.backbone_stage) // 2
 
 

@@ -56,15 +56,15 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("decoder.layers.*.feedforward_norm",      "model.decoder.layers.*.final_layer_norm", "model.decoder.layers.*.final_layer_norm",         "transformer.decoder.layers.*.norm3"),
 )
 
-# Trunk parameters keep timm's names behind these prefixes.
-NATIVE_TRUNK = "backbone.trunk."
-_TRUNK: dict[Family, str] = {
+# Backbone parameters keep timm's names behind these prefixes.
+NATIVE_BACKBONE = "backbone.body."
+_BACKBONE: dict[Family, str] = {
     "published":      "model.backbone.conv_encoder.model.",
     "transformers 5": "model.backbone.model.",
     "original":       "backbone.0.body.",
 }
 
-# transformers' own ResNet (in place of timm's) renames the trunk: timm's pattern, its replacement there.
+# transformers' own ResNet (in place of timm's) renames the backbone: timm's pattern, its replacement there.
 _TRANSFORMERS_RESNET = (
     (r"^conv1\.",                          "embedder.embedder.convolution."),
     (r"^bn1\.",                            "embedder.embedder.normalization."),
@@ -80,7 +80,7 @@ _ROWS = {native: dict(zip(_COLUMN, names, strict=True)) for native, *names in _T
 
 
 class Naming(NamedTuple):
-    """How a file names things: its family, and whether its trunk is transformers' own ResNet."""
+    """How a file names things: its family, and whether its backbone is transformers' own ResNet."""
 
     family: Family
     transformers_resnet: bool = False
@@ -107,11 +107,11 @@ def source_of(native: str, naming: Naming) -> Source:
     Raises:
         KeyError: the native model has no parameter of this name.
     """
-    if native.startswith(NATIVE_TRUNK):
-        trunk = native.removeprefix(NATIVE_TRUNK)
+    if native.startswith(NATIVE_BACKBONE):
+        backbone = native.removeprefix(NATIVE_BACKBONE)
         if naming.transformers_resnet:
-            trunk = _transformers_resnet(trunk)
-        return Source(_TRUNK[naming.family] + trunk)
+            backbone = _transformers_resnet(backbone)
+        return Source(_BACKBONE[naming.family] + backbone)
     stem, kind = native.rsplit(".", 1)
     number = "".join(re.findall(r"(?<=layers\.)\d+", stem))
     name = _ROWS[re.sub(r"(?<=layers\.)\d+", "*", stem)][naming.family].replace("*", number)
@@ -131,7 +131,7 @@ def recognise(names: Iterable[str]) -> Naming | None:
         sign = _ROWS["decoder.layers.*.cross_attention.spatial_query"][family]
         pattern = re.compile(re.escape(sign).replace(r"\*", r"\d+") + r"\.(weight|bias)")
         if any(pattern.fullmatch(name) for name in names):
-            stages = f"{_TRUNK[family]}encoder.stages."
+            stages = f"{_BACKBONE[family]}encoder.stages."
             return Naming(family, any(name.startswith(stages) for name in names))
     return None
 

@@ -126,7 +126,7 @@ def _infer_config(checkpoint: Checkpoint, naming: Naming) -> Config:
         pattern = f"{part}.layers.{{}}.feedforward.hidden.bias"
         return next(i for i in range(len(tensors) + 1) if source_of(pattern.format(i), naming).name not in tensors)
 
-    deep = source_of("backbone.trunk.layer3.22.conv1.weight", naming).name in tensors
+    deep = source_of("backbone.body.layer3.22.conv1.weight", naming).name in tensors
     paper = Config(backbone="resnet101" if deep else "resnet50")
     values = read_arguments(checkpoint.arguments or {}, str(where))
     if assumed := [f"{ours} {getattr(paper, ours)}" for ours in UNSEEN if ours not in values]:
@@ -212,7 +212,7 @@ def _file_shape(shape: torch.Size, source: Source) -> torch.Size:
 
 
 def _fill_unsaved_buffers(model: ConditionalDETR, device: torch.device) -> None:
-    """Compute the buffers that no file stores, which the skeleton has left empty (a few trunks have such)."""
+    """Compute the buffers that no file stores, which the skeleton has left empty (a few backbones have such)."""
     unsaved = [(path, name) for path, module in model.named_modules() for name in module._non_persistent_buffers_set]
     if not unsaved:
         return

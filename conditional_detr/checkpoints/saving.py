@@ -17,7 +17,7 @@ from torch import Tensor
 
 from conditional_detr.checkpoints.files import CONFIG, PREPROCESSOR, SAFETENSORS
 from conditional_detr.checkpoints.hf_config import default_metadata, write_arguments, write_config, write_preprocessor
-from conditional_detr.checkpoints.key_maps import NATIVE_TRUNK, Family, Naming, source_of
+from conditional_detr.checkpoints.key_maps import NATIVE_BACKBONE, Family, Naming, source_of
 from conditional_detr.checkpoints.meta_init import Skeleton
 from conditional_detr.checkpoints.tensor_checks import not_finite, some
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
@@ -68,7 +68,7 @@ def save_as(
         OSError: the target cannot be written.
         ValueError: no such family; the target is a file where a folder is meant, or the other way round; a parameter
             does not fit the config, or is not finite in ``dtype``; "original": the authors' code does not build this
-            trunk.
+            backbone.
     """
     writers = writers_of(model, target, family, dtype=dtype)
     files = tuple(writers)
@@ -90,7 +90,7 @@ def writers_of(
     files = files_of(target, family)
     state = _checked_state(model, dtype)
     if family == "original":
-        _check_trunk_is_the_authors(model.config, state)
+        _check_backbone_is_the_authors(model.config, state)
     tensors = _renamed(state, Naming(family))
     if family == "original":
         return {files[0]: partial(torch.save, {"model": tensors, "args": write_arguments(model.config)})}
@@ -149,26 +149,28 @@ def _renamed(state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
     }
 
 
-def _check_trunk_is_the_authors(config: Config, state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the authors' code would build this trunk: torchvision's of that name, all its stages."""
-    ours = {name.removeprefix(NATIVE_TRUNK): t.shape for name, t in state.items() if name.startswith(NATIVE_TRUNK)}
-    if ours != _authors_trunk(config):
+def _check_backbone_is_the_authors(config: Config, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the authors' code would build this backbone: torchvision's of that name, all its stages."""
+    ours = {
+        name.removeprefix(NATIVE_BACKBONE): t.shape for name, t in state.items() if name.startswith(NATIVE_BACKBONE)
+    }
+    if ours != _authors_backbone(config):
         raise ValueError(
-            "original: expected a trunk that the authors' code builds, a ResNet of torchvision up to stage 4,"
+            "original: expected a backbone that the authors' code builds, a ResNet of torchvision up to stage 4,"
             f" got {config.backbone!r} up to stage {config.backbone_stage}{', dilated' if config.dilation else ''}"
         )
 
 
-def _authors_trunk(config: Config) -> dict[str, torch.Size] | None:
-    """Return names and shapes of the trunk the authors' code builds; None if it cannot."""
+def _authors_backbone(config: Config) -> dict[str, torch.Size] | None:
+    """Return names and shapes of the backbone the authors' code builds; None if it cannot."""
     from torchvision.models import get_model
 
     try:
         with Skeleton():
-            trunk = get_model(config.backbone, replace_stride_with_dilation=[False, False, config.dilation])
+            backbone = get_model(config.backbone, replace_stride_with_dilation=[False, False, config.dilation])
     except (NotImplementedError, TypeError, ValueError):  # no such model, or it cannot be dilated
         return None
-    stored = {name: tensor.shape for name, tensor in trunk.state_dict().items() if not name.startswith("fc.")}
+    stored = {name: tensor.shape for name, tensor in backbone.state_dict().items() if not name.startswith("fc.")}
     return {name: shape for name, shape in stored.items() if not name.endswith(".num_batches_tracked")}
 
 

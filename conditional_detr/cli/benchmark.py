@@ -61,7 +61,7 @@ def benchmark(
     beyond the weights.
 
     A training step is forward, loss and backward of both libraries' networks, with the same dropout and the same
-    frozen part of the trunk. The loss alone, with its matching and its backward, reads ready outputs of COCO's size.
+    frozen part of the backbone. The loss alone, with its matching and its backward, reads ready outputs of COCO's size.
     """
     pictures: dict[str, Any] = {"size": (height, width), "batch": batch_size}
     step: dict[str, Any] = {"size": (training_size, training_size), "batch": training_batch_size}

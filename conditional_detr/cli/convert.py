@@ -43,7 +43,7 @@ def convert(
     transformers5: the same folder, its weights under the names that
     transformers 5 has in memory, for load_state_dict.
 
-    original: one .pth for the authors' code. It takes only trunks which that
+    original: one .pth for the authors' code. It takes only backbones which that
     code builds, ResNets of torchvision, and has no place for class names,
     category ids and preprocessing; a warning tells when these are lost.
     """

@@ -86,7 +86,7 @@ def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
 
 def _rows_of_network(config: Config, metadata: Metadata) -> Iterator[tuple[str, str]]:
     """Say what architecture, classes and preprocessing are."""
-    yield "trunk", f"{config.backbone}, stage {config.backbone_stage}{', dilated' if config.dilation else ''}"
+    yield "backbone", f"{config.backbone}, stage {config.backbone_stage}{', dilated' if config.dilation else ''}"
     yield "encoder", f"{config.encoder_layers} layers, width {config.width}, {config.heads} heads"
     yield "decoder", f"{config.decoder_layers} layers, {config.num_queries} queries"
     yield "", f"feed-forward networks of {config.feedforward} units, dropout {config.dropout}"

@@ -118,7 +118,7 @@ def _report(target: Path, described: Description | None, meter: _Meter | None) -
         best = max(meter.tried)
         tell(
             f"error: {target}: not written: AP was {meter.before:.4f} before and at best {best:.4f} after,"
-            f" more than {meter.max_loss} lost; more pictures like the data set's, --keep trunk,"
+            f" more than {meter.max_loss} lost; more pictures like the data set's, --keep backbone,"
             " or a larger --max-loss",
             style="red",
         )

@@ -10,7 +10,7 @@ import torch
 import typer
 from torch import distributed
 
-from conditional_detr.checkpoints.backbone_weights import load_trunk
+from conditional_detr.checkpoints.backbone_weights import load_backbone_weights
 from conditional_detr.checkpoints.loading import from_pretrained
 from conditional_detr.cli.console import INTERRUPTED, Precision, one_line_errors, out, tell
 from conditional_detr.data.annotations import name_rows
@@ -63,8 +63,8 @@ def train(
     architecture: Annotated[
         str, typer.Option(help="With --weights none: Config's fields, 'backbone=resnet18 num_queries=100'.")
     ] = "",
-    trunk: Annotated[
-        Path | None, typer.Option(help="With --weights none: a file with weights of timm's or torchvision's trunk.")
+    backbone_weights: Annotated[
+        Path | None, typer.Option(help="With --weights none: a file with weights of timm's or torchvision's backbone.")
     ] = None,
     num_queries: Annotated[int | None, typer.Option(min=1, help="Object queries; else those of the weights.")] = None,
     preset: Annotated[Preset, typer.Option(help="Settings to start from.")] = Preset.FINETUNE_SMALL,
@@ -86,7 +86,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Pictures a forward pass of one process.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Forward passes a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    backbone_lr: Annotated[float | None, typer.Option(help="Learning rate of the trunk; 0 freezes it.")] = None,
+    backbone_lr: Annotated[float | None, typer.Option(help="Learning rate of the backbone; 0 freezes it.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's.")] = None,
     clip: Annotated[float | None, typer.Option(help="The largest norm of the gradients; 0: no limit.")] = None,
     warmup: Annotated[int | None, typer.Option(help="Steps in which the rates rise from 0.")] = None,
@@ -120,7 +120,7 @@ def train(
         changes = {name: value.value if isinstance(value := given[name], Enum) else value for name in names}
         changes["autocast"] = None if autocast is Precision.FLOAT32 else autocast.value
         config = replace(getattr(TrainConfig, preset.value)(), **changes)
-        model = _model(data, output if resume else None, weights, architecture, trunk, num_queries, seed)
+        model = _model(data, output if resume else None, weights, architecture, backbone_weights, num_queries, seed)
         if dropout is not None:
             model = _with_dropout(model, dropout)
         edges = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
@@ -138,7 +138,7 @@ def _model(
     output: Path | None,
     weights: str | None,
     architecture: str,
-    trunk: Path | None,
+    backbone_weights: Path | None,
     num_queries: int | None,
     seed: int,
 ) -> ConditionalDETR:
@@ -150,17 +150,17 @@ def _model(
     if weights is None:
         raise ValueError("--weights: expected what to start from: a folder, a file, a hub id, or none for untrained")
     if weights != NOTHING:
-        for name, value in (("architecture", architecture), ("trunk", trunk)):
+        for name, value in (("architecture", architecture), ("backbone-weights", backbone_weights)):
             if value:
                 raise ValueError(f"--{name}: weights have their own, got {str(value)!r} with --weights {weights}")
         return from_pretrained(weights, class_names=names, num_queries=num_queries)
     queries = {} if num_queries is None else {"num_queries": num_queries}
     config = Config(**{**_read_architecture(architecture), **queries, "num_classes": len(names)})
     model = ConditionalDETR(config, Metadata(names))
-    if trunk is not None:
-        report = load_trunk(model, trunk)
+    if backbone_weights is not None:
+        report = load_backbone_weights(model, backbone_weights)
         unused = f", and {len(report.left_over)} tensors that it does not have" if report.left_over else ""
-        tell(f"{trunk}: all {len(report.filled)} tensors of the trunk{unused}")
+        tell(f"{backbone_weights}: all {len(report.filled)} tensors of the backbone{unused}")
     return model
 
 

@@ -1,4 +1,4 @@
-"""A trunk without BatchNorm: its statistics become part of the convolutions, ReLU and additions of their kernels."""
+"""A backbone without BatchNorm: its statistics become part of the convolutions, ReLU and additions of their kernels."""
 
 import copy
 import operator
@@ -18,18 +18,18 @@ _ANY_PICTURE = (2, 3, 160, 224)  # large enough that maps of different sizes sta
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
-class FastTrunk(nn.Module):
-    """The graph of a trunk, rewritten, which takes float32 pixels and gives maps in its own precision.
+class FastBackbone(nn.Module):
+    """The graph of a backbone, rewritten, which takes float32 pixels and gives maps in its own precision.
 
     Args:
-        trunk: the plain trunk; it stays as it is.
+        backbone: the plain backbone; it stays as it is.
         computation: what to compute in; oneDNN's kernels compute ReLU and additions with the convolution.
     """
 
-    def __init__(self, trunk: nn.Module, computation: Computation) -> None:
+    def __init__(self, backbone: nn.Module, computation: Computation) -> None:
         super().__init__()
         self.dtype = computation.dtype
-        graph = _trace(copy.deepcopy(trunk).eval())
+        graph = _trace(copy.deepcopy(backbone).eval())
         _fold_norms(graph)
         graph.to(computation.dtype).to(memory_format=torch.channels_last)
         if computation.kernels:
@@ -39,7 +39,7 @@ class FastTrunk(nn.Module):
         self._run: Any = torch.compiler.disable(self._maps_of_any_size) if apart else self._maps
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Map (B, 3, H, W) to the list of maps that the plain trunk gives."""
+        """Map (B, 3, H, W) to the list of maps that the plain backbone gives."""
         return self._run(pixels)
 
     def _maps(self, pixels: Tensor) -> list[Tensor]:
@@ -56,15 +56,15 @@ class _Tracer(fx.Tracer):
         return isinstance(m, FrozenBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _trace(trunk: nn.Module) -> fx.GraphModule:
-    """Return a trunk as a graph, without what does nothing.
+def _trace(backbone: nn.Module) -> fx.GraphModule:
+    """Return a backbone as a graph, without what does nothing.
 
     Raises:
-        ValueError: what the trunk does depends on the pixels, so there is no one graph.
+        ValueError: what the backbone does depends on the pixels, so there is no one graph.
     """
     try:
-        traced = fx.GraphModule(trunk, _Tracer().trace(trunk))
-    except Exception as error:  # of any kind: the trunk's own code runs on proxies
+        traced = fx.GraphModule(backbone, _Tracer().trace(backbone))
+    except Exception as error:  # of any kind: the backbone's own code runs on proxies
         raise ValueError(f"backbone: cannot be optimised, for it cannot be traced: {error}") from error
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Identity):
@@ -81,13 +81,13 @@ def _module(graph: fx.GraphModule, node: Any, kind: type[nn.Module]) -> Any:
     return module if isinstance(module, kind) else None
 
 
-def normalised_convolutions(trunk: nn.Module) -> list[tuple[nn.Conv2d, FrozenBatchNorm2d]]:
+def normalised_convolutions(backbone: nn.Module) -> list[tuple[nn.Conv2d, FrozenBatchNorm2d]]:
     """Return each convolution whose output goes through a frozen BatchNorm and nowhere else, with that BatchNorm.
 
     Raises:
-        ValueError: the trunk cannot be traced.
+        ValueError: the backbone cannot be traced.
     """
-    graph = _trace(trunk)
+    graph = _trace(backbone)
     return [(convolution, norm) for _, _, convolution, norm in _pairs(graph)]
 
 

@@ -72,7 +72,7 @@ def export(
         ModuleNotFoundError: a package for the format is not installed.
         OSError: the file cannot be written, or the picture not read.
         TypeError: no ConditionalDETR, or a subclass; no dtype.
-        ValueError: another suffix or dtype; a model that was optimised, whose trunk cannot be traced, or whose class
+        ValueError: another suffix or dtype; a model that was optimised, whose backbone cannot be traced, or whose class
             head does not fit its class names; the file does not give what the model gives, and was not written.
     """
     check_model(model)

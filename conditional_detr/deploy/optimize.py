@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conditional_detr.deploy.backbone import FastTrunk
+from conditional_detr.deploy.backbone import FastBackbone
 from conditional_detr.deploy.kernels import Computation, FusedConv, has_kernels, of_any_size
 from conditional_detr.deploy.layers import FastDecoder, fast_encoder
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output, check_input
@@ -37,12 +37,12 @@ def optimize(model: ConditionalDETR, *, dtype: torch.dtype = torch.float32, comp
 
     Returns:
         The copy. It cannot be trained, saved, copied or moved to another device, and has no attention maps: the model
-        can and has. Tracing the trunk changes how modules of the whole process are called while it lasts, so no other
+        can and has. Tracing the backbone changes how modules of the whole process are called while it lasts, so no other
         thread may run a model meanwhile.
 
     Raises:
         TypeError: no ConditionalDETR, or a subclass, whose changes would be lost; no dtype.
-        ValueError: another dtype; a model that was optimised before, or whose trunk cannot be traced.
+        ValueError: another dtype; a model that was optimised before, or whose backbone cannot be traced.
     """
     check_model(model)
     check_dtype(dtype, DTYPES)
@@ -83,7 +83,7 @@ class OptimizedDETR(ConditionalDETR):
         dtype, kernels, compile = computation
         self.dtype = dtype
         self.backbone = copy.copy(model.backbone)
-        self.backbone._modules = {"trunk": FastTrunk(model.backbone.trunk, computation)}
+        self.backbone._modules = {"body": FastBackbone(model.backbone.body, computation)}
         projection: Any = copy.deepcopy(model.projection).to(dtype).to(memory_format=torch.channels_last)
         self.projection = FusedConv(projection, relu=False) if kernels and not compile else projection
         self.encoder = fast_encoder(model.encoder, computation)

@@ -1,4 +1,4 @@
-"""8-bit integers: the trunk and the linear layers of an OpenVINO file, their ranges measured on pictures."""
+"""8-bit integers: the backbone and the linear layers of an OpenVINO file, their ranges measured on pictures."""
 
 import contextlib
 import logging
@@ -33,13 +33,13 @@ from conditional_detr.inference.sources import Picture, name_of
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.metadata import Preprocessing
 
-PARTS = ("trunk", "encoder", "decoder")
+PARTS = ("backbone", "encoder", "decoder")
 """Parts that can be kept in float."""
 
 # λ_q = FFN(f) always stays in float: it multiplies p_s, so that an error in it moves where a query looks. With it in
 # int8, no box of a trained model was right.
 _TRANSFORMATION = "decoder.transformation"
-_KEPT_IN_TRUNK = {"ScaledDotProductAttention", "MVN"}  # OpenVINO's names for attention's products and for LayerNorm
+_KEPT_IN_BACKBONE = {"ScaledDotProductAttention", "MVN"}  # OpenVINO's names for attention's products and for LayerNorm
 
 
 def quantize(
@@ -54,8 +54,8 @@ def quantize(
 ) -> Description:
     """Write a model as an OpenVINO file that computes in 8-bit integers where that is fast and harmless.
 
-    That is in the trunk, its additions too, and in the linear layers of encoder and decoder. The products and softmax
-    of attention, layer norms, sums outside the trunk, λ_q and the heads stay in float32. The ranges of what flows
+    That is in the backbone, its additions too, and in the linear layers of encoder and decoder. The products and softmax
+    of attention, layer norms, sums outside the backbone, λ_q and the heads stay in float32. The ranges of what flows
     between are measured on pictures, which should be like those that the file is for. Nothing is trained.
 
     Inputs and outputs are those of :func:`conditional_detr.export`. How far logits and boxes of the first picture are
@@ -65,7 +65,7 @@ def quantize(
         model: the model; it stays as it is.
         target: "….xml"; the weights go beside it in "….bin". Files that are there are replaced.
         pictures: a hundred or so, each opened when it is its turn.
-        keep: parts to keep in float32 as well: "trunk", "encoder", "decoder".
+        keep: parts to keep in float32 as well: "backbone", "encoder", "decoder".
         top_k: the most detections a picture, for post-processing in the file; None: none.
         measure: what else is to stand in the file, such as its AP, by name; what it raises leaves the file unwritten.
         progress: told what is being done.
@@ -77,7 +77,7 @@ def quantize(
         ModuleNotFoundError: openvino or nncf is not installed.
         OSError: the file cannot be written, or a picture not read.
         TypeError: no ConditionalDETR, or a subclass; no list; a picture of an unknown kind.
-        ValueError: no picture; another suffix; a part that does not exist; a model that was optimised, whose trunk
+        ValueError: no picture; another suffix; a part that does not exist; a model that was optimised, whose backbone
             cannot be traced, or whose class head does not fit its class names; a file that gives nothing finite.
     """
     check_model(model)
@@ -176,16 +176,16 @@ def _in_silence() -> Iterator[None]:
 
 
 def _names_of_kept(network: Any, traced: Traced, keep: Sequence[str]) -> list[str]:
-    """Return OpenVINO's names of all that stays in float: what is neither the trunk's nor a linear layer to round."""
-    rounded = set() if "trunk" in keep else _names_in_trunk(network)
+    """Return OpenVINO's names of all that stays in float: what is neither the backbone's nor a linear layer to round."""
+    rounded = set() if "backbone" in keep else _names_in_backbone(network)
     linear = _names_of_linear(traced, keep)
     operations = [one for one in network.get_ordered_ops() if one.get_type_name() != "Constant"]
     names = [one.get_friendly_name() for one in operations]
     return [name for name in names if name not in rounded and name.split("/")[0] not in linear]
 
 
-def _names_in_trunk(network: Any) -> set[str]:
-    """Return OpenVINO's names of what to round in the trunk, which ends in the last convolution, the projection."""
+def _names_in_backbone(network: Any) -> set[str]:
+    """Return OpenVINO's names of what to round in the backbone, which ends in the last convolution, the projection."""
     found: set[str] = set()
     left = [one for one in network.get_ordered_ops() if one.get_type_name() == "Convolution"][-1:]
     while left:
@@ -193,7 +193,7 @@ def _names_in_trunk(network: Any) -> set[str]:
         if operation.get_friendly_name() not in found:
             found.add(operation.get_friendly_name())
             left += [port.get_source_output().get_node() for port in operation.inputs()]
-    kept = [one for one in network.get_ordered_ops() if one.get_type_name() in _KEPT_IN_TRUNK]
+    kept = [one for one in network.get_ordered_ops() if one.get_type_name() in _KEPT_IN_BACKBONE]
     return found.difference(one.get_friendly_name() for one in kept)
 
 

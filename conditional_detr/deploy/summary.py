@@ -79,7 +79,7 @@ def summarise(model: ConditionalDETR, size: tuple[int, int] | None = None) -> Su
         size: height and width in pixels; default: the shortest and the longest edge of its preprocessing.
 
     Raises:
-        ValueError: a size that is not positive, or too small for the trunk.
+        ValueError: a size that is not positive, or too small for the backbone.
     """
     preprocessing = model.metadata.preprocessing
     size = size or (preprocessing.shortest_edge, preprocessing.longest_edge)
@@ -109,7 +109,7 @@ def count_flops(config: Config, height: int, width: int) -> int:
         width: of the picture, in pixels.
 
     Raises:
-        ValueError: a size that is not positive, or too small for the trunk.
+        ValueError: a size that is not positive, or too small for the backbone.
     """
     from torch.utils.flop_counter import FlopCounterMode
 

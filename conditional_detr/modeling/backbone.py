@@ -1,4 +1,4 @@
-"""The convolutional trunk: a timm model whose last wanted stage gives the feature map."""
+"""The convolutional backbone: a timm model whose last wanted stage gives the feature map."""
 
 import difflib
 from typing import Any
@@ -8,30 +8,30 @@ from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
-    """A timm trunk with frozen BatchNorm, whose stem and first stage do not train.
+    """A timm backbone with frozen BatchNorm, whose stem and first stage do not train.
 
     Any timm model works whose ``features_only`` form gives (B, C, h, w) maps for pictures of any size: the
     residual, regular and mobile convolutional families. Its BatchNorm layers become fixed affine maps
     (eps 1e-5), and everything up to its first stage of stride 4 is frozen, as the authors do for ResNets.
 
     Args:
-        name: timm's name of the trunk, such as "resnet50".
+        name: timm's name of the backbone, such as "resnet50".
         stage: index of the feature map in timm's ``feature_info``; 4 is the last stage of a ResNet (stride 32).
         dilation: replace the stride of that stage by dilation ("DC5"): half the stride, twice the resolution.
 
     Attributes:
-        trunk: the timm model.
+        body: the timm model.
         channels: C of the feature map.
         stride: pictures are this many times larger than the map.
 
     Raises:
-        ValueError: timm has no such trunk, or the trunk has no such stage, or it cannot serve here.
+        ValueError: timm has no such backbone, or the backbone has no such stage, or it cannot serve here.
     """
 
     def __init__(self, name: str, *, stage: int, dilation: bool) -> None:
         super().__init__()
-        self.trunk: nn.Module = _make_trunk(name, stage, dilation)
-        feature_info: Any = self.trunk.feature_info
+        self.body: nn.Module = _make_backbone(name, stage, dilation)
+        feature_info: Any = self.body.feature_info
         self.channels: int = feature_info.channels()[-1]
         self.stride: int = feature_info.reduction()[-1]
         self._freeze_first_stage(name, stage)
@@ -47,14 +47,14 @@ class Backbone(nn.Module):
             features (B, C, h, w) and their padding (B, h, w), None if None was given.
         """
         if padding is None:
-            return self.trunk(pixels)[-1], None
-        features = self.trunk(pixels.masked_fill(padding[:, None], 0.0))[-1]
+            return self.body(pixels)[-1], None
+        features = self.body(pixels.masked_fill(padding[:, None], 0.0))[-1]
         padding = F.interpolate(padding[:, None].float(), size=features.shape[-2:])[:, 0]  # nearest
         return features, padding.bool()
 
     def _freeze_first_stage(self, name: str, stage: int) -> None:
         """Stop gradients for all modules up to the end of the first stage of stride 4."""
-        feature_info: Any = self.trunk.feature_info
+        feature_info: Any = self.body.feature_info
         stages = feature_info.info[: stage + 1]
         first = next((s for s in stages if s["reduction"] >= 4), stages[-1])["module"]
 
@@ -63,7 +63,7 @@ class Backbone(nn.Module):
             return path.replace(".", "_").removeprefix("model_")
 
         reached = False
-        for path, module in self.trunk.named_modules():
+        for path, module in self.body.named_modules():
             inside = f"{flat(path)}_".startswith(f"{flat(first)}_")
             if reached and not inside:
                 return
@@ -77,8 +77,8 @@ class Backbone(nn.Module):
             )
 
 
-def _make_trunk(name: str, stage: int, dilation: bool) -> Any:
-    """Build the timm trunk with random weights and frozen BatchNorm."""
+def _make_backbone(name: str, stage: int, dilation: bool) -> Any:
+    """Build the timm backbone with random weights and frozen BatchNorm."""
     import timm
     from timm.utils.model import freeze_batch_norm_2d
 
@@ -89,21 +89,21 @@ def _make_trunk(name: str, stage: int, dilation: bool) -> Any:
     described = timm.get_pretrained_cfg(name)
     if described is not None and described.fixed_input_size:
         raise ValueError(
-            f"backbone: got {name!r}, which takes pictures of one size only; expected a trunk for any size"
+            f"backbone: got {name!r}, which takes pictures of one size only; expected a backbone for any size"
         )
-    trunk = _features(name, stage)
+    backbone = _features(name, stage)
     if dilation:
-        stride = trunk.feature_info.reduction()[-1] // 2
-        trunk = _features(name, stage, output_stride=stride)
-        if trunk.feature_info.reduction()[-1] != stride:
+        stride = backbone.feature_info.reduction()[-1] // 2
+        backbone = _features(name, stage, output_stride=stride)
+        if backbone.feature_info.reduction()[-1] != stride:
             raise ValueError(f"dilation: got True, but stage {stage} of backbone {name!r} cannot be dilated")
-    if getattr(trunk, "output_fmt", "NCHW") != "NCHW":
+    if getattr(backbone, "output_fmt", "NCHW") != "NCHW":
         raise ValueError(f"backbone: got {name!r}, whose maps are channels-last; expected (B, C, h, w)")
-    return freeze_batch_norm_2d(trunk)
+    return freeze_batch_norm_2d(backbone)
 
 
 def _features(name: str, stage: int, **options: int) -> Any:
-    """Build a timm trunk that gives the map of one stage."""
+    """Build a timm backbone that gives the map of one stage."""
     import timm
 
     try:

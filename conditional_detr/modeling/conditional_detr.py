@@ -37,8 +37,8 @@ class Config:
         decoder_layers: L, 1 or more.
         feedforward: hidden units of the feed-forward networks.
         dropout: in [0, 1), on attention weights, hidden units and residual branches, while training.
-        backbone: timm's name of the trunk.
-        backbone_stage: index of the trunk's feature map; 4 is the last stage of a ResNet.
+        backbone: timm's name of the backbone.
+        backbone_stage: index of the backbone's feature map; 4 is the last stage of a ResNet.
         dilation: DC5, the last stage dilated instead of strided.
 
     Raises:
@@ -113,8 +113,8 @@ class ConditionalDETR(nn.Module):
         config: the architecture as built.
         metadata: what Detector, saving and export read.
         load_report: how the weights were loaded; None for a model that was not.
-        backbone: the trunk, :class:`~conditional_detr.modeling.backbone.Backbone`.
-        projection: 1x1 convolution from the trunk's channels to D.
+        backbone: the backbone, :class:`~conditional_detr.modeling.backbone.Backbone`.
+        projection: 1x1 convolution from the backbone's channels to D.
         encoder: :class:`~conditional_detr.modeling.encoder.Encoder`.
         object_queries: embedding (N, D), the learned o_q.
         decoder: :class:`~conditional_detr.modeling.decoder.Decoder`.
@@ -123,7 +123,7 @@ class ConditionalDETR(nn.Module):
 
     Raises:
         TypeError: ``config`` is no Config.
-        ValueError: timm has no such trunk or stage; the metadata has another number of classes.
+        ValueError: timm has no such backbone or stage; the metadata has another number of classes.
     """
 
     def __init__(self, config: Config | None = None, metadata: Metadata | None = None) -> None:
@@ -174,7 +174,7 @@ class ConditionalDETR(nn.Module):
         """Project the feature map to tokens and relate them to each other.
 
         Args:
-            features: (B, C, h, w), the trunk's map.
+            features: (B, C, h, w), the backbone's map.
             padding: (B, h, w) bool, True = padded; None: nothing is padded.
 
         Returns:

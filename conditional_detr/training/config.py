@@ -21,7 +21,7 @@ class TrainConfig:
         batch_size: pictures a forward pass of one process. A step takes batch_size x accumulation x processes.
         accumulation: forward and backward passes a step; the step is that of the joined batch.
         lr: AdamW's learning rate.
-        backbone_lr: of the trunk; 0 freezes it.
+        backbone_lr: of the backbone; 0 freezes it.
         weight_decay: AdamW's.
         clip: the largest norm of all gradients together; 0: no limit.
         warmup: steps in which the rates rise from 0.

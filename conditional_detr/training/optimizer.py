@@ -17,14 +17,14 @@ from conditional_detr.deploy.backbone import normalised_convolutions, pads_with_
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.training.config import TrainConfig
 
-_TRUNK = "backbone."
+_BACKBONE = "backbone."
 _DROP = 0.1  # what is left of the rates after "step" stepped
 
 
 def parameter_groups(
     model: ConditionalDETR, config: TrainConfig, other_queries: nn.Embedding | None = None
 ) -> list[dict[str, Any]]:
-    """Return AdamW's groups: what trains of the trunk with its own rate, and all else that trains.
+    """Return AdamW's groups: what trains of the backbone with its own rate, and all else that trains.
 
     Args:
         model: the model.
@@ -34,14 +34,14 @@ def parameter_groups(
     Raises:
         ValueError: nothing trains.
     """
-    trunk: list[nn.Parameter] = []
+    backbone: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (trunk if name.startswith(_TRUNK) else others).append(parameter)
+            (backbone if name.startswith(_BACKBONE) else others).append(parameter)
     if other_queries is not None:
         others.extend(parameter for parameter in other_queries.parameters() if parameter.requires_grad)
-    groups = [(others, config.lr), (trunk, config.backbone_lr)]
+    groups = [(others, config.lr), (backbone, config.backbone_lr)]
     found = [{"params": group, "lr": rate, "initial_lr": rate} for group, rate in groups if group]
     if not found:
         raise ValueError("model: expected parameters that train, got none with requires_grad")
@@ -79,8 +79,8 @@ def moving_average(model: ConditionalDETR, decay: float) -> AveragedModel:
 
 @contextmanager
 def computed_twice(model: ConditionalDETR, wanted: bool) -> Iterator[None]:
-    """Keep only the inputs of layers and trunk stages that train, and compute them again in the backward pass."""
-    parts = [*model.encoder.layers, *model.decoder.layers, *model.backbone.trunk.children()] if wanted else []
+    """Keep only the inputs of layers and backbone stages that train, and compute them again in the backward pass."""
+    parts = [*model.encoder.layers, *model.decoder.layers, *model.backbone.body.children()] if wanted else []
     parts = [part for part in parts if any(parameter.requires_grad for parameter in part.parameters())]
     with _replaced({part: partial(checkpoint, part.forward, use_reentrant=False) for part in parts}):
         yield
@@ -88,13 +88,13 @@ def computed_twice(model: ConditionalDETR, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def norms_folded(model: ConditionalDETR) -> Iterator[None]:
-    """Let convolutions of the trunk do what the frozen BatchNorm behind them does: the maps are gone through once.
+    """Let convolutions of the backbone do what the frozen BatchNorm behind them does: the maps are gone through once.
 
     Statistics do not train, so scaling the weights, which is cheap, has the same gradients as scaling the maps. Under
-    autocast the maps then stay in its precision. A trunk that cannot be traced stays as it is.
+    autocast the maps then stay in its precision. A backbone that cannot be traced stays as it is.
     """
     try:
-        pairs = normalised_convolutions(model.backbone.trunk)
+        pairs = normalised_convolutions(model.backbone.body)
     except ValueError:
         pairs = []
     forwards: dict[nn.Module, Callable[..., Any]] = {}
@@ -155,7 +155,7 @@ def _multiply(layer: nn.Linear, product: Callable[[Tensor], Tensor], x: Tensor) 
 class _ScaledConvolution(torch.autograd.Function):
     """A convolution with weights times a factor for each channel, which does not keep the product.
 
-    Autograd would keep it for every convolution of the trunk: as much memory again as the trunk's weights.
+    Autograd would keep it for every convolution of the backbone: as much memory again as the backbone's weights.
     """
 
     @staticmethod

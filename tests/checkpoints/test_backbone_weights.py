@@ -1,4 +1,4 @@
-"""Weights of a classifier become those of the trunk: torchvision's ResNet gives the same maps."""
+"""Weights of a classifier become those of the backbone: torchvision's ResNet gives the same maps."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from torchvision.models import resnet18, resnet34
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from conditional_detr import ConditionalDETR, Config, optimize
-from conditional_detr.checkpoints.backbone_weights import load_trunk
+from conditional_detr.checkpoints.backbone_weights import load_backbone_weights
 
 SMALL = {"num_classes": 2, "num_queries": 4, "width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
 PIXELS = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
@@ -54,7 +54,7 @@ def maps(classifier, stage):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_maps_equal_torchvisions(classifier, tmp_path, kind, stage):
     state = folded(classifier) if "folded" in kind else classifier.state_dict()
-    path = tmp_path / f"trunk.{kind.split()[-1]}"
+    path = tmp_path / f"backbone.{kind.split()[-1]}"
     if path.suffix == ".npz":
         np.savez(path, **{name: tensor.numpy() for name, tensor in state.items()})
     elif path.suffix == ".pth":
@@ -63,25 +63,25 @@ def test_maps_equal_torchvisions(classifier, tmp_path, kind, stage):
         save_file(state, path)
     model = fresh(stage)
     others = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith("backbone")}
-    report = load_trunk(model, path)
+    report = load_backbone_weights(model, path)
     with torch.no_grad():
         features, _ = model.backbone(PIXELS)
     torch.testing.assert_close(features, maps(classifier, stage), rtol=1e-4, atol=1e-5)
-    assert set(report.filled) == set(model.backbone.trunk.state_dict())
+    assert set(report.filled) == set(model.backbone.body.state_dict())
     left = {name for name in state if name.startswith(("fc", *(f"layer{i}" for i in range(stage + 1, 5))))}
     assert set(report.left_over) == {name for name in left if not name.endswith("num_batches_tracked")}
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in others.items())
 
 
 def test_names_that_timm_writes_in_two_ways(tmp_path):
-    """A trunk that gives maps has stages_0 where the classifier has stages.0."""
+    """A backbone that gives maps has stages_0 where the classifier has stages.0."""
     import timm
 
     torch.manual_seed(0)
     classifier = timm.create_model("convnext_atto").eval()
-    torch.save(classifier.state_dict(), tmp_path / "trunk.pth")
+    torch.save(classifier.state_dict(), tmp_path / "backbone.pth")
     model = fresh(1, "convnext_atto")
-    report = load_trunk(model, tmp_path / "trunk.pth")
+    report = load_backbone_weights(model, tmp_path / "backbone.pth")
     assert any(name.startswith("stages.3") for name in report.left_over)
     with torch.no_grad():
         expected = classifier.stages[1](classifier.stages[0](classifier.stem(PIXELS)))
@@ -89,13 +89,13 @@ def test_names_that_timm_writes_in_two_ways(tmp_path):
 
 
 def test_a_deeper_network_of_the_family_does_not_pass_for_a_shallow_one(tmp_path):
-    torch.save(resnet34().state_dict(), tmp_path / "trunk.pth")
-    with pytest.raises(ValueError, match=r"left over, in stages that the trunk has: layer1\.2\.conv1\.weight, "):
-        load_trunk(fresh(), tmp_path / "trunk.pth")
+    torch.save(resnet34().state_dict(), tmp_path / "backbone.pth")
+    with pytest.raises(ValueError, match=r"left over, in stages that the backbone has: layer1\.2\.conv1\.weight, "):
+        load_backbone_weights(fresh(), tmp_path / "backbone.pth")
     with pytest.raises(TypeError, match="expected a ConditionalDETR, got Linear"):
-        load_trunk(nn.Linear(2, 2), tmp_path / "trunk.pth")
-    with pytest.raises(ValueError, match="expected a plain model, got one whose trunk is none of timm's"):
-        load_trunk(optimize(fresh()), tmp_path / "trunk.pth")
+        load_backbone_weights(nn.Linear(2, 2), tmp_path / "backbone.pth")
+    with pytest.raises(ValueError, match="expected a plain model, got one whose backbone is none of timm's"):
+        load_backbone_weights(optimize(fresh()), tmp_path / "backbone.pth")
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_loaded(classifier, tmp_path):
@@ -103,11 +103,11 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(classifier, tmp_path):
     del state["layer2.0.conv1.weight"], state["bn1.bias"]
     state["layer1.0.conv1.weight"] = torch.zeros(64, 64, 1, 1)
     state["layer3.1.bn2.running_mean"] = torch.full((256,), torch.nan)
-    torch.save(state, tmp_path / "trunk.pth")
+    torch.save(state, tmp_path / "backbone.pth")
     model = fresh()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="does not fit the trunk 'resnet18'") as error:
-        load_trunk(model, tmp_path / "trunk.pth")
+    with pytest.raises(ValueError, match="does not fit the backbone 'resnet18'") as error:
+        load_backbone_weights(model, tmp_path / "backbone.pth")
     assert "missing: bn1.bias, layer2.0.conv1.weight\n" in str(error.value)
     assert "of another shape: layer1.0.conv1.weight: expected (64, 64, 3, 3)" in str(error.value)
     assert "not finite: layer3.1.bn2.running_mean" in str(error.value)
@@ -117,10 +117,10 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(classifier, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("trunk.npz", b"PK\x03\x04 and no more", ValueError, "truncated, or not an npz file"),
-        ("trunk.npz", b"nothing", ValueError, "truncated, or not an npz file"),
-        ("trunk.pth", b"nothing", ValueError, "truncated, not a torch file"),
-        ("trunk.onnx", b"nothing", ValueError, r"expected a \.safetensors, \.bin, \.pth, \.pt or \.npz file"),
+        ("backbone.npz", b"PK\x03\x04 and no more", ValueError, "truncated, or not an npz file"),
+        ("backbone.npz", b"nothing", ValueError, "truncated, or not an npz file"),
+        ("backbone.pth", b"nothing", ValueError, "truncated, not a torch file"),
+        ("backbone.onnx", b"nothing", ValueError, r"expected a \.safetensors, \.bin, \.pth, \.pt or \.npz file"),
         ("missing.npz", None, FileNotFoundError, "missing.npz"),
         ("missing.pth", None, FileNotFoundError, "missing.pth"),
     ],
@@ -129,10 +129,10 @@ def test_files_that_are_none(tmp_path, name, content, error, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=message):
-        load_trunk(fresh(), tmp_path / name)
+        load_backbone_weights(fresh(), tmp_path / name)
 
 
 def test_objects_in_an_npz_are_not_unpickled(tmp_path):
-    np.savez(tmp_path / "trunk.npz", x=np.array([{}], dtype=object))
+    np.savez(tmp_path / "backbone.npz", x=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="truncated, or not an npz file of numbers"):
-        load_trunk(fresh(), tmp_path / "trunk.npz")
+        load_backbone_weights(fresh(), tmp_path / "backbone.npz")

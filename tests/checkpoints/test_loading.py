@@ -154,15 +154,15 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
 
 
 def test_transformers_own_resnet(tmp_path):
-    """A trunk of transformers' own classes in place of timm's, in both namings."""
+    """A backbone of transformers' own classes in place of timm's, in both namings."""
     from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ResNetConfig
 
-    trunk = ResNetConfig(
+    backbone = ResNetConfig(
         depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], layer_type="basic", out_features=["stage4"]
     )
     options = {k: v for k, v in TINY.items() if k not in ("backbone", "stage")}
     torch.manual_seed(0)
-    reference = ConditionalDetrForObjectDetection(ConditionalDetrConfig(backbone_config=trunk, **options)).eval()
+    reference = ConditionalDetrForObjectDetection(ConditionalDetrConfig(backbone_config=backbone, **options)).eval()
     randomise(reference)
     reference.save_pretrained(tmp_path)
     model = from_pretrained(tmp_path)
@@ -230,12 +230,12 @@ def test_a_dilated_config_of_any_year(described):
 
 @pytest.mark.parametrize(("stride", "dilation"), [(16, False), (32, False), (8, True)])
 def test_a_stride_above_the_stages_own_dilates_nothing(stride, dilation):
-    """As timm has it: an output_stride is the most a trunk may reach."""
+    """As timm has it: an output_stride is the most a backbone may reach."""
     described = {"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": [3], "output_stride": stride}
     config = read_config({"num_labels": 91, "backbone_config": described}, "config.json")
     assert config == Config(backbone="resnet18", backbone_stage=3, dilation=dilation)
-    trunk = timm.create_model("resnet18", features_only=True, out_indices=[3], output_stride=stride)
-    assert ConditionalDETR(config).backbone.stride == trunk.feature_info.reduction()[-1]
+    backbone = timm.create_model("resnet18", features_only=True, out_indices=[3], output_stride=stride)
+    assert ConditionalDETR(config).backbone.stride == backbone.feature_info.reduction()[-1]
 
 
 @pytest.mark.parametrize(
@@ -469,7 +469,7 @@ def test_the_model_outlives_its_file(tiny, folder):
     assert_same(model, from_pretrained(tiny.folder))
 
 
-def test_trunks_with_buffers_that_no_file_holds(tmp_path):
+def test_backbones_with_buffers_that_no_file_holds(tmp_path):
     """csatv2 computes some of its tables itself; loading builds nothing random, yet they must be right."""
     config = Config(
         num_classes=2, num_queries=3, width=16, heads=2, encoder_layers=1, decoder_layers=1, backbone="csatv2"

@@ -25,7 +25,7 @@ TARGETS = {"published": "folder", "transformers 5": "folder5", "original": "auth
 
 @pytest.fixture(scope="module")
 def small() -> ConditionalDETR:
-    """A small model whose trunk goes to its last stage, as the authors' code has it; no two values are alike."""
+    """A small model whose backbone goes to its last stage, as the authors' code has it; no two values are alike."""
     torch.manual_seed(0)
     model = ConditionalDETR(replace(TINY_CONFIG, backbone_stage=4, dropout=0.25)).eval()
     for tensor in model.state_dict().values():
@@ -239,9 +239,9 @@ def test_what_the_authors_file_loses_is_said(small, tmp_path, caplog, metadata, 
         (replace(TINY_CONFIG, backbone="regnetx_002", backbone_stage=4), "'regnetx_002' up to stage 4"),
     ],
 )
-def test_a_trunk_that_the_authors_code_does_not_build(tmp_path, config, got):
+def test_a_backbone_that_the_authors_code_does_not_build(tmp_path, config, got):
     """torchvision has no such model, or cannot dilate it, or its model of that name has other parameters."""
-    message = rf"original: expected a trunk that the authors' code builds, .* got {got}$"
+    message = rf"original: expected a backbone that the authors' code builds, .* got {got}$"
     with pytest.raises(ValueError, match=message):
         save_as(ConditionalDETR(config), tmp_path / "authors.pth", "original")
     assert contents(tmp_path) == {}

@@ -95,7 +95,7 @@ def test_untrained_of_an_architecture(shapes, tmp_path):
     assert {name: saved[name] for name in expected} == expected
 
 
-def test_a_trunk_that_has_weights(shapes, tmp_path):
+def test_a_backbone_that_has_weights(shapes, tmp_path):
     """It is filled, all else is drawn as without it; groups of queries and vertical flips are settings like any."""
     torch.manual_seed(1)
     tensors = resnet18().state_dict()
@@ -104,11 +104,11 @@ def test_a_trunk_that_has_weights(shapes, tmp_path):
     options = (*data_of(shapes, val=False), *SHORT, "--weights", "none", "--architecture", architecture)
     options += ("--preset", "from_scratch", "--augmentation", "none", "--epochs", 1, "--backbone-lr", 0)
     options += ("--query-groups", 3, "--vertical-flip", "--output", tmp_path / "run")
-    result = run("train", *options, "--trunk", tmp_path / "resnet18.pth")
+    result = run("train", *options, "--backbone-weights", tmp_path / "resnet18.pth")
     assert result.exit_code == 0, result.output
-    assert "resnet18.pth: all 50 tensors of the trunk, and 52 tensors that it does not have" in result.stderr
-    trunk = ConditionalDETR.from_pretrained(tmp_path / "run" / "last").backbone.trunk.state_dict()
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in trunk.items())
+    assert "resnet18.pth: all 50 tensors of the backbone, and 52 tensors that it does not have" in result.stderr
+    backbone = ConditionalDETR.from_pretrained(tmp_path / "run" / "last").backbone.body.state_dict()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in backbone.items())
     saved = torch.load(tmp_path / "run" / "last" / "training_state.pt", weights_only=True)
     assert saved["settings"]["query_groups"] == 3
     assert saved["other_queries"]["weight"].shape == (600, 32)
@@ -161,8 +161,11 @@ def test_interrupted(shapes, small, tmp_path, monkeypatch):
             ("--weights", "{small}", "--architecture", "width=8"),
             "--architecture: weights have their own, got 'width=8'",
         ),
-        (("--weights", "{small}", "--trunk", "x.pth"), "--trunk: weights have their own, got 'x.pth'"),
-        (("--weights", "none", "--trunk", "missing.pth"), "missing.pth"),
+        (
+            ("--weights", "{small}", "--backbone-weights", "x.pth"),
+            "--backbone-weights: weights have their own, got 'x.pth'",
+        ),
+        (("--weights", "none", "--backbone-weights", "missing.pth"), "missing.pth"),
         (("--weights", "none", "--epochs", "0"), "epochs: expected at least 1, got 0"),
         (("--weights", "none", "--val-images", "x"), "--val-images: expected --val-data with it, got x alone"),
         (("--weights", "nowhere/at-all"), "nowhere/at-all"),

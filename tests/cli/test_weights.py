@@ -97,7 +97,12 @@ def test_convert_onto_its_own_source(tiny, tmp_path):
         ("nothing", "target", (), "error: weights: got 'nothing', which is no file or folder"),
         (None, "target", ("--to", "original"), "target: expected a file *.pth to hold original names"),
         (None, "target.pth", (), "target.pth: expected a folder to hold the files of published names"),
-        (None, "target.pth", ("--to", "original"), "error: original: expected a trunk that the authors' code builds"),
+        (
+            None,
+            "target.pth",
+            ("--to", "original"),
+            "error: original: expected a backbone that the authors' code builds",
+        ),
     ],
 )
 def test_convert_fails_in_one_line(tiny, tmp_path, source, target, options, message):
@@ -164,7 +169,7 @@ def test_parameters_by_hand(tiny):
 def test_flops_by_hand():
     """Multiply-adds at 64 x 96 of the same network: 24 tokens on a map of 4 x 6."""
     s, n, d, ff = 24, 11, 32, 48
-    trunk = (
+    backbone = (
         64 * 3 * 49 * 32 * 48
         + 4 * 64 * 64 * 9 * 16 * 24
         + ((64 + 3 * 128) * 128 * 9 + 64 * 128) * 8 * 12
@@ -176,7 +181,7 @@ def test_flops_by_hand():
     decoder_layer = self_attention + cross_attention + 2 * d * ff * n
     decoder = 3 * decoder_layer + d * d * n + (d * d + d * 2) * n + 2 * (2 * d * d * n)  # o_q, s, λ_q of two layers
     heads = 3 * n * (d * 7 + 2 * d * d + d * 4)
-    expected = trunk + 256 * d * s + 2 * encoder_layer + decoder + heads
+    expected = backbone + 256 * d * s + 2 * encoder_layer + decoder + heads
     assert count_flops(TINY_CONFIG, 64, 96) == 2 * expected
 
 
@@ -210,7 +215,7 @@ def test_info_in_words(named):
     words = " ".join(result.stdout.split())
     size = f"{(named / 'model.safetensors').stat().st_size / 1e6:.1f} MB"
     assert f"published names, float16, {size}" in words
-    assert "trunk resnet18, stage 3 encoder 2 layers, width 32, 4 heads decoder 3 layers, 11 queries" in words
+    assert "backbone resnet18, stage 3 encoder 2 layers, width 32, 4 heads decoder 3 layers, 11 queries" in words
     assert "classes 5, and 2 unused rows cat, café, [red]dog, x, y" in words
     assert "shortest edge 64, longest 96" in words
     assert "parameters 2,856,765, of which 2,699,901 train backbone 2,778,304 projection 8,224" in words
@@ -236,7 +241,7 @@ def test_info_fails_in_one_line(tiny, tmp_path):
     assert result.stdout == ""
 
 
-def test_a_size_that_the_trunk_cannot_take():
+def test_a_size_that_the_backbone_cannot_take():
     with pytest.raises(ValueError, match="size: 2 x 2 does not go through convnext_femto: Calculated padded input"):
         count_flops(Config(backbone="convnext_femto", backbone_stage=3), 2, 2)
     with pytest.raises(ValueError, match="size: expected at least 1 x 1, got 0 x 5"):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from conditional_detr import ConditionalDETR, Config, Detector, optimize
-from conditional_detr.deploy.backbone import FastTrunk
+from conditional_detr.deploy.backbone import FastBackbone
 from conditional_detr.deploy.kernels import Computation
 from helpers.models import differences, pixels_of, two_pictures
 
@@ -117,18 +117,18 @@ def test_positions_are_kept_by_size_up_to_a_number(plain, monkeypatch):
 
 
 def test_norms_are_gone_from_a_resnet_and_all_else_follows_its_convolutions(plain):
-    fast = FastTrunk(plain.backbone.trunk, Computation(torch.float32, kernels=True))
+    fast = FastBackbone(plain.backbone.body, Computation(torch.float32, kernels=True))
     kinds = {type(module).__name__ for module in fast.modules()}
-    assert kinds == {"FastTrunk", "GraphModule", "FusedConv", "MaxPool2d"} | ({"Module"} & kinds)
+    assert kinds == {"FastBackbone", "GraphModule", "FusedConv", "MaxPool2d"} | ({"Module"} & kinds)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("kernels", [False, True])
-def test_other_trunks(name, kernels):
+def test_other_backbones(name, kernels):
     torch.manual_seed(0)
     sizes = {"num_classes": 2, "width": 16, "heads": 2, "encoder_layers": 0, "decoder_layers": 1}
-    trunk = ConditionalDETR(Config(backbone=name, backbone_stage=3, **sizes)).eval().backbone.trunk
-    for module in trunk.modules():
+    backbone = ConditionalDETR(Config(backbone=name, backbone_stage=3, **sizes)).eval().backbone.body
+    for module in backbone.modules():
         if hasattr(module, "running_var"):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.running_mean, std=0.1)
@@ -137,8 +137,8 @@ def test_other_trunks(name, kernels):
             nn.init.normal_(module.weight, std=0.1)
     pixels = pixels_of(2, 64, 96)
     with torch.no_grad():
-        (expected,) = trunk(pixels)
-        (found,) = FastTrunk(trunk, Computation(torch.float32, kernels=kernels))(pixels)
+        (expected,) = backbone(pixels)
+        (found,) = FastBackbone(backbone, Computation(torch.float32, kernels=kernels))(pixels)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 

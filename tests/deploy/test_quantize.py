@@ -62,7 +62,7 @@ def _source(node):
 
 
 def test_what_is_in_integers(quantised):
-    """The trunk, its additions too, and all linear layers, but no product of attention, no head and no λ_q."""
+    """The backbone, its additions too, and all linear layers, but no product of attention, no head and no λ_q."""
     path, *_ = quantised
     convolutions = operations(path, "Convolution")
     assert len(convolutions) == 16  # of a ResNet-18 up to stage 3, and the projection
@@ -84,7 +84,7 @@ def test_what_is_in_integers(quantised):
 
 
 def test_parts_can_be_kept(shapes, tmp_path):
-    quantize(shapes, tmp_path / "kept.xml", drawn(2), keep=("encoder", "trunk"))
+    quantize(shapes, tmp_path / "kept.xml", drawn(2), keep=("encoder", "backbone"))
     for kind in ("Convolution", "Add"):
         assert not any(rounded for _, rounded in operations(tmp_path / "kept.xml", kind))
     rounded = {name.split("/")[0] for name, is_rounded in operations(tmp_path / "kept.xml", "MatMul") if is_rounded}
@@ -92,7 +92,7 @@ def test_parts_can_be_kept(shapes, tmp_path):
     assert not {"linear_3", "linear_4"} & rounded
 
 
-def test_attention_and_norms_of_a_trunk_stay_in_float(tmp_path):
+def test_attention_and_norms_of_a_backbone_stay_in_float(tmp_path):
     config = replace(TINY_CONFIG, backbone="pvt_v2_b0", backbone_stage=2)
     model = ConditionalDETR(config, Metadata.numbered(7)).eval()
     model.metadata = replace(model.metadata, preprocessing=Preprocessing(96, 160))
@@ -104,12 +104,12 @@ def test_attention_and_norms_of_a_trunk_stay_in_float(tmp_path):
     assert all(rounded for _, rounded in operations(tmp_path / "int8.xml", "Convolution"))
 
 
-def test_a_trunk_whose_convolutions_have_other_names(tmp_path):
+def test_a_backbone_whose_convolutions_have_other_names(tmp_path):
     """OpenVINO makes multiplications of some depthwise convolutions' names."""
     config = replace(TINY_CONFIG, backbone="mobilenetv3_small_100", backbone_stage=3)
     model = ConditionalDETR(config, Metadata.numbered(7)).eval()
     model.metadata = replace(model.metadata, preprocessing=Preprocessing(96, 160))
-    quantize(model, tmp_path / "kept.xml", drawn(1), keep=("trunk",))
+    quantize(model, tmp_path / "kept.xml", drawn(1), keep=("backbone",))
     for kind in ("Convolution", "GroupConvolution"):
         found = operations(tmp_path / "kept.xml", kind)
         assert len(found) > 5
@@ -170,7 +170,7 @@ def test_bccd_loses_at_most_half_a_point(shared, tmp_path):
         ({"pictures": Path("x.png")}, TypeError, "pictures: expected a list, got PosixPath"),
         ({"keep": "encoder"}, TypeError, "keep: expected a list, got str"),
         ({"pictures": ["x.png"]}, FileNotFoundError, r"x\.png: no such file"),
-        ({"keep": ["head"]}, ValueError, "keep: expected some of trunk, encoder, decoder, got 'head'"),
+        ({"keep": ["head"]}, ValueError, "keep: expected some of backbone, encoder, decoder, got 'head'"),
         ({"top_k": 0}, ValueError, "top_k: expected an int of at least 1, got 0"),
     ],
 )
@@ -265,8 +265,11 @@ def test_command_keeps_more_in_float_until_little_is_lost(data_set, tmp_path, mo
     ("arguments", "message"),
     [
         (("--data", "x.json"), "expected both --data and --images, to measure AP on, or neither"),
-        (("--keep", "head"), "keep: expected some of trunk, encoder, decoder, got 'head'"),
-        (("--keep", "head", "--data", "no.json", "--images", "."), "keep: expected some of trunk, encoder, decoder"),
+        (("--keep", "head"), "keep: expected some of backbone, encoder, decoder, got 'head'"),
+        (
+            ("--keep", "head", "--data", "no.json", "--images", "."),
+            "keep: expected some of backbone, encoder, decoder",
+        ),
     ],
 )
 def test_command_refuses(data_set, tmp_path, arguments, message):

@@ -233,12 +233,12 @@ def test_stem_and_first_stage_do_not_train_and_batch_norm_is_frozen():
         ("mobilenetv3_small_100", 4, 576, 32, {"conv_stem", "blocks.0"}),
     ],
 )
-def test_any_convolutional_trunk_at_any_stage(name, stage, channels, stride, frozen):
+def test_any_convolutional_backbone_at_any_stage(name, stage, channels, stride, frozen):
     config = Config(num_classes=2, num_queries=4, width=16, heads=2, encoder_layers=1, decoder_layers=1)
     config = Config(**{**config.__dict__, "backbone": name, "backbone_stage": stage})
     model = ConditionalDETR(config).eval()
     assert (model.backbone.channels, model.backbone.stride) == (channels, stride)
-    stopped = {n.removeprefix("trunk.") for n, p in model.backbone.named_parameters() if not p.requires_grad}
+    stopped = {n.removeprefix("backbone.") for n, p in model.backbone.named_parameters() if not p.requires_grad}
     assert {".".join(n.split(".")[: 2 if n.startswith("blocks") else 1]) for n in stopped} == frozen
     assert output_of(model, torch.randn(1, 3, 96, 70)).boxes.isfinite().all()
 
@@ -257,7 +257,7 @@ def test_any_convolutional_trunk_at_any_stage(name, stage, channels, stride, fro
         ({"backbone": "hrnet_w18", "backbone_stage": 3}, "stem and first stage cannot be told"),
     ],
 )
-def test_a_trunk_that_cannot_serve(options, message):
+def test_a_backbone_that_cannot_serve(options, message):
     with pytest.raises(ValueError, match=message):
         ConditionalDETR(Config(**options))
 

@@ -35,7 +35,7 @@ def ours(tiny):
 
 
 def projections(network) -> dict[str, nn.Module]:
-    """Every layer with a matrix behind the trunk, and the learned queries."""
+    """Every layer with a matrix behind the backbone, and the learned queries."""
     kinds = (nn.Linear, nn.Embedding, nn.Conv2d)
     return {n: m for n, m in network.named_modules() if isinstance(m, kinds) and not n.startswith("backbone")}
 

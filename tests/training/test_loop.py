@@ -222,14 +222,14 @@ def test_rates_in_the_log(tmp_path):
 
 def test_every_parameter_that_trains_is_in_one_group_with_its_rate():
     model = small_model()
-    others, trunk = parameter_groups(model, TrainConfig(lr=3e-4, backbone_lr=2e-5))
-    assert (others["lr"], trunk["lr"]) == (3e-4, 2e-5)
+    others, backbone = parameter_groups(model, TrainConfig(lr=3e-4, backbone_lr=2e-5))
+    assert (others["lr"], backbone["lr"]) == (3e-4, 2e-5)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
-    grouped = [id(p) for group in (others, trunk) for p in group["params"]]
+    grouped = [id(p) for group in (others, backbone) for p in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == trained
-    assert {id(p) for p in trunk["params"]} == {id(p) for p in model.backbone.parameters()} & trained
-    assert trunk["params"]
+    assert {id(p) for p in backbone["params"]} == {id(p) for p in model.backbone.parameters()} & trained
+    assert backbone["params"]
     with pytest.raises(ValueError, match="expected parameters that train, got none with requires_grad"):
         parameter_groups(model.requires_grad_(False), TrainConfig())
 
@@ -333,7 +333,7 @@ def _assert_same_weights(model, its):
 
 @pytest.mark.parametrize(("backbone", "folded_norms"), [("resnet18", 15), ("resnet50", 43), ("vgg11_bn", 6)])
 def test_folded_norms_give_the_same_loss_and_gradients(backbone, folded_norms):
-    """In every parameter that trains; afterwards the trunk is as it was."""
+    """In every parameter that trains; afterwards the backbone is as it was."""
     model = small_model(backbone=backbone, backbone_stage=3, dropout=0.0).double().train()
     for module in model.backbone.modules():
         if hasattr(module, "running_var"):
@@ -391,7 +391,7 @@ def test_linear_layers_as_convolutions_give_the_same_loss_and_gradients():
 
 
 def test_scaled_convolutions_keep_no_scaled_weights():
-    """What autograd holds of the trunk with folded norms is no larger than without."""
+    """What autograd holds of the backbone with folded norms is no larger than without."""
     model, kept = small_model(dropout=0.0).train(), []
     for manager in (nullcontext, lambda: norms_folded(model)):
         sizes = {}
