@@ -9,15 +9,15 @@ import argparse
 import torch
 
 from conditional_detr import ConditionalDETR, Config, Detector
-from conditional_detr.inference.images import open_picture, to_pixels
+from conditional_detr.inference.images import open_image, to_pixels
 
 
 def main() -> None:
     """Detect, draw the best object's attention, and measure it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("picture", help="a photograph of yours")
+    parser.add_argument("image", help="a photograph of yours")
     parser.add_argument("--weights", help="a folder, a file or a hub id")
-    parser.add_argument("--output", default="attention.png", help="where the picture goes")
+    parser.add_argument("--output", default="attention.png", help="where the image goes")
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.weights:
@@ -25,14 +25,14 @@ def main() -> None:
     else:
         detector = Detector(ConditionalDETR(Config(num_classes=3, backbone="resnet18", num_queries=50)))
 
-    found = detector(options.picture, threshold=0, top_k=1)
+    found = detector(options.image, threshold=0, top_k=1)
     detector.draw_attention(found, 0).save(options.output)
     (x0, y0, x1, y1), score, name = found[0]
     print(f"{name} {score:.2f}, drawn in {options.output}")
 
     # The same maps as tensors: (B, M, N, h, w), each summing to 1
     model = detector.model
-    pixels = to_pixels(open_picture(options.picture, "picture"), model.metadata.preprocessing)[None]
+    pixels = to_pixels(open_image(options.image, "image"), model.metadata.preprocessing)[None]
     with torch.no_grad():
         maps = model.attention_maps(pixels).combined[0, :, found.queries[0]]  # (M, h, w)
     height, width = found.size

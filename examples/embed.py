@@ -36,7 +36,7 @@ class CountingDetector(nn.Module):
 
 
 def main() -> None:
-    """Run it on two pictures of different size, and one step of training on counts alone."""
+    """Run it on two images of different size, and one step of training on counts alone."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", help="a folder, a file or a hub id; default: a small untrained network")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Measure a detector on a data set: ``python examples/evaluate.py --data val.json --images pictures --weights ...``.
+"""Measure a detector on a data set: ``python examples/evaluate.py --data val.json --images images --weights ...``.
 
 COCO's twelve numbers, and the classes from the worst to the best. Without ``--data`` it draws a data set of shapes,
 and without ``--weights`` it makes an untrained network, whose numbers are next to 0.
@@ -17,7 +17,7 @@ def main() -> None:
     """Load, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="COCO's json; default: shapes that are drawn now")
-    parser.add_argument("--images", help="the folder of its pictures")
+    parser.add_argument("--images", help="the folder of its images")
     parser.add_argument("--weights", help="a folder, a file or a hub id; default: a small untrained network")
     options = parser.parse_args()
     if not options.data:

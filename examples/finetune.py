@@ -1,4 +1,4 @@
-"""Fine-tune on your own data: ``python examples/finetune.py --data train.json --images pictures --weights ...``.
+"""Fine-tune on your own data: ``python examples/finetune.py --data train.json --images images --weights ...``.
 
 Without ``--data`` it draws a data set of shapes, and without ``--weights`` it starts from a small untrained network,
 so that every step runs where nothing can be downloaded. Run again with ``--resume``, it goes on where it was stopped;
@@ -22,9 +22,9 @@ def main() -> None:
     """Read the data, make the model, train, detect."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="COCO's json; default: shapes that are drawn now")
-    parser.add_argument("--images", help="the folder of its pictures")
+    parser.add_argument("--images", help="the folder of its images")
     parser.add_argument("--val-data", help="COCO's json of the validation data")
-    parser.add_argument("--val-images", help="the folder of its pictures")
+    parser.add_argument("--val-images", help="the folder of its images")
     parser.add_argument("--weights", help="a folder, a file or a hub id; default: a small untrained network")
     parser.add_argument("--epochs", type=int, default=TrainConfig.finetune_small().epochs)
     parser.add_argument("--output", default="finetuned")
@@ -57,8 +57,8 @@ def main() -> None:
 
     best = result.best or result.last
     print(f"{result.steps} steps, weights in {best}" + (f", AP {result.best_ap:.3f}" if result.best else ""))
-    picture = train_data.describe(0)
-    print(f"{len(Detector.from_pretrained(best)(picture, threshold=0.3))} objects above 0.3 on {picture}")
+    image = train_data.describe(0)
+    print(f"{len(Detector.from_pretrained(best)(image, threshold=0.3))} objects above 0.3 on {image}")
 
 
 if __name__ == "__main__":

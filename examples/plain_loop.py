@@ -1,7 +1,7 @@
 """Train in a plain PyTorch loop: ``python examples/plain_loop.py``.
 
 A data set of one's own, torch's DataLoader, AdamW and a schedule: nothing of this library but the network, its loss
-and the names of its classes. The pictures are drawn here: discs and squares on noise.
+and the names of its classes. The images are drawn here: discs and squares on noise.
 """
 
 import argparse
@@ -14,13 +14,13 @@ from conditional_detr import ConditionalDETR, Config, Metadata, SetLoss
 
 
 class DiscsAndSquares(Dataset):
-    """Pictures (3, 96, 128), normalised, with one to three objects each; every one follows from its index."""
+    """Images (3, 96, 128), normalised, with one to three objects each; every one follows from its index."""
 
-    def __init__(self, pictures: int) -> None:
-        self.pictures = pictures
+    def __init__(self, images: int) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return self.pictures
+        return self.images
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(index)
@@ -39,7 +39,7 @@ class DiscsAndSquares(Dataset):
 
 
 def collate(samples: list) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Stack pictures of one size; of several sizes, pad them and give the model the padding, True = padded."""
+    """Stack images of one size; of several sizes, pad them and give the model the padding, True = padded."""
     return torch.stack([pixels for pixels, _ in samples]), [target for _, target in samples]
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", help="what to start from; default: a small untrained network")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--output", default="plain")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
 
-    loader = DataLoader(DiscsAndSquares(options.pictures), batch_size=8, shuffle=True, collate_fn=collate)
+    loader = DataLoader(DiscsAndSquares(options.images), batch_size=8, shuffle=True, collate_fn=collate)
     criterion = SetLoss()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4)

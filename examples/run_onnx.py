@@ -1,6 +1,6 @@
 """Run an exported model without PyTorch and without this library: ``python run_onnx.py model.onnx photo.jpg``.
 
-It needs numpy, pillow and onnxruntime; what the classes are called and how pictures are prepared stands in the file.
+It needs numpy, pillow and onnxruntime; what the classes are called and how images are prepared stands in the file.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> None:
     """Open both, run, print each object's name, score and box."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="a file that `conditional-detr export` wrote")
-    parser.add_argument("picture")
+    parser.add_argument("image")
     parser.add_argument("--threshold", type=float, default=0.5)
     options = parser.parse_args()
 
@@ -33,7 +33,7 @@ def main() -> None:
     metadata = json.loads(session.get_modelmeta().custom_metadata_map["conditional_detr"])["metadata"]
     names, numbers = metadata["class_names"], metadata["preprocessing"]
 
-    image = ImageOps.exif_transpose(Image.open(options.picture)).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(options.image)).convert("RGB")
     height, width = resized_size(image.height, image.width, numbers["shortest_edge"], numbers["longest_edge"])
     values = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32) / 255
     values = (values - np.float32(numbers["mean"])) / np.float32(numbers["std"])  # (H, W, 3)

@@ -16,9 +16,9 @@ DATA = Path(__file__).parent.parent.parent / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real pictures and reference tables that lies beside a developer's checkout."""
+    """The folder of real images and reference tables that lies beside a developer's checkout."""
     if not DATA.is_dir():
-        pytest.skip(f"{DATA} is not here: it holds pictures whose licences keep them out of the repository")
+        pytest.skip(f"{DATA} is not here: it holds images whose licences keep them out of the repository")
     return DATA
 
 
@@ -29,7 +29,7 @@ def tiny(tmp_path_factory) -> Published:
 
 @pytest.fixture(scope="session")
 def small(tiny, tmp_path_factory) -> Path:
-    """The tiny checkpoint, for pictures that are resized to little: what runs it in a moment."""
+    """The tiny checkpoint, for images that are resized to little: what runs it in a moment."""
     from conditional_detr import ConditionalDETR, Metadata, Preprocessing
 
     model = ConditionalDETR.from_pretrained(tiny.folder)
@@ -51,12 +51,12 @@ def dc5(tmp_path_factory) -> Published:
 
 @pytest.fixture(scope="session")
 def photograph(tmp_path_factory) -> Path:
-    """A picture file that looks like something, made here: gradients, edges and noise, 96 x 128."""
+    """An image file that looks like something, made here: gradients, edges and noise, 96 x 128."""
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.linspace(0, 1, 96), torch.linspace(0, 1, 128), indexing="ij")
     values = torch.stack([y, x, (x - 0.5).hypot(y - 0.5) < 0.3]) * 0.8 + 0.2 * torch.rand(
         3, 96, 128, generator=generator
     )
-    path = tmp_path_factory.mktemp("pictures") / "photograph.png"
+    path = tmp_path_factory.mktemp("images") / "photograph.png"
     Image.fromarray((values * 255).to(torch.uint8).permute(1, 2, 0).numpy()).save(path)
     return path

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conditional_detr.data.synthetic import CLASS_NAMES, draw_picture, index_in
+from conditional_detr.data.synthetic import CLASS_NAMES, draw_image, index_in
 from helpers.models import run_example
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ def workplace(r50, photograph, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("code", "printed"), BLOCKS)
-@pytest.mark.filterwarnings("ignore:skipped")  # one of them shows what a missing picture does
+@pytest.mark.filterwarnings("ignore:skipped")  # one of them shows what a missing image does
 def test_block_runs_and_prints_what_it_says(workplace, capsys, code, printed):
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     if printed:
@@ -60,8 +60,8 @@ def test_every_example_is_run():
 
 def test_example_detect(photograph, small, tmp_path):
     first, *objects, last = run_example("detect", folder=tmp_path)
-    assert first == f"{len(objects)} objects on a picture of shapes, 256 x 192 pixels"
-    _, _, drawn = draw_picture(0, index_in("demo", 0))
+    assert first == f"{len(objects)} objects on an image of shapes, 256 x 192 pixels"
+    _, _, drawn = draw_image(0, index_in("demo", 0))
     assert sorted(line.split()[0] for line in objects) == sorted(CLASS_NAMES[label] for label in drawn)
     assert last == "drawn in found.png"
     assert (tmp_path / "found.png").stat().st_size > 0
@@ -95,11 +95,11 @@ def test_example_replace_head(tmp_path):
 
 
 def test_example_plain_loop(tmp_path):
-    *epochs, saved = run_example("plain_loop", "--epochs", "3", "--pictures", "32", folder=tmp_path)
+    *epochs, saved = run_example("plain_loop", "--epochs", "3", "--images", "32", folder=tmp_path)
     losses = [float(line.split()[-1]) for line in epochs]
     assert losses[2] < losses[0]
     assert saved == "saved in plain"
-    again = run_example("plain_loop", "--epochs", "1", "--pictures", "8", "--weights", "plain", folder=tmp_path)
+    again = run_example("plain_loop", "--epochs", "1", "--images", "8", "--weights", "plain", folder=tmp_path)
     assert float(again[0].split()[-1]) < losses[0]
     lines = (ROOT / "examples" / "plain_loop.py").read_text().splitlines()
     assert len(lines) <= 90
@@ -107,12 +107,12 @@ def test_example_plain_loop(tmp_path):
 
 
 def test_example_benchmarks_own_model(small, tmp_path):
-    """On small pictures: whether it runs, not what it says."""
+    """On small images: whether it runs, not what it says."""
     little = ("--weights", small, "--height", "64", "--width", "96", "--rounds", "1")
     *table, rate = run_example("benchmarks/own_model", *little, folder=tmp_path)
     assert [line.split(" | ")[0] for line in table] == ["| engine", "| ---", "| plain", "| optimised"]
     assert re.match(r"\| plain \| [\d.]+ \| 1\.00 \| 1\.00 to 1\.00 \| \d+ \| 0e\+00", table[2])
-    assert re.fullmatch(r"(plain|optimised): \d+\.\d pictures a second", rate)
+    assert re.fullmatch(r"(plain|optimised): \d+\.\d images a second", rate)
     assert len((ROOT / "examples" / "benchmarks" / "own_model.py").read_text().splitlines()) <= 40
 
 

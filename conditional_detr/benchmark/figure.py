@@ -1,4 +1,4 @@
-"""The report as a picture: bars for every engine and for training, and lines for growth."""
+"""The report as an image: bars for every engine and for training, and lines for growth."""
 
 import statistics
 from collections.abc import Sequence
@@ -58,8 +58,8 @@ def _lines(figure: Any, growth: Sequence[Reading]) -> None:
     common = [one for one in growth if (one.height, one.width) == (height, width)]
     panels = [
         ("height", [one for one in single if one.threads == most], "height; width is 4/3 of it"),
-        ("batch", [one for one in common if one.threads == most], f"pictures of {height} x {width}"),
-        ("threads", [one for one in common if one.batch == fewest], f"threads; a picture of {height} x {width}"),
+        ("batch", [one for one in common if one.threads == most], f"images of {height} x {width}"),
+        ("threads", [one for one in common if one.batch == fewest], f"threads; an image of {height} x {width}"),
     ]
     if all(one.threads == most for one in growth):  # on a GPU, or on a single thread
         panels.pop()
@@ -68,7 +68,7 @@ def _lines(figure: Any, growth: Sequence[Reading]) -> None:
         for name in dict.fromkeys(one.engine for one in readings):
             own = sorted((one for one in readings if one.engine == name), key=lambda one: getattr(one, grows))
             panel.plot([getattr(one, grows) for one in own], [one.median for one in own], marker=".", label=name)
-        if grows != "height":  # there is no half of a picture or of a thread
+        if grows != "height":  # there is no half of an image or of a thread
             panel.set_xticks(sorted({getattr(one, grows) for one in readings}))
         panel.set_ylim(bottom=0)
         panel.set_xlabel(label)

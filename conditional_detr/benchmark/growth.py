@@ -1,4 +1,4 @@
-"""How time grows with the size of a picture and the number of them, and how it falls with threads of the CPU."""
+"""How time grows with the size of an image and the number of them, and how it falls with threads of the CPU."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,16 +23,16 @@ def measure_growth(
     progress: Callable[[str], None] = lambda _: None,
     missing: Callable[[str], None] | None = None,
 ) -> list[Reading]:
-    """Time engines on pictures of several sizes, on several of them, and on a CPU with 1, 2, 4, ... threads.
+    """Time engines on images of several sizes, on several of them, and on a CPU with 1, 2, 4, ... threads.
 
-    One thing grows at a time: other than that it is one picture, of the common height, and all threads that torch
+    One thing grows at a time: other than that it is one image, of the common height, and all threads that torch
     uses now. It uses as many afterwards.
 
     Args:
         model: see :func:`~conditional_detr.benchmark.measure.measure`.
         names: likewise.
-        heights: of the pictures, in pixels; their width is 4/3 of it.
-        batches: pictures a call, of the common height.
+        heights: of the images, in pixels; their width is 4/3 of it.
+        batches: images a call, of the common height.
         common: the height at which batches and threads grow, in pixels.
         rounds: how often each is timed.
         progress: told what is being done.

@@ -19,9 +19,9 @@ class Reading(Timing):
     """What was measured of one engine, besides its :class:`Timing`.
 
     Attributes:
-        height: of the pictures, in pixels.
-        width: of the pictures, in pixels.
-        batch: pictures a call.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+        batch: images a call.
         logits: largest difference of logits from the plain model's.
         boxes: largest difference of boxes, which lie in [0, 1].
     """
@@ -49,8 +49,8 @@ def measure(
     Args:
         model: in float32; all engines run its weights.
         names: of ``ENGINES``; the first is what the others are compared with.
-        size: height and width of the pictures.
-        batch: pictures a call.
+        size: height and width of the images.
+        batch: images a call.
         rounds: how often each is timed.
         seed: of the pixels.
         progress: told what is being done.

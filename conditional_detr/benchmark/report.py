@@ -38,7 +38,7 @@ class Report:
     """What was measured, on one machine.
 
     Attributes:
-        title: size and number of the pictures, and the machine.
+        title: size and number of the images, and the machine.
         rates: of a plain matrix product, in GFLOP/s, by dtype.
         readings: of every engine, of one size and batch.
         growth: of some engines, of several sizes, batches and numbers of threads.

@@ -20,8 +20,8 @@ from conditional_detr.training.optimizer import linears_convolved, norms_folded
 
 OURS = "this library"
 STEP, CRITERION = "step", "criterion"
-OBJECTS = 7  # of a picture: COCO's mean
-LAYERS, PICTURES, QUERIES, CLASSES = 6, 8, 300, 91  # of the criterion's input, as with COCO
+OBJECTS = 7  # of an image: COCO's mean
+LAYERS, IMAGES, QUERIES, CLASSES = 6, 8, 300, 91  # of the criterion's input, as with COCO
 
 Targets: TypeAlias = list[dict[str, Tensor]]
 
@@ -72,8 +72,8 @@ def measure_training(
 
     Args:
         model: in float32; it stays as it is.
-        size: height and width of the pictures.
-        batch: pictures a step.
+        size: height and width of the images.
+        batch: images a step.
         rounds: how often each is timed.
         seed: of pixels, targets and the criterion's input.
         progress: told what is being done.
@@ -89,7 +89,7 @@ def measure_training(
     check(REFERENCE, device.type)
     check_rounds(rounds, tuple(_STEPS))
     generator = torch.Generator().manual_seed(seed)
-    pixels, targets = _pictures(model, size, batch, generator)
+    pixels, targets = _images(model, size, batch, generator)
     criteria = _criteria(device, generator)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         steps = {}
@@ -98,7 +98,7 @@ def measure_training(
             steps[name] = stack.enter_context(make(copy.deepcopy(model), Path(folder), pixels, targets))
         of = f"{size[0]} x {size[1]}, {batch} at a time"
         readings = _readings(STEP, of, steps, device, rounds, progress)
-    of = f"{PICTURES} pictures, {QUERIES} queries, {CLASSES} classes, {LAYERS} layers, {OBJECTS} boxes a picture"
+    of = f"{IMAGES} images, {QUERIES} queries, {CLASSES} classes, {LAYERS} layers, {OBJECTS} boxes an image"
     return readings + _readings(CRITERION, of, criteria, device, rounds, progress)
 
 
@@ -108,8 +108,8 @@ def peak_of_step(model: ConditionalDETR, name: str, *, size: tuple[int, int] = (
     Args:
         model: in float32, on the CPU; it is trained in place, or loses its weights to transformers' network.
         name: of the side, "transformers" or "this library".
-        size: height and width of the pictures.
-        batch: pictures a step.
+        size: height and width of the images.
+        batch: images a step.
 
     Raises:
         OSError: another system than Linux.
@@ -118,7 +118,7 @@ def peak_of_step(model: ConditionalDETR, name: str, *, size: tuple[int, int] = (
     """
     if name not in _STEPS:
         raise ValueError(f"side: expected one of {', '.join(_STEPS)}, got {name!r}")
-    pixels, targets = _pictures(model, size, batch, torch.Generator().manual_seed(0))
+    pixels, targets = _images(model, size, batch, torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder, _STEPS[name](model, Path(folder), pixels, targets) as work:
         for _ in range(WARM_UP + 1):
             work.call()
@@ -142,7 +142,7 @@ def _readings(
     return readings
 
 
-def _pictures(
+def _images(
     model: ConditionalDETR, size: tuple[int, int], batch: int, generator: torch.Generator
 ) -> tuple[Tensor, Targets]:
     """Draw pixels (B, 3, H, W) on the model's device, and their targets."""
@@ -151,7 +151,7 @@ def _pictures(
 
 
 def _targets(batch: int, classes: int, generator: torch.Generator) -> Targets:
-    """Draw labels (T,) and boxes (T, 4), cx cy w h inside the picture, on the CPU as the loader gives them."""
+    """Draw labels (T,) and boxes (T, 4), cx cy w h inside the image, on the CPU as the loader gives them."""
     targets = []
     for _ in range(batch):
         sides = torch.rand(OBJECTS, 2, generator=generator) * 0.3 + 0.05
@@ -219,10 +219,10 @@ def _criteria(device: torch.device, generator: torch.Generator) -> dict[str, Wor
     from transformers import ConditionalDetrConfig
     from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 
-    shape = LAYERS, PICTURES, QUERIES
+    shape = LAYERS, IMAGES, QUERIES
     logits = (torch.randn(*shape, CLASSES, generator=generator) * 3 - 3).to(device).requires_grad_()
     boxes = torch.randn(*shape, 4, generator=generator).sigmoid().to(device).requires_grad_()
-    targets = _targets(PICTURES, CLASSES, generator)
+    targets = _targets(IMAGES, CLASSES, generator)
     labels, criterion = _theirs(targets, device), _criterion()
     options: dict[str, Any] = {"num_labels": CLASSES, "decoder_layers": LAYERS, "auxiliary_loss": True}
     config = ConditionalDetrConfig(**options)

@@ -34,8 +34,8 @@ class Task:
         folder: where the model, the expected output and the engine's files are.
         device: such as "cpu".
         threads: of the CPU.
-        size: height and width of the pictures.
-        batch: pictures a call.
+        size: height and width of the images.
+        batch: images a call.
         seed: of the pixels.
     """
 

@@ -32,7 +32,7 @@ def main(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Conditional DETR: detect objects on pictures, and look after the weights that do it.
+    """Conditional DETR: detect objects on images, and look after the weights that do it.
 
     Every command ends with 0 if all went well, 1 if something failed on the way, 2 if it could not begin.
     """

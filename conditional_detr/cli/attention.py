@@ -7,12 +7,12 @@ import typer
 
 from conditional_detr.cli.console import AUTO, one_line_errors, out, pick_device
 from conditional_detr.inference.detector import PUBLISHED, Detector
-from conditional_detr.inference.listing import list_pictures
+from conditional_detr.inference.listing import list_images
 from conditional_detr.system.atomic_files import write_whole
 
 
 def attention(
-    picture: Annotated[str, typer.Argument(help="A picture's file or http(s) address.", show_default=False)],
+    image: Annotated[str, typer.Argument(help="An image's file or http(s) address.", show_default=False)],
     weights: Annotated[str, typer.Option(help="A folder, a file, or a hub id 'owner/name'.")] = PUBLISHED,
     which: Annotated[int, typer.Option("--object", help="Which object: 1 is the best one.", min=1)] = 1,
     classes: Annotated[
@@ -23,15 +23,15 @@ def attention(
         typer.Option("--layer", help="Decoder layer, from 0 or, from the end, -1; again for more.", show_default="-1"),
     ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")] = AUTO,
-    output: Annotated[Path, typer.Option(help="Folder for the picture that is written.")] = Path("detections"),
+    output: Annotated[Path, typer.Option(help="Folder for the image that is written.")] = Path("detections"),
 ) -> None:
     """Draw where the model looks for an object: a column a head, with its content, spatial and combined attention."""
     with one_line_errors():
-        if picture == "-" or Path(picture).is_dir():
-            raise ValueError(f"expected one picture, got {'standard input' if picture == '-' else picture}")
-        (source, name), *more = list_pictures([picture], output=output).pictures
+        if image == "-" or Path(image).is_dir():
+            raise ValueError(f"expected one image, got {'standard input' if image == '-' else image}")
+        (source, name), *more = list_images([image], output=output).images
         if more:
-            raise ValueError(f"expected one picture, got {picture}, which means {len(more) + 1}")
+            raise ValueError(f"expected one image, got {image}, which means {len(more) + 1}")
         detector = Detector.from_pretrained(weights, device=pick_device(device))
         found = detector(source, threshold=0, top_k=which, classes=classes)
         if len(found) < which:

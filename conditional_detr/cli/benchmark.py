@@ -36,19 +36,19 @@ def benchmark(
     weights: Annotated[
         str | None, typer.Option(help="A folder, a file, a hub id; else the published architecture, untrained.")
     ] = None,
-    height: Annotated[int, typer.Option(min=32, help="Of the pictures, in pixels.")] = 800,
-    width: Annotated[int, typer.Option(min=32, help="Of the pictures, in pixels.")] = 1066,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures a call.")] = 1,
+    height: Annotated[int, typer.Option(min=32, help="Of the images, in pixels.")] = 800,
+    width: Annotated[int, typer.Option(min=32, help="Of the images, in pixels.")] = 1066,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a call.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="How often each engine is timed.")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; else all of them.")] = None,
     growth: Annotated[
-        bool, typer.Option("--growth", help="Also time other sizes, numbers of pictures and of threads.")
+        bool, typer.Option("--growth", help="Also time other sizes, numbers of images and of threads.")
     ] = False,
     training: Annotated[
         bool, typer.Option("--training", help="Also time a training step and the loss alone, against transformers'.")
     ] = False,
-    training_size: Annotated[int, typer.Option(min=32, help="Pixels of both sides of a step's pictures.")] = 512,
-    training_batch_size: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 2,
+    training_size: Annotated[int, typer.Option(min=32, help="Pixels of both sides of a step's images.")] = 512,
+    training_batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 2,
     output: Annotated[Path | None, typer.Option(help="A folder for benchmark.md, .json and .png.")] = None,
     device: Annotated[str, typer.Option(help="Where it runs: cpu, cuda, cuda:1.")] = AUTO,
     alone: Annotated[str | None, typer.Option(hidden=True, help="Train with this and print the peak memory.")] = None,
@@ -63,7 +63,7 @@ def benchmark(
     A training step is forward, loss and backward of both libraries' networks, with the same dropout and the same
     frozen part of the backbone. The loss alone, with its matching and its backward, reads ready outputs of COCO's size.
     """
-    pictures: dict[str, Any] = {"size": (height, width), "batch": batch_size}
+    images: dict[str, Any] = {"size": (height, width), "batch": batch_size}
     step: dict[str, Any] = {"size": (training_size, training_size), "batch": training_batch_size}
     with one_line_errors():
         place = checked_device(pick_device(device))
@@ -87,7 +87,7 @@ def benchmark(
         report = Report(
             f"{height} x {width}, {batch_size} at a time, {_machine(place)}",
             {str(dtype)[6:]: product_rate(dtype, place) for dtype in (torch.float32, torch.bfloat16)},
-            measure(model, names, **pictures, **how, missing=_tell_missing),
+            measure(model, names, **images, **how, missing=_tell_missing),
             measure_growth(model, growing, **how, missing=_tell_missing) if growth else (),
             measure_training(model, **step, **how) if training else (),
         )
@@ -176,7 +176,7 @@ def _printable(one: Table) -> rich.table.Table:
 
 
 def _write(report: Report, folder: Path) -> None:
-    """Write the report in words, in numbers and as a picture."""
+    """Write the report in words, in numbers and as an image."""
     text = json.dumps(report.to_dict(), indent=2) + "\n"
     write_whole(
         {

@@ -21,12 +21,12 @@ SHOWN = 5  # cases of a kind on the screen; the json has all
 
 def check_data(
     data: Annotated[Path, typer.Option(help="COCO's json of the data set.")],
-    images: Annotated[Path, typer.Option(help="The folder of its pictures.")],
+    images: Annotated[Path, typer.Option(help="The folder of its images.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Draw some pictures with their boxes to this file.")] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="How many pictures are on the sheet.")] = 20,
+    sheet: Annotated[Path | None, typer.Option(help="Draw some images with their boxes to this file.")] = None,
+    sheet_images: Annotated[int, typer.Option(min=1, help="How many images are on the sheet.")] = 20,
 ) -> None:
-    """Look at every picture and box of a data set before training on it.
+    """Look at every image and box of a data set before training on it.
 
     Exit code 0: nothing to mend; 1: problems, which are listed; 2: the json
     is none, or there is no such folder. Notes are what may well be meant.
@@ -36,7 +36,7 @@ def check_data(
             if path is not None and not path.absolute().parent.is_dir():  # before all the work, not after
                 raise NotADirectoryError(f"{path}: expected a file in a folder that exists, got {path.parent}")
         if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
-            raise ValueError(f"{sheet}: expected a picture's suffix, such as .jpg or .png, got {sheet.suffix!r}")
+            raise ValueError(f"{sheet}: expected an image's suffix, such as .jpg or .png, got {sheet.suffix!r}")
         with progress_bar(err, shown=True) as bar:
             task = bar.add_task("checking", total=None)
             report = check(data, images, progress=lambda done, total: bar.update(task, completed=done, total=total))
@@ -46,7 +46,7 @@ def check_data(
             write_whole({json_file: lambda path: path.write_text(text, encoding="utf-8")})
             typer.echo(f"wrote {json_file}")
         if sheet is not None:
-            drawn = draw_sheet(read_annotations(data, refused=[]), images, pictures=pictures)
+            drawn = draw_sheet(read_annotations(data, refused=[]), images, count=sheet_images)
             drawn.save(sheet)
             typer.echo(f"wrote {sheet}")
     if report.problems:
@@ -55,15 +55,15 @@ def check_data(
 
 def _show(report: DataReport) -> None:
     """Print what is there as tables, and what is wrong kind by kind."""
-    typer.echo(f"{report.name}: {report.pictures} pictures, {report.objects} objects, {report.crowds} crowds")
+    typer.echo(f"{report.name}: {report.images} images, {report.objects} objects, {report.crowds} crowds")
     classes = Table("class", "objects", "share")
     for name, count in report.classes.items():
         classes.add_row(name, str(count), f"{count / max(report.objects, 1):.1%}")
     out.print(classes)
     typer.echo("boxes: " + ", ".join(f"{name} {value:g}" for name, value in report.boxes.items()))
-    sizes = [f"{size} ({count})" for size, count in list(report.picture_sizes.items())[:SHOWN]]
-    more = f" and {len(report.picture_sizes) - SHOWN} other sizes" if len(report.picture_sizes) > SHOWN else ""
-    typer.echo(f"pictures: {', '.join(sizes)}{more}")
+    sizes = [f"{size} ({count})" for size, count in list(report.image_sizes.items())[:SHOWN]]
+    more = f" and {len(report.image_sizes) - SHOWN} other sizes" if len(report.image_sizes) > SHOWN else ""
+    typer.echo(f"images: {', '.join(sizes)}{more}")
     _list("note", report.notes)
     _list("problem", report.problems)
     typer.echo(f"problems: {sum(map(len, report.problems.values()))}")

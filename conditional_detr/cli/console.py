@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 FAILED = 1
-"""Exit code of a command that did its work in part: some pictures, for example, could not be read."""
+"""Exit code of a command that did its work in part: some images, for example, could not be read."""
 
 UNUSABLE = 2
 """Exit code of a command that could not begin: wrong arguments, weights that do not load."""
@@ -74,7 +74,7 @@ def warn_in_one_line() -> None:
         tell(f"warning: {message}", style="yellow")
 
     warnings.showwarning = show
-    # that a large picture "could be a decompression bomb" frightens without need: the limit is an error of its own
+    # that a large image "could be a decompression bomb" frightens without need: the limit is an error of its own
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 

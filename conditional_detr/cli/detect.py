@@ -1,4 +1,4 @@
-"""``conditional-detr detect``: objects on pictures, from one to a hundred thousand."""
+"""``conditional-detr detect``: objects on images, from one to a hundred thousand."""
 
 import errno
 import os
@@ -26,11 +26,11 @@ from conditional_detr.cli.console import (
     tell,
 )
 from conditional_detr.cli.models import DEVICE, WEIGHTS, open_detector
-from conditional_detr.data.synthetic import draw_picture, index_in
+from conditional_detr.data.synthetic import draw_image, index_in
 from conditional_detr.inference.detections import Detections
-from conditional_detr.inference.detector import PICTURE_ERRORS, PUBLISHED, Detector
+from conditional_detr.inference.detector import IMAGE_ERRORS, PUBLISHED, Detector
 from conditional_detr.inference.drawing import font_at
-from conditional_detr.inference.listing import Input, Inputs, list_pictures
+from conditional_detr.inference.listing import Input, Inputs, list_images
 from conditional_detr.inference.pipeline import prepare_ahead
 from conditional_detr.inference.postprocessing import Selection
 from conditional_detr.inference.processes import join_processes
@@ -39,14 +39,14 @@ from conditional_detr.system.atomic_files import write_whole
 from conditional_detr.system.progress import progress_bar
 
 _LISTED = 20  # failures that are spelled out at the end
-_DEMO, _DEMO_PICTURE = PurePath("demo"), "demo-picture.png"
-_DEMO_PLACE = 23  # of the pictures of that name: one with most of the classes
+_DEMO, _DEMO_IMAGE = PurePath("demo"), "demo-image.png"
+_DEMO_PLACE = 23  # of the images of that name: one with most of the classes
 _DEMO_WEIGHTS = "shapes"
 _JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}
 
 
 def detect(
-    pictures: Annotated[
+    images: Annotated[
         list[str] | None,
         typer.Argument(
             help="Files, folders (with all below), globs, http(s) addresses; '-': one a line from standard input.",
@@ -54,73 +54,71 @@ def detect(
         ),
     ] = None,
     demo: Annotated[
-        bool, typer.Option("--demo", help="Draw a picture of shapes, and detect on it with the weights 'shapes'.")
+        bool, typer.Option("--demo", help="Draw an image of shapes, and detect on it with the weights 'shapes'.")
     ] = False,
     weights: Annotated[
         str | None,
         typer.Option(help=WEIGHTS, show_default=PUBLISHED),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Report objects that score above this, 0 to 1.")] = 0.5,
-    top_k: Annotated[int, typer.Option(help="Report at most this many objects a picture, the best.")] = 100,
+    top_k: Annotated[int, typer.Option(help="Report at most this many objects an image, the best.")] = 100,
     classes: Annotated[
         list[str] | None, typer.Option("--class", help="Report this class only; again for more.", show_default="all")
     ] = None,
     device: Annotated[str, typer.Option(help=DEVICE)] = AUTO,
-    batch_size: Annotated[int, typer.Option(help="Run at most this many pictures of one shape together.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="Run at most this many images of one shape together.", min=1)] = 8,
     output: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("detections"),
     format: Annotated[
         Format,
-        typer.Option(
-            help="json: a file a picture. jsonl: one file, a line a picture. csv: that, and a row an object."
-        ),
+        typer.Option(help="json: a file an image. jsonl: one file, a line an image. csv: that, and a row an object."),
     ] = Format.json,
-    draw: Annotated[bool, typer.Option(help="Write annotated pictures.")] = True,
+    draw: Annotated[bool, typer.Option(help="Write annotated images.")] = True,
     font: Annotated[Path | None, typer.Option(help="TrueType file, for names that PIL's font cannot write.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Pass over pictures whose results are there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Pass over images whose results are there.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a jsonl or csv that is there.")] = False,
     max_pixels: Annotated[
         int | None,
-        typer.Option(help="Refuse pictures of more pixels.", show_default="178956970, PIL's limit", min=1),
+        typer.Option(help="Refuse images of more pixels.", show_default="178956970, PIL's limit", min=1),
     ] = None,
 ) -> None:
-    """Detect objects on pictures: print them, draw them, write them. To see it work at once: --demo.
+    """Detect objects on images: print them, draw them, write them. To see it work at once: --demo.
 
-    A picture that cannot be read is listed at the end and stops nothing.
+    An image that cannot be read is listed at the end and stops nothing.
 
-    Under torchrun each process takes its share of the pictures, and waits for the others at the end.
+    Under torchrun each process takes its share of the images, and waits for the others at the end.
 
-    Exit code: 0 all pictures done, 1 some failed, 2 nothing could begin, 130 interrupted.
+    Exit code: 0 all images done, 1 some failed, 2 nothing could begin, 130 interrupted.
     """
     with one_line_errors(), join_processes() as process:
         if resume and overwrite:
             raise ValueError("expected --resume or --overwrite, got both")
-        if demo == bool(pictures):
-            raise ValueError(f"pictures: expected either some or --demo, got {'both' if demo else 'neither'}")
-        pictures = pictures or []
-        if "-" in pictures and process.size > 1:
-            raise ValueError("pictures: expected files, folders or globs under torchrun: '-' can be read only once")
+        if demo == bool(images):
+            raise ValueError(f"images: expected either some or --demo, got {'both' if demo else 'neither'}")
+        images = images or []
+        if "-" in images and process.size > 1:
+            raise ValueError("images: expected files, folders or globs under torchrun: '-' can be read only once")
         if max_pixels:
             # PIL refuses what has more than twice this
             Image.MAX_IMAGE_PIXELS = max_pixels // 2 if max_pixels % 2 == 0 else max_pixels / 2  # type: ignore[assignment]
-        font_at(font)  # at once, not at the first picture
-        drawn = Input(str(output / _DEMO_PICTURE), _DEMO)
-        found = Inputs([drawn], 0) if demo else list_pictures(pictures, output=output)
+        font_at(font)  # at once, not at the first image
+        drawn = Input(str(output / _DEMO_IMAGE), _DEMO)
+        found = Inputs([drawn], 0) if demo else list_images(images, output=output)
         default = shipped_folder(_DEMO_WEIGHTS) or _DEMO_WEIGHTS if demo else PUBLISHED
         detector = open_detector(str(weights or default), device)
         selection = detector.selection(threshold=threshold, top_k=top_k, classes=classes)
         records = open_records(format, output, process, resume=resume, overwrite=overwrite)
-        share = found.pictures[process.rank :: process.size]
+        share = found.images[process.rank :: process.size]
         todo = [which for which in share if not records.has(which)]
         if draw:
-            _check_originals_stay(found.pictures, output)
+            _check_originals_stay(found.images, output)
             if not (resume or overwrite):
                 _check_drawings_are_ours(todo, output, records)
         if found.passed_over:
-            tell(f"passed over files in folders that are no pictures: {found.passed_over}", style="yellow")
+            tell(f"passed over files in folders that are no images: {found.passed_over}", style="yellow")
         if len(share) > len(todo):
-            tell(f"{len(share) - len(todo)} of {len(share)} pictures are done already")
+            tell(f"{len(share) - len(todo)} of {len(share)} images are done already")
         if demo:
-            _draw_demo(output / _DEMO_PICTURE, overwrite=overwrite)
+            _draw_demo(output / _DEMO_IMAGE, overwrite=overwrite)
         work = _Work(todo, output if draw else None, font, records)
         code = work.run(detector, selection, batch_size, show_progress=process.rank == 0)
         work.report(records.close() or [output])
@@ -131,21 +129,21 @@ def detect(
 
 
 def _draw_demo(path: Path, *, overwrite: bool) -> None:
-    """Draw a picture of shapes that no training has seen; another picture of that name stays, unless unwanted."""
-    image, *_ = draw_picture(0, index_in(_DEMO.name, _DEMO_PLACE))
+    """Draw an image of shapes that no training has seen; another image of that name stays, unless unwanted."""
+    image, *_ = draw_image(0, index_in(_DEMO.name, _DEMO_PLACE))
     if path.exists() and not overwrite:
         with Image.open(path) as there:
             if there.convert("RGB").tobytes() == image.tobytes():
                 return
         raise FileExistsError(
-            f"{path}: it is there already, and another picture; --overwrite replaces it, --output names another folder"
+            f"{path}: it is there already, and another image; --overwrite replaces it, --output names another folder"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole({path: lambda unfinished: image.save(unfinished, "PNG")})
 
 
 class _Saved(NamedTuple):
-    """A picture that is done, but for its record."""
+    """An image that is done, but for its record."""
 
     which: Input
     outcome: Detections | Exception
@@ -153,21 +151,21 @@ class _Saved(NamedTuple):
 
 @dataclass
 class _Work:
-    """The pictures to go through, and what has come of it."""
+    """The images to go through, and what has come of it."""
 
     inputs: Sequence[Input]
-    drawings: Path | None  # folder; None: no annotated pictures
+    drawings: Path | None  # folder; None: no annotated images
     font: Path | None
     records: Records
     done: int = 0
     failures: list[str] = field(default_factory=list)
     objects: Counter[str] = field(default_factory=Counter)
-    pictures: Counter[str] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)
     last: Detections | None = None
 
     def run(self, detector: Detector, selection: Selection, batch_size: int, *, show_progress: bool) -> int:
-        """Go through all pictures, drawing beside the model; return the exit code of what stopped it, or 0."""
-        outcomes = detector.outcomes((which.picture for which in self.inputs), selection, batch_size=batch_size)
+        """Go through all images, drawing beside the model; return the exit code of what stopped it, or 0."""
+        outcomes = detector.outcomes((which.image for which in self.inputs), selection, batch_size=batch_size)
         saved = prepare_ahead(self._draw, zip(self.inputs, outcomes, strict=True), workers=2, depth=8)
         bar = progress_bar(err, shown=show_progress and len(self.inputs) > 1)
         try:
@@ -175,22 +173,22 @@ class _Work:
                 for which, outcome in bar.track(saved, total=len(self.inputs), description="detecting"):
                     self._take(which, outcome)
         except KeyboardInterrupt:
-            tell(f"interrupted after {self.done} of {len(self.inputs)} pictures; --resume goes on")
+            tell(f"interrupted after {self.done} of {len(self.inputs)} images; --resume goes on")
             return INTERRUPTED
         except OSError as error:  # nothing more can be written: to go on would lose what is found
             tell(f"error: {error}", style="red")
-            tell(f"stopped after {self.done} of {len(self.inputs)} pictures; --resume goes on")
+            tell(f"stopped after {self.done} of {len(self.inputs)} images; --resume goes on")
             return FAILED
         return 0
 
     def _draw(self, finished: tuple[Input, Detections | Exception]) -> _Saved:
-        """Write the annotated picture; a thread does it."""
+        """Write the annotated image; a thread does it."""
         which, outcome = finished
         if self.drawings is None or isinstance(outcome, Exception):
             return _Saved(which, outcome)
         try:
             image = outcome.draw(font=self.font)
-        except PICTURE_ERRORS as error:  # the picture was there a moment ago
+        except IMAGE_ERRORS as error:  # the image was there a moment ago
             return _Saved(which, error)
         path = _drawing(which, self.drawings)
         options = {"quality": 92} if path.suffix == ".jpg" else {"compress_level": 3}
@@ -203,14 +201,14 @@ class _Work:
         return _Saved(which, _unless_too_long(write) or outcome)
 
     def _take(self, which: Input, outcome: Detections | Exception) -> None:
-        """Count and record a picture."""
+        """Count and record an image."""
         if isinstance(outcome, Detections):
             outcome = _unless_too_long(partial(self.records.write, which, outcome)) or outcome
         if isinstance(outcome, Exception):
-            self.failures.append(str(outcome) if which.picture in str(outcome) else f"{which.picture}: {outcome}")
+            self.failures.append(str(outcome) if which.image in str(outcome) else f"{which.image}: {outcome}")
         else:
             self.objects.update(outcome.names)
-            self.pictures.update(set(outcome.names))
+            self.images.update(set(outcome.names))
             self.last = outcome
         self.done += 1
 
@@ -221,26 +219,26 @@ class _Work:
         elif self.objects:
             out.print(self._classes_table())
         finished = self.done - len(self.failures)
-        counted = ", ".join(_count(*numbers) for numbers in ((finished, "picture"), (self.objects.total(), "object")))
+        counted = ", ".join(_count(*numbers) for numbers in ((finished, "image"), (self.objects.total(), "object")))
         tell(f"{counted}; written to {', '.join(map(str, files))}", to=out)
         if self.failures:
-            tell(f"{len(self.failures)} of {self.done} pictures failed:", style="red")
+            tell(f"{len(self.failures)} of {self.done} images failed:", style="red")
             for failure in self.failures[:_LISTED]:
                 tell(f"  {failure}")
             if len(self.failures) > _LISTED:
                 tell(f"  and {len(self.failures) - _LISTED} more")
 
     def _classes_table(self) -> Table:
-        table = Table("class", "objects", "pictures")
+        table = Table("class", "objects", "images")
         for column in table.columns[1:]:
             column.justify = "right"
         for name, count in self.objects.most_common():
-            table.add_row(Text(name), str(count), str(self.pictures[name]))
+            table.add_row(Text(name), str(count), str(self.images[name]))
         return table
 
 
 def _objects_table(found: Detections) -> Table:
-    """Return a table of what was found on one picture."""
+    """Return a table of what was found on one image."""
     table = Table("object", "score", "x0", "y0", "x1", "y1", title=_count(len(found), "object"))
     for column in table.columns[1:]:
         column.justify = "right"
@@ -255,13 +253,13 @@ def _count(number: int, noun: str) -> str:
 
 
 def _drawing(which: Input, folder: Path) -> Path:
-    """Return where the annotated picture goes: of a photograph in jpeg, of anything else in png."""
-    suffix = ".jpg" if Path(which.picture).suffix.lower() in _JPEG else ".png"
+    """Return where the annotated image goes: of a photograph in jpeg, of anything else in png."""
+    suffix = ".jpg" if Path(which.image).suffix.lower() in _JPEG else ".png"
     return folder / which.output.with_name(which.output.name + suffix)
 
 
 def _unless_too_long(write: Callable[[], None]) -> OSError | None:
-    """Write a file; return the error of a name that is too long for it, which is one picture's trouble alone."""
+    """Write a file; return the error of a name that is too long for it, which is one image's trouble alone."""
     try:
         write()
     except OSError as error:
@@ -272,22 +270,22 @@ def _unless_too_long(write: Callable[[], None]) -> OSError | None:
 
 
 def _check_originals_stay(inputs: Sequence[Input], output: Path) -> None:
-    """Raise ValueError if an annotated picture would take the place of a picture that is to be read."""
+    """Raise ValueError if an annotated image would take the place of an image that is to be read."""
     drawings = {os.path.abspath(_drawing(which, output)) for which in inputs}  # noqa: PTH100  # Path would take minutes
     for which in inputs:
-        if os.path.abspath(which.picture) in drawings:  # noqa: PTH100
+        if os.path.abspath(which.image) in drawings:  # noqa: PTH100
             raise ValueError(
-                f"--output {output}: {which.picture} is one of the pictures and would be overwritten by an annotated"
+                f"--output {output}: {which.image} is one of the images and would be overwritten by an annotated"
                 " copy; name another folder, or --no-draw"
             )
 
 
 def _check_drawings_are_ours(inputs: Sequence[Input], output: Path, records: Records) -> None:
-    """Raise ValueError if an annotated picture would take the place of a file that no earlier run has made."""
+    """Raise ValueError if an annotated image would take the place of a file that no earlier run has made."""
     for which in inputs:
         path = _drawing(which, output)
         if not records.knows(which) and os.path.exists(path):  # noqa: PTH110  # False for a name that is too long
             raise ValueError(
-                f"{path}: it is there already, and no annotated picture of an earlier run; --overwrite replaces it,"
+                f"{path}: it is there already, and no annotated image of an earlier run; --overwrite replaces it,"
                 " --output names another folder"
             )

@@ -24,7 +24,7 @@ _MEANINGS = {
     "APs": "average precision, objects under 32 x 32 pixels",
     "APm": "average precision, objects between",
     "APl": "average precision, objects over 96 x 96 pixels",
-    "AR1": "average recall, 1 detection of a class a picture",
+    "AR1": "average recall, 1 detection of a class an image",
     "AR10": "average recall, 10 detections",
     "AR100": "average recall, 100 detections",
     "ARs": "average recall, objects under 32 x 32 pixels",
@@ -35,16 +35,16 @@ _MEANINGS = {
 
 def evaluate(
     data: Annotated[Path, typer.Option(help="COCO's json of the data set.")],
-    images: Annotated[Path | None, typer.Option(help="The folder of its pictures, to detect on.")] = None,
+    images: Annotated[Path | None, typer.Option(help="The folder of its images, to detect on.")] = None,
     weights: Annotated[str | None, typer.Option(help=WEIGHTS, show_default=PUBLISHED)] = None,
     results: Annotated[Path | None, typer.Option(help="Detections in COCO's json, instead of images.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
     device: Annotated[str, typer.Option(help=DEVICE)] = AUTO,
-    batch_size: Annotated[int, typer.Option(min=1, help="The most pictures that run together.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="The most images that run together.")] = 8,
 ) -> None:
-    """Measure detections on a data set in COCO's twelve numbers, with the 100 best of a picture and no threshold.
+    """Measure detections on a data set in COCO's twelve numbers, with the 100 best of an image and no threshold.
 
-    Under torchrun every process detects on its share of the pictures.
+    Under torchrun every process detects on its share of the images.
     """
     with one_line_errors():
         if (images is None) == (results is None):

@@ -22,24 +22,24 @@ def export(
     top_k: Annotated[
         int | None, typer.Option(min=1, help="With post-processing in the file, of at most this many detections.")
     ] = None,
-    picture: Annotated[
+    image: Annotated[
         str | None, typer.Option(help="What to compare the file with the model on.", show_default="one that is drawn")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
-    """Write a model into one file that runs without this library, on pictures of any size and any number of them.
+    """Write a model into one file that runs without this library, on images of any size and any number of them.
 
     The file is run at two sizes, and its logits and boxes compared with the model's, before it is moved to its place.
     Class names and preprocessing stand in it, so that detect, evaluate and Detector.from_file take it as it is.
 
-    With --top-k the file also takes the sizes of the pictures and gives corners in their pixels, scores and labels.
+    With --top-k the file also takes the sizes of the images and gives corners in their pixels, scores and labels.
     """
     with one_line_errors(), err.status("loading") as status:
         check_free(checked_target(target), overwrite=overwrite)
         model = from_pretrained(source, revision=revision)
         dtype = torch.float16 if half else torch.float32
-        described = write(model, target, dtype=dtype, top_k=top_k, picture=picture, progress=status.update)
+        described = write(model, target, dtype=dtype, top_k=top_k, image=image, progress=status.update)
     report(target, described)
 
 

@@ -27,7 +27,7 @@ def info(
         str | None,
         typer.Option(
             metavar="HEIGHTxWIDTH",
-            help="The picture whose FLOPs are counted. Default: the checkpoint's shortest x longest edge.",
+            help="The image whose FLOPs are counted. Default: the checkpoint's shortest x longest edge.",
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
@@ -39,7 +39,7 @@ def info(
     it was to its model.
 
     Of a checkpoint its file, architecture, classes, preprocessing, parameters, and what one
-    picture costs: FLOPs count an addition and a multiplication as one each,
+    image costs: FLOPs count an addition and a multiplication as one each,
     multiply-adds count both together as one.
     """
     height_width = None if size is None else _parsed(size)

@@ -18,7 +18,7 @@ from conditional_detr.deploy.quantize import quantize as write
 from conditional_detr.evaluation.coco import evaluate
 from conditional_detr.inference.detector import Detector
 from conditional_detr.inference.exported import Description, ExportedModel
-from conditional_detr.inference.listing import list_pictures
+from conditional_detr.inference.listing import list_images
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 _LADDER = ((), ("encoder",), ("encoder", "decoder"))  # what is kept in float, until little enough is lost
@@ -32,11 +32,11 @@ def quantize(
     source: Annotated[str, typer.Argument(help="Weights: a folder, a file, a short name, or a hub id 'owner/name'.")],
     target: Annotated[Path, typer.Argument(help="The file to write, .xml; its weights go beside it, .bin.")],
     calibration: Annotated[
-        list[str], typer.Option(help="Files, folders or globs of pictures like those that it is for.")
+        list[str], typer.Option(help="Files, folders or globs of images like those that it is for.")
     ],
     samples: Annotated[int, typer.Option(min=1, help="Look at this many of them, drawn at random.")] = 100,
     data: Annotated[Path | None, typer.Option(help="COCO's json of a data set to measure AP on.")] = None,
-    images: Annotated[Path | None, typer.Option(help="The folder of its pictures.")] = None,
+    images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
     max_loss: Annotated[
         float, typer.Option(min=0, help="With --data: the most AP to lose; 0.005 is half a point.")
     ] = 0.005,
@@ -47,13 +47,13 @@ def quantize(
     top_k: Annotated[
         int | None, typer.Option(min=1, help="With post-processing in the file, of at most this many detections.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which pictures are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which images are drawn.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Write a model as an OpenVINO file that computes in 8-bit integers, which CPUs do fast.
 
-    The ranges of numbers are measured on the calibration pictures; nothing is trained. With --data and --images, AP is
+    The ranges of numbers are measured on the calibration images; nothing is trained. With --data and --images, AP is
     measured before and after and written into the file. If more is lost than --max-loss, parts are kept in float32
     one after the other (encoder, decoder) until it is little enough; if it never is, nothing is written.
 
@@ -63,8 +63,8 @@ def quantize(
         check_free(check_request(target, keep or ()), overwrite=overwrite)  # at once, not after AP was measured
         if (data is None) != (images is None):
             raise ValueError("expected both --data and --images, to measure AP on, or neither")
-        pictures = [found.picture for found in list_pictures(calibration, output=target).pictures]
-        pictures = random.Random(seed).sample(pictures, min(samples, len(pictures)))
+        chosen = [found.image for found in list_images(calibration, output=target).images]
+        chosen = random.Random(seed).sample(chosen, min(samples, len(chosen)))
         model = from_pretrained(source, revision=revision)
         meter = None if data is None or images is None else _Meter(model, data, images, max_loss, status)
         ladder = _LADDER if keep is None and meter else (tuple(keep or ()),)
@@ -72,7 +72,7 @@ def quantize(
         for kept in ladder:
             with contextlib.suppress(_LossError):
                 options: dict[str, Any] = {"measure": meter} if meter else {}
-                described = write(model, target, pictures, keep=kept, top_k=top_k, progress=status.update, **options)
+                described = write(model, target, chosen, keep=kept, top_k=top_k, progress=status.update, **options)
                 break
     _report(target, described, meter)
 
@@ -83,7 +83,7 @@ class _Meter:
     Args:
         model: the model.
         data: COCO's json.
-        images: the folder of its pictures.
+        images: the folder of its images.
         max_loss: the most AP that a file may lose.
         status: where progress is shown.
     """
@@ -106,7 +106,7 @@ class _Meter:
 
     def _ap(self, detector: Detector, what: str) -> float:
         def show(done: int, total: int) -> None:
-            self.status.update(f"AP of {what}: {done} of {total} pictures")
+            self.status.update(f"AP of {what}: {done} of {total} images")
 
         return evaluate(detector, self.data, self.images, progress=show).metrics["AP"]
 
@@ -118,7 +118,7 @@ def _report(target: Path, described: Description | None, meter: _Meter | None) -
         best = max(meter.tried)
         tell(
             f"error: {target}: not written: AP was {meter.before:.4f} before and at best {best:.4f} after,"
-            f" more than {meter.max_loss} lost; more pictures like the data set's, --keep backbone,"
+            f" more than {meter.max_loss} lost; more images like the data set's, --keep backbone,"
             " or a larger --max-loss",
             style="red",
         )

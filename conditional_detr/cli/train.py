@@ -36,7 +36,7 @@ class Preset(str, Enum):
 
 
 class Augment(str, Enum):
-    """What is done to training pictures, by the names of Augmentation's constructors."""
+    """What is done to training images, by the names of Augmentation's constructors."""
 
     PAPER = "paper"
     SMALL = "small"
@@ -53,10 +53,10 @@ class Schedule(str, Enum):
 
 def train(
     data: Annotated[Path, typer.Option(help="COCO's json of the training data.")],
-    images: Annotated[Path, typer.Option(help="The folder of its pictures.")],
+    images: Annotated[Path, typer.Option(help="The folder of its images.")],
     output: Annotated[Path, typer.Option(help="Where checkpoints, log and curves go.")],
     val_data: Annotated[Path | None, typer.Option(help="COCO's json of the validation data, for AP.")] = None,
-    val_images: Annotated[Path | None, typer.Option(help="The folder of its pictures; else --images.")] = None,
+    val_images: Annotated[Path | None, typer.Option(help="The folder of its images; else --images.")] = None,
     weights: Annotated[
         str | None, typer.Option(help="What to start from: a folder, a file, a hub id; 'none': untrained.")
     ] = None,
@@ -80,10 +80,10 @@ def train(
     dropout: Annotated[
         float | None, typer.Option(min=0, max=1, help="Dropout while training; else that of the weights.")
     ] = None,
-    shortest_edge: Annotated[int | None, typer.Option(min=1, help="Pixels of a picture's shorter side.")] = None,
+    shortest_edge: Annotated[int | None, typer.Option(min=1, help="Pixels of an image's shorter side.")] = None,
     longest_edge: Annotated[int | None, typer.Option(min=1, help="The most pixels of its longer side.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="How often every picture is seen.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures a forward pass of one process.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="How often every image is seen.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a forward pass of one process.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Forward passes a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     backbone_lr: Annotated[float | None, typer.Option(help="Learning rate of the backbone; 0 freezes it.")] = None,
@@ -100,7 +100,7 @@ def train(
     patience: Annotated[int | None, typer.Option(help="Evaluations without a better AP; 0: any number.")] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Epochs from one evaluation to the next.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps from one checkpoint to the next.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that prepare pictures; 0: none.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that prepare images; 0: none.")] = None,
     seed: Annotated[int, typer.Option(help="Everything drawn follows from it.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from --output, if there is a checkpoint.")] = False,
 ) -> None:
@@ -125,8 +125,8 @@ def train(
             model = _with_dropout(model, dropout)
         edges = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
         preprocessing = _preprocessing(model.metadata.preprocessing, edges)
-        changes_of_pictures = _augmentation(augmentation, preset, vertical_flip, quarter_turn)
-        data_sets = _data_sets(data, images, val_data, val_images, changes_of_pictures, preprocessing, seed)
+        changes_of_images = _augmentation(augmentation, preset, vertical_flip, quarter_turn)
+        data_sets = _data_sets(data, images, val_data, val_images, changes_of_images, preprocessing, seed)
         model.metadata = data_sets[0].metadata
         result = _run(model, *data_sets, config, output, resume)
     if result is not None:
@@ -198,7 +198,7 @@ def _preprocessing(present: Preprocessing, edges: dict[str, int | None]) -> Prep
 def _augmentation(
     wish: Augment | None, preset: Preset, vertical_flip: bool, quarter_turn: bool
 ) -> Augmentation | None:
-    """Return what is to be done to training pictures."""
+    """Return what is to be done to training images."""
     if wish is None:
         wish = Augment.SMALL if preset is Preset.FINETUNE_SMALL else Augment.PAPER
     chosen = Augmentation() if wish is Augment.NOTHING else getattr(Augmentation, wish.value)()

@@ -9,22 +9,22 @@ import numpy as np
 from conditional_detr.data.coco import Annotations, Id
 
 SMALLEST_SIDE = 0.01  # pixels: in float32, nothing finer can be told from nothing
-ROUNDING = 1.0  # pixels that a box may reach outside its picture before it is worth a word
+ROUNDING = 1.0  # pixels that a box may reach outside its image before it is worth a word
 SHOWN = 3  # examples in a message
 
 ZERO_AREA = "have zero area, and are left out of the targets"
-OUTSIDE = "lie outside their pictures, and are left out of the targets"
-REACHING = f"reach more than {ROUNDING:g} pixel outside their pictures, and are clipped"
+OUTSIDE = "lie outside their images, and are left out of the targets"
+REACHING = f"reach more than {ROUNDING:g} pixel outside their images, and are clipped"
 TWICE = "stand twice, the same box of the same class, and both count"
 ID_TWICE = "have an id that stood before, and both count"
 
 
 class Objects(NamedTuple):
-    """The objects of a data set that are no crowds, K in all, clipped to their pictures.
+    """The objects of a data set that are no crowds, K in all, clipped to their images.
 
     Attributes:
         boxes: (K, 4) x0 y0 x1 y1 in pixels, float64.
-        usable: (K,) bool, whether something of them is left in their pictures.
+        usable: (K,) bool, whether something of them is left in their images.
         places: which of the annotations' objects they are.
         findings: places of objects by what is to be said of them, one of the sentences above.
     """
@@ -36,11 +36,11 @@ class Objects(NamedTuple):
 
 
 def clip_objects(data: Annotations, sizes: Mapping[Id, tuple[int, int]]) -> Objects:
-    """Clip the boxes of objects to their pictures and find out what is odd about them.
+    """Clip the boxes of objects to their images and find out what is odd about them.
 
     Args:
         data: the annotations.
-        sizes: (height, width) of each picture.
+        sizes: (height, width) of each image.
     """
     places = [place for place, entry in enumerate(data.objects) if not entry["iscrowd"]]
     given = np.array([data.objects[place]["bbox"] for place in places], dtype=np.float64).reshape(-1, 4)
@@ -68,13 +68,13 @@ def misread(data: Annotations, sizes: Mapping[Id, tuple[int, int]]) -> str:
     if not len(given):
         return ""
     if given.max() <= 1 and bounds.max() > 1 and given.max() > 0:
-        return "looks like fractions of the picture: multiply by its width and height"
+        return "looks like fractions of the image: multiply by its width and height"
     ends = given[:, :2] + given[:, 2:]
     corners = (given[:, 2:] > given[:, :2]).all(axis=1) & (given[:, 2:] <= bounds + ROUNDING).all(axis=1)
     if corners.all() and (ends > bounds + ROUNDING).any(axis=1).mean() >= 0.5:
         return "looks like x0 y0 x1 y1: subtract x0 and y0 from x1 and y1"
     if len(found.findings[OUTSIDE]) > len(given) / 2:
-        return "looks like boxes of pictures of another size"
+        return "looks like boxes of images of another size"
     return ""
 
 
@@ -126,19 +126,19 @@ def warn_of(data: Annotations, findings: Mapping[str, Sequence[int]]) -> None:
 
 
 def warn_of_names(data: Annotations) -> None:
-    """Warn of pictures that are in the annotations more than once."""
+    """Warn of images that are in the annotations more than once."""
     names = [str(entry["file_name"]) for entry in data.images.values()]
     if twice := sorted({names[place] for place in repeated(names)}):
         more = f" and {len(twice) - SHOWN} more" if len(twice) > SHOWN else ""
-        message = f"{data.name}: {len(twice)} pictures are there more than once: {', '.join(twice[:SHOWN])}{more}"
+        message = f"{data.name}: {len(twice)} images are there more than once: {', '.join(twice[:SHOWN])}{more}"
         warnings.warn(message, stacklevel=4)
 
 
 def name_object(data: Annotations, place: int) -> str:
-    """Name one of the annotations' objects: its place in the file, and its picture."""
+    """Name one of the annotations' objects: its place in the file, and its image."""
     entry = data.objects[place]
-    picture = data.images[entry["image_id"]].get("file_name", f"picture {entry['image_id']}")
-    return f"annotations[{entry['place']}] of {picture}"
+    image = data.images[entry["image_id"]].get("file_name", f"image {entry['image_id']}")
+    return f"annotations[{entry['place']}] of {image}"
 
 
 def repeated(keys: Sequence[Hashable]) -> list[int]:

@@ -1,7 +1,7 @@
-"""Augmentation: a picture and its boxes are changed together, by numbers drawn from one generator.
+"""Augmentation: an image and its boxes are changed together, by numbers drawn from one generator.
 
 torchvision's ``transforms.v2`` does the changing, its functions, not its random classes: those draw from the global
-generator, so what a picture becomes would depend on workers and on what ran before.
+generator, so what an image becomes would depend on workers and on what ran before.
 """
 
 import math
@@ -23,40 +23,40 @@ _TRIES = 10  # windows that are drawn in search of one with an object
 
 
 class Scene(NamedTuple):
-    """A picture with its objects.
+    """An image with its objects.
 
     Attributes:
-        picture: a PIL image in RGB, or a tensor (3, H, W) in [0, 1].
-        boxes: (T, 4) x0 y0 x1 y1 in the picture's pixels, as torchvision's ``BoundingBoxes``.
+        image: a PIL image in RGB, or a tensor (3, H, W) in [0, 1].
+        boxes: (T, 4) x0 y0 x1 y1 in the image's pixels, as torchvision's ``BoundingBoxes``.
         labels: (T,) int64.
     """
 
-    picture: Image.Image | Tensor
+    image: Image.Image | Tensor
     boxes: Boxes
     labels: Tensor
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        height, width = F.get_size(self.picture)
+        height, width = F.get_size(self.image)
         return height, width
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What may be done to a picture, in this order; as it stands, nothing but the resizing that every picture gets.
+    """What may be done to an image, in this order; as it stands, nothing but the resizing that every image gets.
 
     Attributes:
         horizontal_flip: the probability of left becoming right.
         vertical_flip: the probability of top becoming bottom.
-        quarter_turn: the probability of a turn by 90 degrees to the left. The picture keeps its size: what then is too
+        quarter_turn: the probability of a turn by 90 degrees to the left. The image keeps its size: what then is too
             long is cut off at a random place, what is too short filled up with the mean colour. An object remains if
             its centre does. If there are objects, at least one remains.
-        crop: the probability of the authors' crop: the picture is resized to one of ``crop_edges`` and a rectangle cut
+        crop: the probability of the authors' crop: the image is resized to one of ``crop_edges`` and a rectangle cut
             out; what remains of an object remains, however little.
         crop_edges: lengths of the shorter side, of which one is drawn before cropping.
         crop_sides: the least and the most pixels of a side of the rectangle.
-        zoom: the least and the greatest magnification; below 1 the picture shrinks, on a ground of the mean colour.
+        zoom: the least and the greatest magnification; below 1 the image shrinks, on a ground of the mean colour.
             The size of the pixels is as if there were no zoom. An object remains if its centre does. If there are
             objects, at least one remains.
         stretch: the most that one side is magnified over the other by the zoom, such as 1.2; either may be.
@@ -119,7 +119,7 @@ class Augmentation:
 
     @classmethod
     def small(cls, *, vertical_flip: bool = False, quarter_turn: bool = False) -> "Augmentation":
-        """For hundreds of pictures rather than a hundred thousand: flip, zoom, stretch and colour, sizes as they are.
+        """For hundreds of images rather than a hundred thousand: flip, zoom, stretch and colour, sizes as they are.
 
         Pixels have the size that the preprocessing says, so batches of a data set of one size are never padded.
 
@@ -140,20 +140,20 @@ class Augmentation:
         )
 
     def __call__(self, scene: Scene, preprocessing: Preprocessing, generator: torch.Generator) -> Scene:
-        """Change a picture and its objects, and resize it.
+        """Change an image and its objects, and resize it.
 
         Args:
-            scene: the picture as it is in its file.
+            scene: the image as it is in its file.
             preprocessing: the size, where this says none; the mean colour.
-            generator: all that decides what becomes of the picture.
+            generator: all that decides what becomes of the image.
 
         Returns:
-            The picture at its size for the model; the objects that remain, their boxes clipped to the picture.
+            The image at its size for the model; the objects that remain, their boxes clipped to the image.
         """
         if _chance(self.horizontal_flip, generator):
-            scene = Scene(F.horizontal_flip(scene.picture), F.horizontal_flip(scene.boxes), scene.labels)
+            scene = Scene(F.horizontal_flip(scene.image), F.horizontal_flip(scene.boxes), scene.labels)
         if _chance(self.vertical_flip, generator):
-            scene = Scene(F.vertical_flip(scene.picture), F.vertical_flip(scene.boxes), scene.labels)
+            scene = Scene(F.vertical_flip(scene.image), F.vertical_flip(scene.boxes), scene.labels)
         if _chance(self.crop, generator):
             scene = self._cropped(scene, generator)
         size = resized_size(*scene.size, self._sizes(preprocessing, generator))
@@ -163,17 +163,17 @@ class Augmentation:
         if turned or any(value != 1 for value in (*self.zoom, self.stretch)):
             scene = self._zoomed(scene, window, preprocessing, generator)
         scene = _resize(scene, size)
-        return Scene(self._coloured(scene.picture, generator), scene.boxes, scene.labels)
+        return Scene(self._coloured(scene.image, generator), scene.boxes, scene.labels)
 
     def _sizes(self, preprocessing: Preprocessing, generator: torch.Generator) -> Preprocessing:
-        """Return the lengths of sides that hold for one picture."""
+        """Return the lengths of sides that hold for one image."""
         if not self.shortest_edges:
             return preprocessing
         shortest = _one_of(self.shortest_edges, generator)
         return Preprocessing(shortest, max(self.longest_edge or preprocessing.longest_edge, shortest))
 
     def _cropped(self, scene: Scene, generator: torch.Generator) -> Scene:
-        """Cut a rectangle of random size and place out of the picture, at a random scale."""
+        """Cut a rectangle of random size and place out of the image, at a random scale."""
         edge = _one_of(self.crop_edges, generator)
         scene = _resize(scene, resized_size(*scene.size, Preprocessing(edge, _ANY_LENGTH)))
         least, most = self.crop_sides
@@ -186,10 +186,10 @@ class Augmentation:
     def _zoomed(
         self, scene: Scene, size: tuple[int, int], preprocessing: Preprocessing, generator: torch.Generator
     ) -> Scene:
-        """Cut out a window around a random place; one that is larger than the picture is filled up.
+        """Cut out a window around a random place; one that is larger than the image is filled up.
 
         Args:
-            scene: the picture.
+            scene: the image.
             size: height and width of the window where nothing is magnified.
             preprocessing: for the mean colour.
             generator: decides.
@@ -200,7 +200,7 @@ class Augmentation:
             zoom = _log_uniform(*self.zoom, generator)
             stretch = math.sqrt(_log_uniform(1 / self.stretch, self.stretch, generator))
             window = max(round(height / zoom * stretch), 1), max(round(width / zoom / stretch), 1)
-            # inside the picture, or around it
+            # inside the image, or around it
             top, left = (
                 _whole(min(0, whole - part), max(0, whole - part), generator)
                 for whole, part in zip(scene.size, window, strict=True)
@@ -211,11 +211,11 @@ class Augmentation:
                 break
         else:
             return scene
-        scene = Scene(scene.picture, _boxes(scene.boxes[inside], scene.size), scene.labels[inside])
+        scene = Scene(scene.image, _boxes(scene.boxes[inside], scene.size), scene.labels[inside])
         return _cut_out(scene, top, left, *window, ground=preprocessing.mean)
 
-    def _coloured(self, picture: Image.Image | Tensor, generator: torch.Generator) -> Image.Image | Tensor:
-        """Change the colours of a picture."""
+    def _coloured(self, image: Image.Image | Tensor, generator: torch.Generator) -> Image.Image | Tensor:
+        """Change the colours of an image."""
         changes = (
             (self.brightness, F.adjust_brightness),
             (self.contrast, F.adjust_contrast),
@@ -223,72 +223,68 @@ class Augmentation:
         )
         for share, change in changes:
             if share:
-                picture = change(picture, _uniform(1 - share, 1 + share, generator))
+                image = change(image, _uniform(1 - share, 1 + share, generator))
         if self.hue:
-            picture = F.adjust_hue(picture, _uniform(-self.hue, self.hue, generator))
-        return picture
+            image = F.adjust_hue(image, _uniform(-self.hue, self.hue, generator))
+        return image
 
 
-def scene_of(picture: Image.Image | Tensor, boxes: Tensor, labels: Tensor) -> Scene:
-    """Put a picture together with its objects.
+def scene_of(image: Image.Image | Tensor, boxes: Tensor, labels: Tensor) -> Scene:
+    """Put an image together with its objects.
 
     Args:
-        picture: what ``images.open_picture`` returned.
+        image: what ``images.open_image`` returned.
         boxes: (T, 4) x0 y0 x1 y1 in its pixels.
         labels: (T,) int64.
     """
-    if isinstance(picture, Tensor):
-        picture = tv_tensors.Image(picture)
-    height, width = F.get_size(picture)
-    return Scene(picture, _boxes(boxes, (height, width)), labels)
+    if isinstance(image, Tensor):
+        image = tv_tensors.Image(image)
+    height, width = F.get_size(image)
+    return Scene(image, _boxes(boxes, (height, width)), labels)
 
 
 def _boxes(boxes: Tensor, size: tuple[int, int]) -> Boxes:
-    """Return boxes (T, 4) that know the size (height, width) of their picture."""
+    """Return boxes (T, 4) that know the size (height, width) of their image."""
     return tv_tensors.BoundingBoxes(boxes.as_subclass(Tensor), format="XYXY", canvas_size=size)
 
 
 def _turned(scene: Scene) -> Scene:
     """Turn by 90 degrees to the left: what was right is at the top."""
-    picture = scene.picture
-    picture = (
-        picture.transpose(Image.Transpose.ROTATE_90)
-        if isinstance(picture, Image.Image)
-        else picture.rot90(1, (-2, -1))
-    )
+    image = scene.image
+    image = image.transpose(Image.Transpose.ROTATE_90) if isinstance(image, Image.Image) else image.rot90(1, (-2, -1))
     x0, y0, x1, y1 = scene.boxes.as_subclass(Tensor).unbind(dim=1)
     width = scene.size[1]
     boxes = torch.stack((y0, width - x1, y1, width - x0), dim=1)
-    return scene_of(picture, boxes, scene.labels)
+    return scene_of(image, boxes, scene.labels)
 
 
 def _resize(scene: Scene, size: tuple[int, int]) -> Scene:
     """Resize to (height, width), as ``images.resize`` does."""
     if scene.size == size:
         return scene
-    picture, boxes = (F.resize(part, list(size), antialias=True) for part in (scene.picture, scene.boxes))
-    return Scene(picture, boxes, scene.labels)
+    image, boxes = (F.resize(part, list(size), antialias=True) for part in (scene.image, scene.boxes))
+    return Scene(image, boxes, scene.labels)
 
 
 def _cut_out(
     scene: Scene, top: int, left: int, height: int, width: int, ground: tuple[float, float, float] = (0, 0, 0)
 ) -> Scene:
-    """Cut out a window; where it reaches beyond the picture it gets the ground's colour, in [0, 1].
+    """Cut out a window; where it reaches beyond the image it gets the ground's colour, in [0, 1].
 
-    Boxes are clipped to the window and to what was the picture; those of which nothing remains are left out.
+    Boxes are clipped to the window and to what was the image; those of which nothing remains are left out.
     """
-    picture, boxes = scene.picture, scene.boxes
+    image, boxes = scene.image, scene.boxes
     low = max(-left, 0), max(-top, 0)
     high = max(left + width - scene.size[1], 0), max(top + height - scene.size[0], 0)
     if any((*low, *high)):
-        colour = [value * (1 if isinstance(picture, Tensor) else 255) for value in ground]
-        fill = colour if isinstance(picture, Tensor) else tuple(round(value) for value in colour)
-        picture, boxes = (F.pad(part, [*low, *high], fill=fill) for part in (picture, boxes))
+        colour = [value * (1 if isinstance(image, Tensor) else 255) for value in ground]
+        fill = colour if isinstance(image, Tensor) else tuple(round(value) for value in colour)
+        image, boxes = (F.pad(part, [*low, *high], fill=fill) for part in (image, boxes))
         left, top = left + low[0], top + low[1]
-    picture, boxes = (F.crop(part, top, left, height, width) for part in (picture, boxes))
+    image, boxes = (F.crop(part, top, left, height, width) for part in (image, boxes))
     boxes = F.clamp_bounding_boxes(boxes)
     remains = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).as_subclass(Tensor)
-    return Scene(picture, _boxes(boxes[remains], (height, width)), scene.labels[remains])
+    return Scene(image, _boxes(boxes[remains], (height, width)), scene.labels[remains])
 
 
 def _uniform(low: float, high: float, generator: torch.Generator) -> float:

@@ -1,4 +1,4 @@
-"""COCO's two kinds of json, read and checked: the annotations of a data set, and detections on its pictures."""
+"""COCO's two kinds of json, read and checked: the annotations of a data set, and detections on its images."""
 
 import json
 import math
@@ -16,7 +16,7 @@ class Annotations:
 
     Attributes:
         name: what messages call it: its path.
-        images: what it says of each picture, by id: file_name, and perhaps height and width.
+        images: what it says of each image, by id: file_name, and perhaps height and width.
         categories: class names by id, in any numbering.
         objects: one dict an object: image_id, category_id, bbox [x0, y0, w, h] in pixels, area, iscrowd, id (None
             where it has none), and place: which of the file's annotations it is.
@@ -66,7 +66,7 @@ def read_annotations(
 
 
 def said_size(annotations: Annotations, image: Id) -> tuple[int, int] | None:
-    """Return the height and width of a picture as the annotations have it, None if they lack one.
+    """Return the height and width of an image as the annotations have it, None if they lack one.
 
     Raises:
         ValueError: they are no whole pixels.
@@ -74,40 +74,40 @@ def said_size(annotations: Annotations, image: Id) -> tuple[int, int] | None:
     height, width = (annotations.images[image].get(side) for side in ("height", "width"))
     for value in (height, width):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            where, got = f"{annotations.name}: picture {image}", f"{height!r} and {width!r}"
+            where, got = f"{annotations.name}: image {image}", f"{height!r} and {width!r}"
             raise ValueError(f"{where}: expected height and width in whole pixels, got {got}")
     return None if height is None or width is None else (height, width)
 
 
-def picture_paths(annotations: Annotations, folder: str | Path) -> dict[Id, Path]:
-    """Return where each picture is, having looked that it is there.
+def image_paths(annotations: Annotations, folder: str | Path) -> dict[Id, Path]:
+    """Return where each image is, having looked that it is there.
 
     Raises:
-        OSError: no such folder, or a picture that is not in it.
-        ValueError: a picture without file_name.
+        OSError: no such folder, or an image that is not in it.
+        ValueError: an image without file_name.
     """
     folder = Path(folder)
     if not folder.is_dir():
         got = "a file" if folder.exists() else "nothing of that name"
-        raise NotADirectoryError(f"{folder}: expected the folder of the pictures, got {got}")
+        raise NotADirectoryError(f"{folder}: expected the folder of the images, got {got}")
     paths = {}
     for image, entry in annotations.images.items():
         if not isinstance(entry.get("file_name"), str):
             raise ValueError(
-                f"{annotations.name}: picture {image}: expected a file_name, got {entry.get('file_name')!r}"
+                f"{annotations.name}: image {image}: expected a file_name, got {entry.get('file_name')!r}"
             )
         paths[image] = folder / entry["file_name"]
     if missing := [path for path in paths.values() if not path.is_file()]:
-        count = f"{len(missing)} of the {len(paths)} pictures of {annotations.name} are missing"
+        count = f"{len(missing)} of the {len(paths)} images of {annotations.name} are missing"
         raise FileNotFoundError(f"{missing[0]}: no such file; {count}")
     return paths
 
 
 def check_size(entry: Mapping[str, Any], size: tuple[int, int], path: Path, name: str) -> None:
-    """Raise ValueError if annotations were made for a picture of another size, such as before it was turned.
+    """Raise ValueError if annotations were made for an image of another size, such as before it was turned.
 
     Args:
-        entry: what the annotations say of the picture.
+        entry: what the annotations say of the image.
         size: its height and width, upright.
         path: its file.
         name: what the annotations are called.
@@ -123,7 +123,7 @@ def read_results(source: str | Path | Sequence[Mapping[str, Any]], annotations: 
 
     Raises:
         OSError: a file that cannot be read.
-        ValueError: no json, or none of such detections on pictures and of categories of the annotations; the message
+        ValueError: no json, or none of such detections on images and of categories of the annotations; the message
             has the file and the place in it.
     """
     name, content = _read(source, "results")
@@ -185,7 +185,7 @@ def _checked(entry: Any, annotations: Annotations, where: str) -> dict[str, Any]
     """Return image_id, category_id and bbox of an object or detection."""
     image, category, box = (_get(entry, key, where) for key in ("image_id", "category_id", "bbox"))
     if not isinstance(image, int | str) or image not in annotations.images:
-        raise ValueError(f"{where}: expected the id of a picture of {annotations.name}, got image_id {image!r}")
+        raise ValueError(f"{where}: expected the id of an image of {annotations.name}, got image_id {image!r}")
     if not isinstance(category, int | str) or category not in annotations.categories:
         known = ", ".join(f"{key} {name}" for key, name in annotations.categories.items())
         raise ValueError(f"{where}: expected a category of {annotations.name} ({known}), got category_id {category!r}")

@@ -1,4 +1,4 @@
-"""Data to train on: pictures and targets from COCO's json, batches of pictures alike, and their collating.
+"""Data to train on: images and targets from COCO's json, batches of images alike, and their collating.
 
 Any map-style data set trains that gives samples: pixels (3, H, W) float32, normalised, and a target as ``targets.py``
 has it.
@@ -18,13 +18,13 @@ from torchvision.ops import box_convert
 from conditional_detr.data.annotations import clip_objects, misread, name_rows, warn_of, warn_of_names
 from conditional_detr.data.augmentation import Augmentation as Augmentation
 from conditional_detr.data.augmentation import scene_of
-from conditional_detr.data.coco import Id, check_size, picture_paths, read_annotations, said_size
-from conditional_detr.inference.images import normalise, open_picture, resized_size, size_of, size_of_file
+from conditional_detr.data.coco import Id, check_size, image_paths, read_annotations, said_size
+from conditional_detr.inference.images import normalise, open_image, resized_size, size_of, size_of_file
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
 
 Sample: TypeAlias = tuple[Tensor, dict[str, Any]]
 """Pixels (3, H, W) float32, normalised; and the target: labels (T,) int64, boxes (T, 4) cx cy w h in [0, 1] of the
-visible picture, and whatever else, which is left alone."""
+visible image, and whatever else, which is left alone."""
 
 
 class Sized(Protocol):
@@ -34,15 +34,15 @@ class Sized(Protocol):
 
 
 class CocoData(Dataset[Sample]):
-    """A data set in COCO's form. Sample i is the i-th picture of the json, with its objects.
+    """A data set in COCO's form. Sample i is the i-th image of the json, with its objects.
 
-    What becomes of a picture depends on ``(seed, epoch, index)`` alone: not on workers, order or what ran before. A
-    target depends on its picture alone, and has "image_id" besides labels and boxes. Crowds are left to evaluation.
+    What becomes of an image depends on ``(seed, epoch, index)`` alone: not on workers, order or what ran before. A
+    target depends on its image alone, and has "image_id" besides labels and boxes. Crowds are left to evaluation.
     Whatever is odd about the objects is counted and named in warnings when the data set is made.
 
     Attributes:
         annotations: what the json says, crowds included.
-        images: the folder of the pictures.
+        images: the folder of the images.
         class_names: one a row of the class head; None for a row without a class.
         category_ids: the data set's id of each class.
         preprocessing: the sizes without augmentation, mean and std.
@@ -59,12 +59,12 @@ class CocoData(Dataset[Sample]):
         class_names: Sequence[str | None] | None = None,
         seed: int = 0,
     ) -> None:
-        """Read the json and look that the pictures are there, without opening them.
+        """Read the json and look that the images are there, without opening them.
 
         Args:
             annotations: the json, or what it holds.
-            images: the folder of the pictures.
-            augmentation: what is done to pictures; None: they are resized only, as for detection.
+            images: the folder of the images.
+            augmentation: what is done to images; None: they are resized only, as for detection.
             preprocessing: the numbers of the model.
             class_names: the rows of the class head, such as a model's ``metadata.class_names``: at least all classes
                 of the annotations, in any order. Default: these, by their ids.
@@ -82,7 +82,7 @@ class CocoData(Dataset[Sample]):
         self.augmentation = augmentation or Augmentation()
         self.preprocessing = preprocessing
         self.seed = seed
-        self._paths = picture_paths(self.annotations, self.images)
+        self._paths = image_paths(self.annotations, self.images)
         self._ids = list(self._paths)
         sizes = {
             image: said_size(self.annotations, image) or size_of_file(path) for image, path in self._paths.items()
@@ -108,32 +108,32 @@ class CocoData(Dataset[Sample]):
         self._epoch.fill_(epoch)
 
     def describe(self, index: int) -> str:
-        """Return the file of a sample's picture."""
+        """Return the file of a sample's image."""
         return str(self._paths[self._ids[index]])
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def __getitem__(self, index: int) -> Sample:
-        """Open a picture.
+        """Open an image.
 
         Raises:
             OSError: it cannot be read.
-            ValueError: it is no picture, or not of the size that the annotations say.
+            ValueError: it is no image, or not of the size that the annotations say.
         """
-        image = self._ids[index]
-        path = self._paths[image]
-        picture = open_picture(path, str(path))
-        check_size(self.annotations.images[image], size_of(picture), path, self.annotations.name)
+        image_id = self._ids[index]
+        path = self._paths[image_id]
+        image = open_image(path, str(path))
+        check_size(self.annotations.images[image_id], size_of(image), path, self.annotations.name)
         state = np.random.SeedSequence((self.seed, int(self._epoch), index % len(self))).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]))
-        scene = scene_of(picture, self._boxes[image], self._labels[image])
+        scene = scene_of(image, self._boxes[image_id], self._labels[image_id])
         scene = self.augmentation(scene, self.preprocessing, generator)
-        target = {"labels": scene.labels, "boxes": _fractions(scene.boxes, scene.size), "image_id": image}
-        return normalise(_values(scene.picture), self.preprocessing), target
+        target = {"labels": scene.labels, "boxes": _fractions(scene.boxes, scene.size), "image_id": image_id}
+        return normalise(_values(scene.image), self.preprocessing), target
 
     def _targets(self, sizes: Mapping[Id, tuple[int, int]]) -> tuple[dict[Id, Tensor], dict[Id, Tensor]]:
-        """Return by picture the boxes (T, 4) x0 y0 x1 y1 in pixels and the labels (T,) that can be trained on."""
+        """Return by image the boxes (T, 4) x0 y0 x1 y1 in pixels and the labels (T,) that can be trained on."""
         data = self.annotations
         if looks := misread(data, sizes):
             raise ValueError(f"{data.name}: expected every bbox as [x0, y0, w, h] in pixels; {looks}")
@@ -152,7 +152,7 @@ class CocoData(Dataset[Sample]):
                 labels[entry["image_id"]].append(rows[data.categories[entry["category_id"]]])
         return (
             {image: torch.tensor(np.array(b), dtype=torch.float32).reshape(-1, 4) for image, b in boxes.items()},
-            {image: torch.tensor(of_picture, dtype=torch.int64) for image, of_picture in labels.items()},
+            {image: torch.tensor(of_image, dtype=torch.int64) for image, of_image in labels.items()},
         )
 
 
@@ -163,8 +163,8 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None, list[dict
         samples: B of them, of any sizes.
 
     Returns:
-        Pixels (B, 3, H, W), the smaller pictures padded with zeros on the right and at the bottom; padding (B, H, W)
-        bool, True = padded, or None if no picture is; the targets, as they are.
+        Pixels (B, 3, H, W), the smaller images padded with zeros on the right and at the bottom; padding (B, H, W)
+        bool, True = padded, or None if no image is; the targets, as they are.
 
     Raises:
         TypeError: no samples, or pixels of another dtype.
@@ -185,8 +185,8 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None, list[dict
     height, width = (max(sides) for sides in zip(*shapes, strict=True))
     pixels = samples[0][0].new_zeros(len(samples), 3, height, width)
     padding = torch.ones(len(samples), height, width, dtype=torch.bool)
-    for i, ((picture, _), (h, w)) in enumerate(zip(samples, shapes, strict=True)):
-        pixels[i, :, :h, :w] = picture
+    for i, ((image, _), (h, w)) in enumerate(zip(samples, shapes, strict=True)):
+        pixels[i, :, :h, :w] = image
         padding[i, :h, :w] = False
     return pixels, padding if padding.any() else None, [target for _, target in samples]
 
@@ -266,16 +266,16 @@ def _with_samples_for_all(steps: list[list[int]], processes: int) -> list[list[i
 
 
 def _fractions(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Turn boxes x0 y0 x1 y1 in pixels into cx cy w h in [0, 1] of their picture."""
+    """Turn boxes x0 y0 x1 y1 in pixels into cx cy w h in [0, 1] of their image."""
     height, width = size
     bounds = torch.tensor([width, height, width, height], dtype=torch.float64)
-    # resizing may have rounded a box that ends where its picture does to just beyond it
+    # resizing may have rounded a box that ends where its image does to just beyond it
     corners = (boxes.as_subclass(Tensor) / bounds).clamp(0, 1)
     return box_convert(corners, "xyxy", "cxcywh").float()
 
 
-def _values(picture: Image.Image | Tensor) -> Tensor:
-    """Return a picture as (3, H, W), uint8, or float in [0, 1] if it was a tensor."""
-    if isinstance(picture, Tensor):
-        return picture.as_subclass(Tensor)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def _values(image: Image.Image | Tensor) -> Tensor:
+    """Return an image as (3, H, W), uint8, or float in [0, 1] if it was a tensor."""
+    if isinstance(image, Tensor):
+        return image.as_subclass(Tensor)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

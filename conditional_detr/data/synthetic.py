@@ -1,6 +1,6 @@
 """A data set of our own: shapes on textured grounds, for where nothing can be downloaded.
 
-Every picture follows from a seed and its index alone. Shapes have textures of their own, any size and turn, and lie
+Every image follows from a seed and its index alone. Shapes have textures of their own, any size and turn, and lie
 over each other; a box is around what is visible of its shape, and no shape is mostly hidden.
 """
 
@@ -17,11 +17,11 @@ from PIL import Image, ImageDraw, ImageFilter
 from conditional_detr.system.atomic_files import write_whole
 
 CLASS_NAMES = ("disc", "square", "triangle", "star", "ring", "cross")
-SIZE = (192, 256)  # height and width of a picture
+SIZE = (192, 256)  # height and width of an image
 MOST_OBJECTS = 8
 LEAST_VISIBLE = 0.5  # of a shape; what would hide more of it is not drawn
 _FINER = 3  # masks are drawn so many times larger and averaged: smooth edges
-_RADII = 0.06, 0.35  # of the picture's shorter side
+_RADII = 0.06, 0.35  # of the image's shorter side
 _NOISE = 1.0, 6.0  # standard deviation, of 255
 _PATTERNS: tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], ...] = (
     lambda u, v: np.zeros_like(u),  # plain
@@ -37,16 +37,16 @@ class _Shape(NamedTuple):
     area: int  # pixels, before others came to lie on it
 
 
-def draw_picture(seed: int, index: int, *, size: tuple[int, int] = SIZE) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """Draw a picture with one to eight shapes.
+def draw_image(seed: int, index: int, *, size: tuple[int, int] = SIZE) -> tuple[Image.Image, np.ndarray, np.ndarray]:
+    """Draw an image with one to eight shapes.
 
     Args:
-        seed: another one, other pictures.
-        index: which of the seed's pictures.
+        seed: another one, other images.
+        index: which of the seed's images.
         size: height and width in pixels, each at least 64.
 
     Returns:
-        The picture, in RGB; boxes (T, 4) x0 y0 x1 y1 around the visible pixels, float64; labels (T,) int64, places in
+        The image, in RGB; boxes (T, 4) x0 y0 x1 y1 around the visible pixels, float64; labels (T,) int64, places in
         ``CLASS_NAMES``.
 
     Raises:
@@ -78,63 +78,63 @@ def draw_picture(seed: int, index: int, *, size: tuple[int, int] = SIZE) -> tupl
 
 
 def index_in(split: str, place: int) -> int:
-    """Return the index under which :func:`draw_picture` draws one of the pictures, from 0, of a split."""
+    """Return the index under which :func:`draw_image` draws one of the images, from 0, of a split."""
     return (zlib.crc32(split.encode()) << 32) + place
 
 
 def write_shapes(
     folder: str | Path,
-    pictures: int,
+    images: int,
     *,
     seed: int,
     split: str,
     size: tuple[int, int] = SIZE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write a data set in COCO's form: pictures into ``folder/split``, and ``folder/instances_split.json``.
+    """Write a data set in COCO's form: images into ``folder/split``, and ``folder/instances_split.json``.
 
     Args:
         folder: where it goes; made if it is not there.
-        pictures: how many.
-        seed: another one, other pictures.
-        split: such as "train" or "val": no picture of one is in another.
-        size: height and width of the pictures.
-        progress: called with the number of pictures written and of all.
+        images: how many.
+        seed: another one, other images.
+        split: such as "train" or "val": no image of one is in another.
+        size: height and width of the images.
+        progress: called with the number of images written and of all.
 
     Returns:
         The json's path.
 
     Raises:
         OSError: something cannot be written.
-        ValueError: no picture at all, a size under 64 pixels, a negative seed.
+        ValueError: no image at all, a size under 64 pixels, a negative seed.
     """
-    if pictures < 1:
-        raise ValueError(f"pictures: expected at least 1, got {pictures}")
+    if images < 1:
+        raise ValueError(f"images: expected at least 1, got {images}")
     folder = Path(folder)
     (folder / split).mkdir(parents=True, exist_ok=True)
-    images: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
-    for i in range(pictures):
-        image, boxes, labels = draw_picture(seed, index_in(split, i), size=size)
+    for i in range(images):
+        image, boxes, labels = draw_image(seed, index_in(split, i), size=size)
         name = f"{i:06d}.jpg"
         image.save(folder / split / name, quality=92)
-        images.append({"id": i + 1, "file_name": name, "height": image.height, "width": image.width})
+        entries.append({"id": i + 1, "file_name": name, "height": image.height, "width": image.width})
         for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
             objects.append(_object(len(objects) + 1, i + 1, label + 1, box))
         if progress is not None:
-            progress(i + 1, pictures)
+            progress(i + 1, images)
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASS_NAMES)]
-    text = json.dumps({"images": images, "annotations": objects, "categories": categories})
+    text = json.dumps({"images": entries, "annotations": objects, "categories": categories})
     path = folder / f"instances_{split}.json"
     write_whole({path: lambda unfinished: unfinished.write_text(text, encoding="utf-8")})
     return path
 
 
-def _object(number: int, picture: int, category: int, box: list[float]) -> dict[str, Any]:
+def _object(number: int, image: int, category: int, box: list[float]) -> dict[str, Any]:
     """Return an object as COCO's json has it."""
     x0, y0, x1, y1 = box
     bbox, area = [x0, y0, x1 - x0, y1 - y0], (x1 - x0) * (y1 - y0)
-    return {"id": number, "image_id": picture, "category_id": category, "bbox": bbox, "area": area, "iscrowd": 0}
+    return {"id": number, "image_id": image, "category_id": category, "bbox": bbox, "area": area, "iscrowd": 0}
 
 
 def _outline(name: str) -> np.ndarray:

@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from conditional_detr.deploy.kernels import Computation, FusedConv, of_any_size
 
-_ANY_PICTURE = (2, 3, 160, 224)  # large enough that maps of different sizes stay apart
+_ANY_IMAGE = (2, 3, 160, 224)  # large enough that maps of different sizes stay apart
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
@@ -124,7 +124,7 @@ def _fuse(graph: fx.GraphModule) -> None:
     """Let kernels compute what follows a convolution: ReLU, or the addition of a map of its size and then ReLU."""
     once = _called_once(graph)
     parameter = next(graph.parameters())
-    ShapeProp(graph).propagate(parameter.new_zeros(_ANY_PICTURE))
+    ShapeProp(graph).propagate(parameter.new_zeros(_ANY_IMAGE))
     for node in list(graph.graph.nodes):
         convolution = _module(graph, node, nn.Conv2d)
         if convolution is None or node.target not in once or not pads_with_zeros(convolution):
@@ -159,7 +159,7 @@ def pads_with_zeros(convolution: nn.Conv2d) -> bool:
 
 
 def _shape(node: Any) -> tuple[int, ...] | None:
-    """Return the shape of what a node gives, if it is a tensor of the picture that was sent through."""
+    """Return the shape of what a node gives, if it is a tensor of the image that was sent through."""
     meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
     shape = getattr(meta, "shape", None)
     return None if shape is None else tuple(shape)

@@ -22,7 +22,7 @@ from conditional_detr.inference.checksums import seal
 from conditional_detr.inference.exported import Description, ExportedModel
 from conditional_detr.inference.postprocessing import best, check_count, check_head, named_rows
 from conditional_detr.inference.runtimes import BOXES, DETECTED, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
-from conditional_detr.inference.sources import Picture, name_of
+from conditional_detr.inference.sources import ImageSource, name_of
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.system.atomic_files import write_whole
 from conditional_detr.system.shutdown import StopRequest
@@ -41,17 +41,17 @@ def export(
     *,
     dtype: torch.dtype = torch.float32,
     top_k: int | None = None,
-    picture: Picture | None = None,
+    image: ImageSource | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Description:
-    """Write a model into one file, for pictures of any size and any number of them.
+    """Write a model into one file, for images of any size and any number of them.
 
     The file has the input "pixels" (B, 3, H, W), normalised float32, and the outputs "logits" (B, N, C) and "boxes"
     (B, N, 4) cx cy w h in [0, 1], float32. With ``top_k`` there is post-processing in it: the second input "sizes"
-    (B, 2), int64, height and width of the original pictures in pixels, and the outputs "corners" (B, K, 4) x0 y0 x1 y1
+    (B, 2), int64, height and width of the original images in pixels, and the outputs "corners" (B, K, 4) x0 y0 x1 y1
     in those pixels, "scores" (B, K) and "labels" (B, K), int64, best first; rows without a class name are left out.
 
-    Before it is moved to its place, the file is run on a picture at two sizes, and its logits and boxes are compared
+    Before it is moved to its place, the file is run on an image at two sizes, and its logits and boxes are compared
     with the model's. Class names, preprocessing and the differences stand in it, and ``Detector.from_file`` needs
     nothing else.
 
@@ -61,8 +61,8 @@ def export(
             Files that are there are replaced.
         dtype: what to compute in: float32; or float16, for GPUs, where softmax, sines, reference points and the
             arithmetic of boxes remain in float32.
-        top_k: the most detections a picture, for post-processing in the file; None: none.
-        picture: what to compare on; None: a pattern that is drawn.
+        top_k: the most detections an image, for post-processing in the file; None: none.
+        image: what to compare on; None: a pattern that is drawn.
         progress: told what is being done.
 
     Returns:
@@ -70,7 +70,7 @@ def export(
 
     Raises:
         ModuleNotFoundError: a package for the format is not installed.
-        OSError: the file cannot be written, or the picture not read.
+        OSError: the file cannot be written, or the image not read.
         TypeError: no ConditionalDETR, or a subclass; no dtype.
         ValueError: another suffix or dtype; a model that was optimised, whose backbone cannot be traced, or whose class
             head does not fit its class names; the file does not give what the model gives, and was not written.
@@ -80,18 +80,18 @@ def export(
     target = checked_target(target)
     if top_k is not None:
         check_count("top_k", top_k)
-    pictures = parity_pixels(picture, model.metadata.preprocessing)  # a picture that cannot be read is told at once
+    images = parity_pixels(image, model.metadata.preprocessing)  # an image that cannot be read is told at once
     progress("tracing")
     write = writer_of(model, target.suffix, dtype=dtype, top_k=top_k)
     description = describe(model, target.suffix, precision=str(dtype).removeprefix("torch."), top_k=top_k)
-    named = "drawn" if picture is None else name_of(picture, "given")
+    named = "drawn" if image is None else name_of(image, "given")
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / target.name
         write(draft, description)
         progress("comparing with the model")
-        parity = compare(ExportedModel(draft), model, pictures)
+        parity = compare(ExportedModel(draft), model, images)
         check_parity(parity, TOLERANCES[dtype], target)
-        description = replace(description, parity=parity, picture=named)
+        description = replace(description, parity=parity, image=named)
         progress("writing")
         write(draft, description)
         move(draft, target)
@@ -155,7 +155,7 @@ class Traced(NamedTuple):
 
 
 def trace(model: ConditionalDETR, *, dtype: torch.dtype, top_k: int | None) -> Traced:
-    """Trace a model for pictures of any size and any number of them; arguments as of :func:`export`."""
+    """Trace a model for images of any size and any number of them; arguments as of :func:`export`."""
     graph = Graph(model, dtype=dtype, top_k=top_k)
     traced: tuple[Tensor, ...] = (torch.zeros(_TRACED),)
     any_size: list[dict[int, Any]] = [dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)]

@@ -34,7 +34,7 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def of_any_size(x: Tensor) -> Tensor:
-    """Return a tensor of whose height and width the compiler assumes nothing: else the first picture's are fixed."""
+    """Return a tensor of whose height and width the compiler assumes nothing: else the first image's are fixed."""
     x = x.detach()  # the mark is not for the caller's
     for dimension in (-2, -1):
         torch._dynamo.mark_dynamic(x, x.dim() + dimension)
@@ -78,7 +78,7 @@ class FusedConv(nn.Module):
         packed = self._packed
         if packed is None or packed[0] != size:
             packed = size, torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, list(size))
-            self._packed = packed  # in one assignment: threads may share a copy, with pictures of other sizes
+            self._packed = packed  # in one assignment: threads may share a copy, with images of other sizes
         return packed[1]
 
 

@@ -1,4 +1,4 @@
-"""Encoder and decoder with projections joined, and with all that no picture changes computed once."""
+"""Encoder and decoder with projections joined, and with all that no image changes computed once."""
 
 import copy
 from typing import Any
@@ -88,7 +88,7 @@ class FastQueryAttention(QueryAttention):
 
 
 class FastCrossAttention(CrossAttention):
-    """Cross-attention of concatenated queries to keys; what only pictures change is not projected here.
+    """Cross-attention of concatenated queries to keys; what only images change is not projected here.
 
     Values are filled up with zeros to the width of the keys, which have a spatial part beside the content: fused
     attention kernels want all widths to be the same.
@@ -165,15 +165,15 @@ class FastDecoder(nn.Module):
             f: (1, B, N, D), normalised states of the last layer, float32.
             s: (B, N, 2), reference points x y before the sigmoid, float32.
         """
-        pictures = memory.shape[0]  # a symbol where a graph is exported; len would be a number
+        images = memory.shape[0]  # a symbol where a graph is exported; len would be a number
         keys, values = self.keys(memory, p_k if padding is not None else p_k[:1])
-        c, q = (x.expand(pictures, -1, -1) for x in (self.first_content, self.first_queries))
+        c, q = (x.expand(images, -1, -1) for x in (self.first_content, self.first_queries))
         f = self.layers[0].take_in(c, self.layers[0].cross_attention.gather(q, keys[0], values[0], padding))
         for i, layer in list(enumerate(self.layers))[1:]:
             c, cross = layer.relate(f, self.o_q), layer.cross_attention
             q = cross.concatenate(*cross.project_queries(c, self.o_q, self.transformation(f) * self.p_s))
             f = layer.take_in(c, cross.gather(q, keys[i], values[i], padding))
-        return self.norm(f)[None].float(), self.s.expand(pictures, -1, -1)
+        return self.norm(f)[None].float(), self.s.expand(images, -1, -1)
 
     def keys(self, memory: Tensor, p_k: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return the keys (B, S, 2D) and the values (B, S, D) of every layer."""

@@ -1,6 +1,6 @@
 """An inference copy of a model: the same mathematics in fewer, larger and narrower steps.
 
-The copy is the plain model with some of its modules replaced. What no picture changes is computed once, projections
+The copy is the plain model with some of its modules replaced. What no image changes is computed once, projections
 that read the same tensor become one, and kernels do what follows them. All else it inherits.
 """
 
@@ -32,8 +32,8 @@ def optimize(model: ConditionalDETR, *, dtype: torch.dtype = torch.float32, comp
     Args:
         model: the model.
         dtype: what to compute in: float32, bfloat16 or float16.
-        compile: use ``torch.compile``: the first picture takes a minute or so, also the first batch of several; other
-            sizes of pictures then take no longer.
+        compile: use ``torch.compile``: the first image takes a minute or so, also the first batch of several; other
+            sizes of images then take no longer.
 
     Returns:
         The copy. It cannot be trained, saved, copied or moved to another device, and has no attention maps: the model

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from conditional_detr.inference.exported import ExportedModel, Parity
-from conditional_detr.inference.images import open_picture, to_pixels
-from conditional_detr.inference.sources import Picture
+from conditional_detr.inference.images import open_image, to_pixels
+from conditional_detr.inference.sources import ImageSource
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.metadata import Preprocessing
 
@@ -19,9 +19,9 @@ from conditional_detr.modeling.metadata import Preprocessing
 TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.float16: (0.1, 0.02)}
 
 
-def parity_pixels(picture: Picture | None, preprocessing: Preprocessing) -> list[Tensor]:
-    """Return pixels (1, 3, H, W) of a picture at the size that it is detected at, and at about half of that."""
-    opened = open_picture(_pattern() if picture is None else picture, "picture")
+def parity_pixels(image: ImageSource | None, preprocessing: Preprocessing) -> list[Tensor]:
+    """Return pixels (1, 3, H, W) of an image at the size that it is detected at, and at about half of that."""
+    opened = open_image(_pattern() if image is None else image, "image")
     shortest, longest = preprocessing.shortest_edge // 2 + 1, preprocessing.longest_edge // 2 + 1
     half = replace(preprocessing, shortest_edge=shortest, longest_edge=longest)
     return [to_pixels(opened, numbers)[None] for numbers in (preprocessing, half)]
@@ -36,11 +36,11 @@ def _pattern() -> np.ndarray:
 
 
 @torch.no_grad()
-def compare(exported: ExportedModel, model: ConditionalDETR, pictures: Sequence[Tensor]) -> tuple[Parity, ...]:
+def compare(exported: ExportedModel, model: ConditionalDETR, images: Sequence[Tensor]) -> tuple[Parity, ...]:
     """Return how far an exported file is from the model, on pixels (1, 3, H, W) each."""
     plain = copy.deepcopy(model).cpu().float().eval()
     found = []
-    for pixels in pictures:
+    for pixels in images:
         logits, boxes = (
             (a[-1] - b[-1]).abs().max().item() for a, b in zip(exported(pixels), plain(pixels), strict=True)
         )

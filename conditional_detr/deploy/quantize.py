@@ -1,4 +1,4 @@
-"""8-bit integers: the backbone and the linear layers of an OpenVINO file, their ranges measured on pictures."""
+"""8-bit integers: the backbone and the linear layers of an OpenVINO file, their ranges measured on images."""
 
 import contextlib
 import logging
@@ -26,10 +26,10 @@ from conditional_detr.deploy.export import (
 from conditional_detr.deploy.optimize import check_model
 from conditional_detr.deploy.parity import check_parity, compare, parity_pixels
 from conditional_detr.inference.exported import Description, ExportedModel
-from conditional_detr.inference.images import open_picture, to_pixels
+from conditional_detr.inference.images import open_image, to_pixels
 from conditional_detr.inference.postprocessing import check_count
 from conditional_detr.inference.runtimes import SIZES, feeds
-from conditional_detr.inference.sources import Picture, name_of
+from conditional_detr.inference.sources import ImageSource, name_of
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.metadata import Preprocessing
 
@@ -45,7 +45,7 @@ _KEPT_IN_BACKBONE = {"ScaledDotProductAttention", "MVN"}  # OpenVINO's names for
 def quantize(
     model: ConditionalDETR,
     target: str | Path,
-    pictures: Sequence[Picture],
+    images: Sequence[ImageSource],
     *,
     keep: Sequence[str] = (),
     top_k: int | None = None,
@@ -56,17 +56,17 @@ def quantize(
 
     That is in the backbone, its additions too, and in the linear layers of encoder and decoder. The products and softmax
     of attention, layer norms, sums outside the backbone, λ_q and the heads stay in float32. The ranges of what flows
-    between are measured on pictures, which should be like those that the file is for. Nothing is trained.
+    between are measured on images, which should be like those that the file is for. Nothing is trained.
 
-    Inputs and outputs are those of :func:`conditional_detr.export`. How far logits and boxes of the first picture are
+    Inputs and outputs are those of :func:`conditional_detr.export`. How far logits and boxes of the first image are
     from the model's stands in the file; what that means for AP, ``conditional-detr quantize`` measures.
 
     Args:
         model: the model; it stays as it is.
         target: "….xml"; the weights go beside it in "….bin". Files that are there are replaced.
-        pictures: a hundred or so, each opened when it is its turn.
+        images: a hundred or so, each opened when it is its turn.
         keep: parts to keep in float32 as well: "backbone", "encoder", "decoder".
-        top_k: the most detections a picture, for post-processing in the file; None: none.
+        top_k: the most detections an image, for post-processing in the file; None: none.
         measure: what else is to stand in the file, such as its AP, by name; what it raises leaves the file unwritten.
         progress: told what is being done.
 
@@ -75,27 +75,27 @@ def quantize(
 
     Raises:
         ModuleNotFoundError: openvino or nncf is not installed.
-        OSError: the file cannot be written, or a picture not read.
-        TypeError: no ConditionalDETR, or a subclass; no list; a picture of an unknown kind.
-        ValueError: no picture; another suffix; a part that does not exist; a model that was optimised, whose backbone
+        OSError: the file cannot be written, or an image not read.
+        TypeError: no ConditionalDETR, or a subclass; no list; an image of an unknown kind.
+        ValueError: no image; another suffix; a part that does not exist; a model that was optimised, whose backbone
             cannot be traced, or whose class head does not fit its class names; a file that gives nothing finite.
     """
     check_model(model)
     target = check_request(target, keep)
     if top_k is not None:
         check_count("top_k", top_k)
-    _check_list("pictures", pictures)
-    if not pictures:
-        raise ValueError("pictures: expected at least one, got none")
-    compared = parity_pixels(pictures[0], model.metadata.preprocessing)
+    _check_list("images", images)
+    if not images:
+        raise ValueError("images: expected at least one, got none")
+    compared = parity_pixels(images[0], model.metadata.preprocessing)
     progress("tracing")
     traced = trace(model, dtype=torch.float32, top_k=top_k)
-    network = _quantized(traced, pictures, model.metadata.preprocessing, keep, progress)
+    network = _quantized(traced, images, model.metadata.preprocessing, keep, progress)
     described = describe(model, ".xml", precision="int8", top_k=top_k)
     versions = {**described.versions, "nncf": version_of("nncf")}
-    measured: dict[str, Any] = {"calibration": {"pictures": len(pictures), "also in float": sorted(keep)}}
-    named = name_of(pictures[0], "given")
-    described = replace(described, versions=versions, picture=named, measured=measured)
+    measured: dict[str, Any] = {"calibration": {"images": len(images), "also in float": sorted(keep)}}
+    named = name_of(images[0], "given")
+    described = replace(described, versions=versions, image=named, measured=measured)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / target.name
         write_openvino(network, draft, described)
@@ -131,7 +131,7 @@ def _check_list(name: str, given: object) -> None:
 
 def _quantized(
     traced: Traced,
-    pictures: Sequence[Picture],
+    images: Sequence[ImageSource],
     preprocessing: Preprocessing,
     keep: Sequence[str],
     progress: Callable[[str], None],
@@ -141,20 +141,20 @@ def _quantized(
 
     looks = count()
 
-    def feed(numbered: tuple[int, Picture]) -> dict[str, ndarray]:
-        again, place = divmod(next(looks), len(pictures))
-        progress(f"measuring ranges, pass {again + 1}: {place + 1} of {len(pictures)} pictures")
-        number, picture = numbered
-        pixels = to_pixels(open_picture(picture, f"pictures[{number}]"), preprocessing)[None]
+    def feed(numbered: tuple[int, ImageSource]) -> dict[str, ndarray]:
+        again, place = divmod(next(looks), len(images))
+        progress(f"measuring ranges, pass {again + 1}: {place + 1} of {len(images)} images")
+        number, image = numbered
+        pixels = to_pixels(open_image(image, f"images[{number}]"), preprocessing)[None]
         return feeds(pixels, with_sizes=SIZES in traced.inputs)
 
     network = openvino_network(traced)
     with _in_silence():
         return nncf.quantize(
             network,
-            nncf.Dataset(list(enumerate(pictures)), feed),
+            nncf.Dataset(list(enumerate(images)), feed),
             preset=nncf.QuantizationPreset.MIXED,  # zero need not be in the middle: as fast here, and AP is higher
-            subset_size=len(pictures),
+            subset_size=len(images),
             ignored_scope=nncf.IgnoredScope(names=_names_of_kept(network, traced, keep)),
         )
 

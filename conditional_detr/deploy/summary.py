@@ -1,4 +1,4 @@
-"""What a model is, in numbers: parameters by part, and what a picture costs."""
+"""What a model is, in numbers: parameters by part, and what an image costs."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -23,8 +23,8 @@ class Summary:
         load_report: where the weights came from; None for a model that was not loaded.
         parameters: how many each part has, by its name in the model; "heads" are both of them.
         trainable: how many of all are not frozen.
-        size: height and width of the picture that ``flops`` is for.
-        flops: operations of one picture, an addition and a multiplication counting one each; of the architecture as
+        size: height and width of the image that ``flops`` is for.
+        flops: operations of one image, an addition and a multiplication counting one each; of the architecture as
             ``config`` describes it, whatever has been put in place of a head since.
     """
 
@@ -43,7 +43,7 @@ class Summary:
 
     @property
     def multiply_adds(self) -> int:
-        """Operations of one picture, a multiplication and the addition of its result counting one together."""
+        """Operations of one image, a multiplication and the addition of its result counting one together."""
         return self.flops // 2
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Summary:
 
 
 def summarise(model: ConditionalDETR, size: tuple[int, int] | None = None) -> Summary:
-    """Count a model's parameters and what one picture costs it.
+    """Count a model's parameters and what one image costs it.
 
     Args:
         model: the model.
@@ -99,14 +99,14 @@ def summarise(model: ConditionalDETR, size: tuple[int, int] | None = None) -> Su
 
 
 def count_flops(config: Config, height: int, width: int) -> int:
-    """Count the operations of detecting objects on one picture, an addition and a multiplication counting one each.
+    """Count the operations of detecting objects on one image, an addition and a multiplication counting one each.
 
     What torch's counter counts: convolutions, matrix products, attention; normalisation and the like are left out.
 
     Args:
         config: the architecture.
-        height: of the picture, in pixels.
-        width: of the picture, in pixels.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
 
     Raises:
         ValueError: a size that is not positive, or too small for the backbone.

@@ -1,8 +1,8 @@
 """How good a detector is, in COCO's twelve numbers: pycocotools computes them, here stands what leads to it.
 
-Every query and class of a picture competes for its 100 best places, whatever the scores: there is no threshold. What
-is kept of a picture is these 100 detections. Under torch.distributed each process detects on its share of the
-pictures, the detections are gathered, and all processes get the same result.
+Every query and class of an image competes for its 100 best places, whatever the scores: there is no threshold. What
+is kept of an image is these 100 detections. Under torch.distributed each process detects on its share of the
+images, the detections are gathered, and all processes get the same result.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from conditional_detr.data.coco import (
     Annotations,
     Id,
     check_size,
-    picture_paths,
+    image_paths,
     read_annotations,
     read_results,
 )
@@ -29,10 +29,10 @@ from conditional_detr.inference.detector import Detector
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-MAX_DETECTIONS = 100  # a picture, all classes together; pycocotools counts as many of each class
+MAX_DETECTIONS = 100  # an image, all classes together; pycocotools counts as many of each class
 
 Found: TypeAlias = dict[Id, np.ndarray]
-"""Detections by picture: (K, 6) of the category's place among the data set's, x0 y0 w h, score."""
+"""Detections by image: (K, 6) of the category's place among the data set's, x0 y0 w h, score."""
 T = TypeVar("T")
 
 
@@ -61,26 +61,26 @@ def evaluate(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> CocoResult:
-    """Detect objects on the pictures of a data set and measure how good the detections are.
+    """Detect objects on the images of a data set and measure how good the detections are.
 
     Args:
         detector: the detector, or a model, which becomes one. Its class names say which category is which: it must
             have all those of the data set, and is asked for no others.
         annotations: COCO's json of the data set, or what it holds, or what was read of it.
-        images: the folder of its pictures.
-        batch_size: the most pictures that run together.
-        progress: called with the number of pictures done and of all, of this process.
+        images: the folder of its images.
+        batch_size: the most images that run together.
+        progress: called with the number of images done and of all, of this process.
 
     Raises:
-        OSError: annotations or pictures that cannot be read or are not there.
+        OSError: annotations or images that cannot be read or are not there.
         TypeError: no detector.
-        ValueError: annotations that are none, classes that the detector does not know, a file that is no picture or
+        ValueError: annotations that are none, classes that the detector does not know, a file that is no image or
             not of the size that the annotations say.
     """
     detector = detector if isinstance(detector, Detector) else Detector(detector)
     data = read_annotations(annotations)
     check_classes(detector, data)
-    paths = picture_paths(data, images)
+    paths = image_paths(data, images)
     rank, processes = _process()
     share = sorted(paths)[rank::processes]
 
@@ -98,7 +98,7 @@ def evaluate_detections(
     Args:
         annotations: COCO's json of the data set, or what it holds.
         results: a json file in COCO's form for results, or what it holds. Under torch.distributed, those of this
-            process; what several processes have of the same picture counts once.
+            process; what several processes have of the same image counts once.
 
     Raises:
         OSError: a file that cannot be read.
@@ -135,12 +135,12 @@ def _detect(
     batch_size: int,
     progress: Callable[[int, int], None] | None,
 ) -> Found:
-    """Return the best detections of each picture."""
+    """Return the best detections of each image."""
     names = list(data.categories.values())
-    # Pictures of one size run together, so they come one after the other.
+    # Images of one size run together, so they come one after the other.
     order = sorted(paths, key=lambda image: [str(data.images[image].get(side)) for side in ("height", "width")])
-    pictures = iter([paths[image] for image in order])
-    several = detector(pictures, threshold=0.0, top_k=MAX_DETECTIONS, classes=names, batch_size=batch_size)
+    images = iter([paths[image] for image in order])
+    several = detector(images, threshold=0.0, top_k=MAX_DETECTIONS, classes=names, batch_size=batch_size)
     found: Found = {}
     for image, detections in zip(order, several, strict=True):
         check_size(data.images[image], detections.size, paths[image], data.name)
@@ -164,7 +164,7 @@ def _measure(data: Annotations, parts: Sequence[Found]) -> CocoResult:
 
     found: Found = {}
     for part in parts:
-        found = part | found  # of a picture that several have, the first's
+        found = part | found  # of an image that several have, the first's
     categories = list(data.categories)
     detections = [
         {

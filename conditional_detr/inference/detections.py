@@ -1,4 +1,4 @@
-"""What was found on one picture: read it, go through it, draw it, write it."""
+"""What was found on one image: read it, go through it, draw it, write it."""
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.ops import box_area, box_convert
 
 from conditional_detr.inference.drawing import draw_boxes
-from conditional_detr.inference.images import open_picture, to_pil
+from conditional_detr.inference.images import open_image, to_pil
 from conditional_detr.inference.sources import Local
 
 Detection: TypeAlias = tuple[list[float], float, str]
@@ -24,20 +24,20 @@ _SHOWN = 5  # how many objects repr spells out
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Detections:
-    """The objects found on one picture, best first.
+    """The objects found on one image, best first.
 
     ``found[0]`` is one (box, score, name), as iterating gives them; ``found[:5]``, ``found[found.scores > 0.9]`` and
     ``found[[0, 2]]`` are Detections again.
 
     Attributes:
-        boxes: (K, 4) float32, x0 y0 x1 y1 in pixels of the picture as it was given, inside it.
+        boxes: (K, 4) float32, x0 y0 x1 y1 in pixels of the image as it was given, inside it.
         scores: (K,) float32, in [0, 1].
         labels: (K,) int64, rows of the class head.
         names: K class names.
         category_ids: K ids of the classes in the data set the model was trained on.
         queries: (K,) int64, the object query that found it.
-        size: (height, width) of the picture in pixels.
-        source: the picture itself: a path, or the object that was given; of an address, base64 or an open file, the
+        size: (height, width) of the image in pixels.
+        source: the image itself: a path, or the object that was given; of an address, base64 or an open file, the
             bytes that were read.
     """
 
@@ -125,21 +125,21 @@ class Detections:
         return self._take(sorted(range(len(self)), key=keys[by].__getitem__))
 
     def draw(self, *, font: str | Path | None = None) -> Image.Image:
-        """Return the picture with its boxes, names and scores drawn; the picture is opened anew.
+        """Return the image with its boxes, names and scores drawn; the image is opened anew.
 
         Args:
             font: a TrueType file, for names in a script that PIL's own font does not have.
 
         Raises:
-            OSError: the picture's file is gone, or the font cannot be read.
+            OSError: the image's file is gone, or the font cannot be read.
         """
-        image = to_pil(open_picture(self.source, "picture"))
+        image = to_pil(open_image(self.source, "image"))
         return draw_boxes(
             image, self.boxes.tolist(), self.labels.tolist(), self.names, self.scores.tolist(), font=font
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the picture as plain numbers and strings, for json."""
+        """Return everything but the image as plain numbers and strings, for json."""
         return {
             "size": {"height": self.size[0], "width": self.size[1]},
             "detections": [
@@ -152,7 +152,7 @@ class Detections:
         """Return COCO's list of results, as pycocotools' ``loadRes`` reads it.
 
         Args:
-            image_id: the picture's id in the data set.
+            image_id: the image's id in the data set.
 
         Returns:
             K of {"image_id", "category_id", "bbox": [x, y, width, height] in pixels, "score"}.
@@ -166,13 +166,13 @@ class Detections:
     def to_torchvision(self) -> dict[str, Tensor]:
         """Return "boxes" (K, 4) x0 y0 x1 y1, "scores" (K,) and "labels" (K,).
 
-        What torchvision's detection models return for a picture, and transformers'
+        What torchvision's detection models return for an image, and transformers'
         ``post_process_object_detection``.
         """
         return {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
 
     def to_transformers(self) -> list[dict[str, Any]]:
-        """Return what transformers' pipeline "object-detection" returns for a picture, boxes not rounded.
+        """Return what transformers' pipeline "object-detection" returns for an image, boxes not rounded.
 
         Returns:
             K of {"score", "label": the name, "box": {"xmin", "ymin", "xmax", "ymax"} in pixels}.

@@ -1,4 +1,4 @@
-"""Pictures in, detections out."""
+"""Images in, detections out."""
 
 import os
 import warnings
@@ -14,10 +14,10 @@ from torch import Tensor
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.drawing import draw_attention
 from conditional_detr.inference.exported import ExportedModel
-from conditional_detr.inference.images import normalise, open_picture, resize, size_of, to_pil
+from conditional_detr.inference.images import normalise, open_image, resize, size_of, to_pil
 from conditional_detr.inference.pipeline import prepare_ahead, run_together
 from conditional_detr.inference.postprocessing import Selection, check_count, check_head, choose, select
-from conditional_detr.inference.sources import LIMITS, Limits, Local, Picture, bring, is_one_picture, name_of
+from conditional_detr.inference.sources import LIMITS, ImageSource, Limits, Local, bring, is_one_image, name_of
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.layers import evaluation_mode
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 PUBLISHED = "microsoft/conditional-detr-resnet-50"
-PICTURE_ERRORS = (OSError, TypeError, ValueError)
-"""What opening a picture raises, for whatever is wrong with it."""
+IMAGE_ERRORS = (OSError, TypeError, ValueError)
+"""What opening an image raises, for whatever is wrong with it."""
 
-_WINDOW = 4  # batches that a picture of a rare shape waits for others of its shape
+_WINDOW = 4  # batches that an image of a rare shape waits for others of its shape
 
 
 class _Options(TypedDict, total=False):
@@ -41,7 +41,7 @@ class _Options(TypedDict, total=False):
 
 
 class _Prepared(NamedTuple):
-    """A picture ready for the model."""
+    """An image ready for the model."""
 
     name: str
     source: Local
@@ -50,13 +50,13 @@ class _Prepared(NamedTuple):
 
 
 class Detector:
-    """A model with everything around it: from pictures of any kind and size to named boxes.
+    """A model with everything around it: from images of any kind and size to named boxes.
 
     Args:
-        model: the model, or an exported file; its metadata says how pictures are prepared and what the classes are
+        model: the model, or an exported file; its metadata says how images are prepared and what the classes are
             called. Where it is and in which mode stays as it is; one in train mode is set to eval mode while it runs,
             so it must not run in several threads at once.
-        limits: how long fetching a picture's address may take, and how large the file may be.
+        limits: how long fetching an image's address may take, and how large the file may be.
 
     Raises:
         TypeError: neither a ConditionalDETR nor an ExportedModel.
@@ -78,34 +78,34 @@ class Detector:
         """Open an exported file: see :class:`conditional_detr.inference.exported.ExportedModel`."""
         return cls(ExportedModel(path, **options))
 
-    @overload  # a string is also a sequence of strings: the first match, one picture, is meant
+    @overload  # a string is also a sequence of strings: the first match, one image, is meant
     def __call__(  # type: ignore[overload-overlap]
-        self, pictures: Picture, *, on_error: Literal["raise"] = ..., **options: "Unpack[_Options]"
+        self, images: ImageSource, *, on_error: Literal["raise"] = ..., **options: "Unpack[_Options]"
     ) -> Detections: ...
 
     @overload
     def __call__(
-        self, pictures: Sequence[Picture], *, on_error: Literal["raise"] = ..., **options: "Unpack[_Options]"
+        self, images: Sequence[ImageSource], *, on_error: Literal["raise"] = ..., **options: "Unpack[_Options]"
     ) -> list[Detections]: ...
 
     @overload
     def __call__(
-        self, pictures: Sequence[Picture], *, on_error: Literal["skip"], **options: "Unpack[_Options]"
+        self, images: Sequence[ImageSource], *, on_error: Literal["skip"], **options: "Unpack[_Options]"
     ) -> list[Detections | None]: ...
 
     @overload
     def __call__(
-        self, pictures: Iterator[Picture], *, on_error: Literal["raise"] = ..., **options: "Unpack[_Options]"
+        self, images: Iterator[ImageSource], *, on_error: Literal["raise"] = ..., **options: "Unpack[_Options]"
     ) -> Iterator[Detections]: ...
 
     @overload
     def __call__(
-        self, pictures: Iterator[Picture], *, on_error: Literal["skip"], **options: "Unpack[_Options]"
+        self, images: Iterator[ImageSource], *, on_error: Literal["skip"], **options: "Unpack[_Options]"
     ) -> Iterator[Detections | None]: ...
 
     def __call__(
         self,
-        pictures: Picture | Iterable[Picture],
+        images: ImageSource | Iterable[ImageSource],
         *,
         threshold: float = 0.5,
         top_k: int = 100,
@@ -113,44 +113,42 @@ class Detector:
         batch_size: int = 8,
         on_error: str = "raise",
     ) -> Any:
-        """Detect objects on one picture or on many.
+        """Detect objects on one image or on many.
 
-        Pictures that come out at the same size run together, others apart: none is ever padded, so a list gives what
-        its pictures give one by one. Opening and resizing run in threads, ahead of the model.
+        Images that come out at the same size run together, others apart: none is ever padded, so a list gives what
+        its images give one by one. Opening and resizing run in threads, ahead of the model.
 
         Args:
-            pictures: a path, http(s) address, data URI, base64, bytes, open binary file, PIL image, array or tensor:
-                see :data:`conditional_detr.inference.sources.Picture`; or a list, or any iterator, of such.
+            images: a path, http(s) address, data URI, base64, bytes, open binary file, PIL image, array or tensor:
+                see :data:`conditional_detr.inference.sources.ImageSource`; or a list, or any iterator, of such.
             threshold: objects must score above this, in [0, 1].
-            top_k: the most objects a picture, the best.
+            top_k: the most objects an image, the best.
             classes: names or rows of the classes to report; None: all.
-            batch_size: the most pictures that run together.
-            on_error: what a picture that cannot be opened does: "raise" its error, or "skip" it, with a warning and
+            batch_size: the most images that run together.
+            on_error: what an image that cannot be opened does: "raise" its error, or "skip" it, with a warning and
                 None in its place.
 
         Returns:
-            One Detections for one picture; a list of them for a list, also of one; for any other iterable an
-            iterator, which draws pictures a few batches ahead and holds no more than those.
+            One Detections for one image; a list of them for a list, also of one; for any other iterable an
+            iterator, which draws images a few batches ahead and holds no more than those.
 
         Raises:
             OSError: a file or address that cannot be read.
-            TypeError: a picture or an argument of the wrong type.
-            ValueError: a file that is no picture, a class that the model does not have, a number out of its range; or
+            TypeError: an image or an argument of the wrong type.
+            ValueError: a file that is no image, a class that the model does not have, a number out of its range; or
                 the model gave values that are not finite.
         """
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
-        one = is_one_picture(pictures)
-        if not one and (not isinstance(pictures, Iterable) or isinstance(pictures, Mapping | Set)):
-            raise TypeError(
-                f"pictures: expected a picture, or a list or iterator of them, got {type(pictures).__name__}"
-            )
+        one = is_one_image(images)
+        if not one and (not isinstance(images, Iterable) or isinstance(images, Mapping | Set)):
+            raise TypeError(f"images: expected an image, or a list or iterator of them, got {type(images).__name__}")
         check_count("batch_size", batch_size)
         selection = self.selection(threshold=threshold, top_k=top_k, classes=classes)
         if one:
-            return self._settle(self._detect_one(pictures, selection), on_error)  # type: ignore[arg-type]
-        outcomes = self.outcomes(pictures, selection, batch_size=batch_size)  # type: ignore[arg-type]
-        if not isinstance(pictures, Sequence):
+            return self._settle(self._detect_one(images, selection), on_error)  # type: ignore[arg-type]
+        outcomes = self.outcomes(images, selection, batch_size=batch_size)  # type: ignore[arg-type]
+        if not isinstance(images, Sequence):
             return (self._settle(outcome, on_error) for outcome in outcomes)
         with closing(outcomes):  # an error that the caller keeps would keep the threads
             return [self._settle(outcome, on_error) for outcome in outcomes]
@@ -162,20 +160,20 @@ class Detector:
         return choose(self.model.metadata.class_names, threshold=threshold, top_k=top_k, classes=classes)
 
     def outcomes(
-        self, pictures: Iterable[Picture], selection: Selection, *, batch_size: int = 8
+        self, images: Iterable[ImageSource], selection: Selection, *, batch_size: int = 8
     ) -> Generator[Detections | Exception, None, None]:
-        """Detect objects on many pictures, in order and in bounded memory; errors of pictures are given, not raised.
+        """Detect objects on many images, in order and in bounded memory; errors of images are given, not raised.
 
         Args:
-            pictures: drawn from a few batches ahead.
+            images: drawn from a few batches ahead.
             selection: what to report.
-            batch_size: the most pictures that run together.
+            batch_size: the most images that run together.
 
         Returns:
-            For each picture its Detections, or the error that opening it raised.
+            For each image its Detections, or the error that opening it raised.
         """
         workers = min(4, os.cpu_count() or 1)
-        numbered = ((picture, f"images[{place}]") for place, picture in enumerate(pictures))
+        numbered = ((image, f"images[{place}]") for place, image in enumerate(images))
         prepared = prepare_ahead(self._prepare, numbered, workers=workers, depth=batch_size + workers)
 
         def key(item: _Prepared | Exception) -> tuple[Any, ...] | None:
@@ -193,23 +191,23 @@ class Detector:
         """Draw where the query of one detection looks: the paper's figure 1.
 
         Args:
-            found: what this detector found on a picture; the picture is opened anew.
+            found: what this detector found on an image; the image is opened anew.
             which: the place of the detection in it.
             layers: decoder layers, -L..L-1.
 
         Returns:
-            A picture with one column a head (of each layer in turn) and a row each for the content part of the
+            An image with one column a head (of each layer in turn) and a row each for the content part of the
             attention, the spatial part, and both combined; every map is scaled to its own maximum.
 
         Raises:
             IndexError: there is no such detection.
-            OSError: the picture's file is gone.
+            OSError: the image's file is gone.
             ValueError: no layer, or one that the decoder does not have; an exported file, which has no maps.
         """
         if isinstance(self.model, ExportedModel):
             raise ValueError("attention maps: an exported file has none; ask the model that it was made from")
         box, score, name = found[which]
-        opened = open_picture(found.source, "picture")
+        opened = open_image(found.source, "image")
         preprocessing = self.model.metadata.preprocessing
         pixels = normalise(resize(opened, preprocessing), preprocessing)[None]
         model = self.model
@@ -232,34 +230,34 @@ class Detector:
         warnings.warn(f"skipped: {outcome}", stacklevel=3)
         return None
 
-    def _detect_one(self, picture: Picture, selection: Selection) -> Detections | Exception:
-        """Detect objects on a single picture, without threads."""
-        prepared = self._prepare((picture, "picture"))
+    def _detect_one(self, image: ImageSource, selection: Selection) -> Detections | Exception:
+        """Detect objects on a single image, without threads."""
+        prepared = self._prepare((image, "image"))
         return prepared if isinstance(prepared, Exception) else next(self._run([prepared], selection))
 
-    def _prepare(self, named: tuple[Picture, str]) -> _Prepared | Exception:
-        """Open and resize a picture, or return the error of it."""
-        picture, place = named
-        name = name_of(picture, place)
+    def _prepare(self, named: tuple[ImageSource, str]) -> _Prepared | Exception:
+        """Open and resize an image, or return the error of it."""
+        image, place = named
+        name = name_of(image, place)
         try:
-            source = bring(picture, name, self.limits)
-            opened = open_picture(source, name)
+            source = bring(image, name, self.limits)
+            opened = open_image(source, name)
             return _Prepared(name, source, size_of(opened), resize(opened, self.model.metadata.preprocessing))
-        except PICTURE_ERRORS as error:
+        except IMAGE_ERRORS as error:
             return error
 
     def _run(self, group: list[_Prepared], selection: Selection) -> Iterator[Detections]:
-        """Run pictures of one shape through the model."""
+        """Run images of one shape through the model."""
         metadata = self.model.metadata
         device, _ = self._place()
-        values = torch.stack([picture.values for picture in group]).to(device)  # (B, 3, H, W)
+        values = torch.stack([image.values for image in group]).to(device)  # (B, 3, H, W)
         output = self._evaluate(self.model, normalise(values, metadata.preprocessing))
         logits, boxes = (x[-1].float().cpu() for x in output)  # (B, N, C), (B, N, 4)
         check_head(logits.shape[-1], metadata.class_names)
-        for picture, its_logits, its_boxes in zip(group, logits, boxes, strict=True):
+        for image, its_logits, its_boxes in zip(group, logits, boxes, strict=True):
             if not (its_logits.isfinite().all() and its_boxes.isfinite().all()):
-                raise ValueError(f"{picture.name}: the model gave logits or boxes that are not finite")
-            chosen, scores, labels, queries = select(its_logits, its_boxes, picture.size, selection)
+                raise ValueError(f"{image.name}: the model gave logits or boxes that are not finite")
+            chosen, scores, labels, queries = select(its_logits, its_boxes, image.size, selection)
             rows = labels.tolist()
             yield Detections(
                 boxes=chosen,
@@ -268,8 +266,8 @@ class Detector:
                 names=tuple(str(metadata.class_names[row]) for row in rows),
                 category_ids=tuple(metadata.category_ids[row] for row in rows),
                 queries=queries,
-                size=picture.size,
-                source=picture.source,
+                size=image.size,
+                source=image.source,
             )
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Pictures for people: boxes with names and scores, and attention as heat over the photograph."""
+"""Images for people: boxes with names and scores, and attention as heat over the photograph."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ def draw_boxes(
     """Draw boxes with their names and scores.
 
     Args:
-        image: the picture, of any mode; it stays as it is.
+        image: the image, of any mode; it stays as it is.
         boxes: K boxes x0 y0 x1 y1 in pixels, best first: the best lie on top, and their labels choose places first.
         labels: K class numbers; each has its own colour, see :func:`class_colour`.
         names: K class names.
@@ -53,7 +53,7 @@ def draw_boxes(
         font: a TrueType file, for scripts that PIL's built-in font lacks.
 
     Returns:
-        A new RGB picture of the same size.
+        A new RGB image of the same size.
 
     Raises:
         OSError: the font's file is missing or no font.
@@ -102,18 +102,18 @@ def fit_label(
 
 
 def place_labels(
-    boxes: Sequence[Rectangle], sizes: Sequence[tuple[int, int]], picture: tuple[int, int]
+    boxes: Sequence[Rectangle], sizes: Sequence[tuple[int, int]], image: tuple[int, int]
 ) -> list[Rectangle]:
-    """Return a place for each box's label, the first boxes choosing first; sizes and picture are (width, height).
+    """Return a place for each box's label, the first boxes choosing first; sizes and image are (width, height).
 
-    A place lies at its box and inside the picture; of those that cover least of the labels before, the one is taken
+    A place lies at its box and inside the image; of those that cover least of the labels before, the one is taken
     that hides least of the objects.
     """
     count = len(boxes)
     taken = np.array([*boxes, *boxes]).reshape(-1, 4)  # the objects, then the labels, as they are placed
     areas = (taken[:count, 2:] - taken[:count, :2]).prod(1).clip(min=1)
     for i, (box, size) in enumerate(zip(boxes, sizes, strict=True)):
-        options = _options(box, size, picture)
+        options = _options(box, size, image)
         shared = _overlap(options, taken[: count + i])
         # as shares: a small object is soon lost, a large one is not; the later options are a little less liked
         hidden = (shared[:, :count] / areas).sum(1) + 0.05 * np.arange(len(options))
@@ -136,16 +136,16 @@ def draw_attention(
     Each map is scaled by its own maximum: heat compares the places of one map, not one map with another.
 
     Args:
-        image: the picture, of any mode; it stays as it is.
+        image: the image, of any mode; it stays as it is.
         content: (M, h, w), the softmax of the content part, a map a head.
         spatial: (M, h, w), of the spatial part.
         combined: (M, h, w), of their sum.
-        box: x0 y0 x1 y1 in pixels of the picture, outlined on each map.
+        box: x0 y0 x1 y1 in pixels of the image, outlined on each map.
         title: a line on top, such as the name and score.
         font: a TrueType file, for scripts that PIL's built-in font lacks.
 
     Returns:
-        An RGB picture with a column a head; past eight heads the rows begin anew below.
+        An RGB image with a column a head; past eight heads the rows begin anew below.
 
     Raises:
         OSError: the font's file is missing or no font.
@@ -192,13 +192,13 @@ def font_at(font: str | Path | None) -> Callable[[int], Font]:
     return cache(lambda size: face.font_variant(size=size))
 
 
-def _frame(box: Sequence[float], line: int, picture: tuple[int, int]) -> Rectangle:
-    """Return the outer edge of a box's line, which lies around the box unless the picture ends there."""
+def _frame(box: Sequence[float], line: int, image: tuple[int, int]) -> Rectangle:
+    """Return the outer edge of a box's line, which lies around the box unless the image ends there."""
     if len(box) != 4 or not all(math.isfinite(side) for side in box):
         raise ValueError(f"expected a box of four finite numbers x0 y0 x1 y1, got {list(box)}")
     x0, y0, x1, y1 = (round(side) for side in box)
-    x0, y0 = min(max(x0 - line, 0), picture[0] - 1), min(max(y0 - line, 0), picture[1] - 1)
-    return x0, y0, max(min(x1 + line, picture[0]), x0 + 1), max(min(y1 + line, picture[1]), y0 + 1)
+    x0, y0 = min(max(x0 - line, 0), image[0] - 1), min(max(y0 - line, 0), image[1] - 1)
+    return x0, y0, max(min(x1 + line, image[0]), x0 + 1), max(min(y1 + line, image[1]), y0 + 1)
 
 
 def _outline(canvas: ImageDraw.ImageDraw, frame: Rectangle, colour: Colour, line: int) -> None:
@@ -213,7 +213,7 @@ def _outline(canvas: ImageDraw.ImageDraw, frame: Rectangle, colour: Colour, line
 def _arrange(
     frames: Sequence[Rectangle],
     named: Sequence[tuple[str, float | None]],
-    picture: tuple[int, int],
+    image: tuple[int, int],
     sized: Callable[[int], Font],
 ) -> list[tuple[str, int, Rectangle]]:
     """Return text, size of type and place of each label; where they crowd, all are set in smaller type."""
@@ -224,22 +224,22 @@ def _arrange(
     def height(size: int) -> int:
         return sum(sized(size).getmetrics()) + 2
 
-    largest = max(round(math.sqrt(picture[0] * picture[1]) / 44), READABLE + 1)
+    largest = max(round(math.sqrt(image[0] * image[1]) / 44), READABLE + 1)
     for size in (max(round(share * largest), READABLE) for share in (1, 0.85, 0.7)):
-        titles = [fit_label(name, score, picture[0], size, width) for name, score in named]
-        titles = [(text if height(small) <= picture[1] else "", small) for text, small in titles]
+        titles = [fit_label(name, score, image[0], size, width) for name, score in named]
+        titles = [(text if height(small) <= image[1] else "", small) for text, small in titles]
         sizes = [(width(text, small), height(small)) if text else (0, 0) for text, small in titles]
-        places = place_labels(frames, sizes, picture)
+        places = place_labels(frames, sizes, image)
         corners = np.array(places).reshape(-1, 4)
         if _overlap(corners, corners).sum() == sum(math.prod(size) for size in sizes):
             break  # each shares pixels with itself alone
     return [(text, small, place) for (text, small), place in zip(titles, places, strict=True)]
 
 
-def _options(box: Rectangle, size: tuple[int, int], picture: tuple[int, int]) -> np.ndarray:
-    """Return places (P, 4) for a label that lie inside the picture, the most wanted first."""
+def _options(box: Rectangle, size: tuple[int, int], image: tuple[int, int]) -> np.ndarray:
+    """Return places (P, 4) for a label that lie inside the image, the most wanted first."""
     (x0, y0, x1, y1), (width, height) = box, size
-    last_x, last_y = picture[0] - width, picture[1] - height
+    last_x, last_y = image[0] - width, image[1] - height
     left, right, middle = (min(max(x, 0), last_x) for x in (x0, x1 - width, (x0 + x1 - width) // 2))
     above, inside, low, below = y0 - height, y0, y1 - height, y1
     wanted = [(left, above), (left, inside), (right, above), (left, below), (right, below)]

@@ -19,11 +19,11 @@ FORMAT = 1  # of a description; another number means that older versions of this
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an exported file was from the model that it was made from, on one picture.
+    """How far an exported file was from the model that it was made from, on one image.
 
     Attributes:
-        height: of the picture's pixels.
-        width: of the picture's pixels.
+        height: of the image's pixels.
+        width: of the image's pixels.
         logits: largest difference.
         boxes: largest difference; boxes lie in [0, 1].
     """
@@ -42,10 +42,10 @@ class Description:
         config: the architecture.
         metadata: class names, category ids, preprocessing.
         precision: "float32", "float16" or "int8".
-        top_k: how many detections a picture has in the outputs "corners", "scores" and "labels"; None: the file has no
+        top_k: how many detections an image has in the outputs "corners", "scores" and "labels"; None: the file has no
             post-processing.
         parity: checked when it was written.
-        picture: on which picture.
+        image: on which image.
         versions: of the packages that wrote it.
         measured: what else was measured of it, such as AP; by name.
     """
@@ -55,7 +55,7 @@ class Description:
     precision: str
     top_k: int | None
     parity: tuple[Parity, ...]
-    picture: str
+    image: str
     versions: Mapping[str, str]
     measured: Mapping[str, Any]
 
@@ -156,7 +156,7 @@ class ExportedModel(nn.Module):
         """
         check_input(pixels, padding)
         if padding is not None:
-            raise ValueError("padding: an exported file takes none; run pictures of one size together")
+            raise ValueError("padding: an exported file takes none; run images of one size together")
         pixels = pixels.detach().to(self.device, torch.float32)
         logits, boxes = self._opened.run(pixels.contiguous())
         return Output(logits[None], boxes[None])

@@ -1,4 +1,4 @@
-"""Pictures become pixels: opened, turned upright, resized and normalised as the weights were trained."""
+"""Images become pixels: opened, turned upright, resized and normalised as the weights were trained."""
 
 import io
 import warnings
@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from conditional_detr.inference.sources import LIMITS, Limits, Picture, bring, name_of
+from conditional_detr.inference.sources import LIMITS, ImageSource, Limits, bring, name_of
 from conditional_detr.modeling.metadata import Preprocessing
 
-# What people hand over in place of pictures: where a file of that kind says so, how, and what to call it.
+# What people hand over in place of images: where a file of that kind says so, how, and what to call it.
 _KINDS = (
     (0, b"%PDF", "a PDF document"),
     (0, b"%!PS", "a PostScript document"),
-    (4, b"ftyphei", "a HEIC picture, which PIL opens once pillow-heif is installed and registered"),
-    (4, b"ftypmif", "a HEIF picture, which PIL opens once pillow-heif is installed and registered"),
-    (4, b"ftypavi", "an AVIF picture that is truncated, or that this PIL was built without"),
+    (4, b"ftyphei", "a HEIC image, which PIL opens once pillow-heif is installed and registered"),
+    (4, b"ftypmif", "a HEIF image, which PIL opens once pillow-heif is installed and registered"),
+    (4, b"ftypavi", "an AVIF image that is truncated, or that this PIL was built without"),
     (4, b"ftyp", "a video (MP4 or QuickTime)"),
     (0, b"\x1a\x45\xdf\xa3", "a video (Matroska or WebM)"),
     (8, b"AVI ", "a video (AVI)"),
@@ -27,7 +27,7 @@ _KINDS = (
     (0, b"\x00\x00\x01\xb3", "a video (MPEG)"),
     (0, b"PK\x03\x04", "a zip archive"),
     (0, b"\x1f\x8b", "a gzip archive"),
-    (0, b"version https://git-lfs", "a Git LFS pointer: the picture itself was not checked out"),
+    (0, b"version https://git-lfs", "a Git LFS pointer: the image itself was not checked out"),
     (0, b"<svg", "an SVG drawing"),
     (0, b"<!", "a web page"),
     (0, b"<html", "a web page"),
@@ -35,25 +35,25 @@ _KINDS = (
 _DOCUMENTS = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}  # PIL's names; it would run ghostscript on the first
 
 
-def open_picture(picture: Picture, name: str, limits: Limits = LIMITS) -> Image.Image | Tensor:
-    """Open a picture of any kind.
+def open_image(image: ImageSource, name: str, limits: Limits = LIMITS) -> Image.Image | Tensor:
+    """Open an image of any kind.
 
     Args:
-        picture: the picture.
+        image: the image.
         name: what messages call it if it has no path or address of its own, such as ``images[3]``.
         limits: for addresses. The largest number of pixels is PIL's: twice ``PIL.Image.MAX_IMAGE_PIXELS``.
 
     Returns:
         A PIL image in RGB, upright as its EXIF says; or, for floating point input, a tensor (3, H, W) in [0, 1].
-        Of an animation, the first picture. Transparency is dropped, 16 bits are scaled to 8.
+        Of an animation, the first image. Transparency is dropped, 16 bits are scaled to 8.
 
     Raises:
         OSError: no such file or address, or one that is truncated or corrupt.
-        TypeError: a kind of picture, or a dtype, that is not known.
-        ValueError: a file that is no picture, a shape that is none of a picture, values out of range, too many pixels.
+        TypeError: a kind of image, or a dtype, that is not known.
+        ValueError: a file that is no image, a shape that is none of an image, values out of range, too many pixels.
     """
-    name = name_of(picture, name)
-    local = bring(picture, name, limits)
+    name = name_of(image, name)
+    local = bring(image, name, limits)
     if isinstance(local, Path | bytes):
         return _open_file(local, name)
     if isinstance(local, Image.Image):
@@ -83,22 +83,22 @@ def size_of(opened: Image.Image | Tensor) -> tuple[int, int]:
 
 
 def size_of_file(path: Path) -> tuple[int, int]:
-    """Return (height, width) of a picture file, upright, by its head alone.
+    """Return (height, width) of an image file, upright, by its head alone.
 
     Raises:
         OSError: no such file, or one that is truncated or corrupt.
-        ValueError: a file that is no picture.
+        ValueError: a file that is no image.
     """
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception:  # whatever is wrong, opening it in full says so
-        return size_of(open_picture(path, str(path)))
+        return size_of(open_image(path, str(path)))
 
 
 def resized_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Return the (height, width) a picture is resized to, its sides' ratio kept.
+    """Return the (height, width) an image is resized to, its sides' ratio kept.
 
     The shorter side becomes ``shortest_edge``, unless the longer one then exceeds ``longest_edge``, which then
     decides. Sides are truncated to whole pixels, as the weights' publisher does.
@@ -116,20 +116,20 @@ def resized_size(height: int, width: int, preprocessing: Preprocessing) -> tuple
 
 
 def to_pixels(opened: Image.Image | Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Resize and normalise an opened picture: (3, H, W) float32."""
+    """Resize and normalise an opened image: (3, H, W) float32."""
     return normalise(resize(opened, preprocessing), preprocessing)
 
 
 def resize(opened: Image.Image | Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Resize an opened picture to the size it was trained at.
+    """Resize an opened image to the size it was trained at.
 
     Args:
-        opened: what :func:`open_picture` returned.
+        opened: what :func:`open_image` returned.
         preprocessing: the sizes.
 
     Returns:
-        (3, H, W). 8-bit pictures are resized by PIL, bilinear with antialiasing, as for training, and stay uint8;
-        floating point pictures alike, without rounding to 8 bits between.
+        (3, H, W). 8-bit images are resized by PIL, bilinear with antialiasing, as for training, and stay uint8;
+        floating point images alike, without rounding to 8 bits between.
     """
     height, width = size = resized_size(*size_of(opened), preprocessing)
     if isinstance(opened, Tensor):
@@ -155,42 +155,42 @@ def normalise(values: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def to_pil(opened: Image.Image | Tensor) -> Image.Image:
-    """Return an opened picture as an 8-bit RGB image, for people to look at."""
+    """Return an opened image as an 8-bit RGB image, for people to look at."""
     if isinstance(opened, Image.Image):
         return opened
     return Image.fromarray((opened * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def _open_file(file: Path | bytes, name: str) -> Image.Image | Tensor:
-    """Open a picture file, or the bytes of one; every failure names it."""
+    """Open an image file, or the bytes of one; every failure names it."""
     if isinstance(file, Path):
         if not file.exists():
             raise FileNotFoundError(f"{name}: no such file")
         if file.is_dir():
-            raise IsADirectoryError(f"{name}: expected a picture file, got a folder")
+            raise IsADirectoryError(f"{name}: expected an image file, got a folder")
         if not file.is_file():
-            raise ValueError(f"{name}: expected a picture file, got a pipe or device")
+            raise ValueError(f"{name}: expected an image file, got a pipe or device")
     try:
         image = Image.open(file if isinstance(file, Path) else io.BytesIO(file))
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: expected a picture, got {_kind(file)}") from error
+        raise ValueError(f"{name}: expected an image, got {_kind(file)}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error}; PIL.Image.MAX_IMAGE_PIXELS sets the limit") from error
     except Exception as error:  # what PIL raises of broken headers differs from format to format
         raise _unreadable(name, error) from error
     with image:
         if image.format in _DOCUMENTS:
-            raise ValueError(f"{name}: expected a picture, got {_kind(file)}")
+            raise ValueError(f"{name}: expected an image, got {_kind(file)}")
         return _decode(image, name)
 
 
 def _unreadable(name: str, error: Exception) -> OSError:
-    """Return the error of a picture that PIL gave up on."""
-    return OSError(f"{name}: the picture cannot be read: {str(error) or type(error).__name__}")
+    """Return the error of an image that PIL gave up on."""
+    return OSError(f"{name}: the image cannot be read: {str(error) or type(error).__name__}")
 
 
 def _kind(file: Path | bytes) -> str:
-    """Say what a file is that is no picture, as far as its first bytes tell."""
+    """Say what a file is that is no image, as far as its first bytes tell."""
     if isinstance(file, bytes):
         head = file[:64]
     else:
@@ -208,7 +208,7 @@ def _kind(file: Path | bytes) -> str:
 def _hint(shape: tuple[int, ...]) -> str:
     """Say what is probably meant by an array or tensor of another shape."""
     if len(shape) == 4:
-        return "; for a batch, pass a list of pictures"
+        return "; for a batch, pass a list of images"
     if len(shape) == 3 and shape[0] in (1, 3) and shape[2] not in (1, 3):
         return "; channels come last in an array: .transpose(1, 2, 0)"
     if len(shape) == 3 and shape[2] in (1, 3):
@@ -219,7 +219,7 @@ def _hint(shape: tuple[int, ...]) -> str:
 def _decode(image: Image.Image, name: str) -> Image.Image | Tensor:
     """Decode an image and turn it upright and into RGB; what PIL raises meanwhile differs from format to format."""
     if 0 in image.size:
-        raise ValueError(f"{name}: expected a picture with pixels, got {image.width} x {image.height}")
+        raise ValueError(f"{name}: expected an image with pixels, got {image.width} x {image.height}")
     try:
         image.load()
         upright = _upright(image, name)
@@ -247,7 +247,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
 
 
 def _from_array(values: np.ndarray, name: str) -> Image.Image | Tensor:
-    """Make a picture of values (H, W, 3), (H, W, 4) or (H, W, 1)."""
+    """Make an image of values (H, W, 3), (H, W, 4) or (H, W, 1)."""
     values = np.broadcast_to(values[..., :3], (*values.shape[:2], 3))
     if np.issubdtype(values.dtype, np.floating):
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:

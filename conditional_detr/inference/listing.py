@@ -1,4 +1,4 @@
-"""Which pictures the command line means: files, folders, globs, addresses, lists on standard input."""
+"""Which images the command line means: files, folders, globs, addresses, lists on standard input."""
 
 import glob
 import os
@@ -16,18 +16,18 @@ SUFFIXES = frozenset((
     ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".heic", ".heif",
 ))
 # fmt: on
-"""What a file in a folder must end with to be taken for a picture."""
+"""What a file in a folder must end with to be taken for an image."""
 
 
 class Input(NamedTuple):
-    """A picture to work on.
+    """An image to work on.
 
     Attributes:
-        picture: its path or address.
+        image: its path or address.
         output: what its results are called below the output folder, without suffix; no two inputs share it.
     """
 
-    picture: str
+    image: str
     output: PurePath
 
 
@@ -35,48 +35,48 @@ class Inputs(NamedTuple):
     """What the arguments came to.
 
     Attributes:
-        pictures: in the arguments' order; those of a folder or glob sorted by path.
-        passed_over: how many files in folders do not end as pictures do.
+        images: in the arguments' order; those of a folder or glob sorted by path.
+        passed_over: how many files in folders do not end as images do.
     """
 
-    pictures: list[Input]
+    images: list[Input]
     passed_over: int
 
 
-def list_pictures(arguments: Sequence[str], *, output: Path) -> Inputs:
-    """Find the pictures that arguments mean.
+def list_images(arguments: Sequence[str], *, output: Path) -> Inputs:
+    """Find the images that arguments mean.
 
     Args:
         arguments: files, folders (with all folders below), globs, http(s) addresses; "-": a file, folder or address
             each line of standard input. A name that is nothing of these stays, to fail at its turn.
-        output: the folder of results: pictures in it are none of a folder's or glob's own.
+        output: the folder of results: images in it are none of a folder's or glob's own.
 
     Raises:
-        ValueError: an empty name, a folder or glob without a picture, or nothing at all.
+        ValueError: an empty name, a folder or glob without an image, or nothing at all.
     """
     results = os.path.realpath(output)
     found: list[tuple[str, PurePath]] = []
     passed_over = 0
     for argument, listed in _expand_standard_input(arguments):
         if not argument:
-            raise ValueError("pictures: expected files, folders, globs or addresses, got an empty name")
+            raise ValueError("images: expected files, folders, globs or addresses, got an empty name")
         if re.match("https?://", argument, re.IGNORECASE):
             found.append((argument, _name_of_address(argument)))
         elif _is(argument, os.path.isdir):
-            pictures, others = _list_folder(argument, results)
+            images, others = _list_folder(argument, results)
             passed_over += others
-            found += pictures
-            if not pictures:
-                raise ValueError(f"{argument}: the folder has no pictures, and {others} other files")
+            found += images
+            if not images:
+                raise ValueError(f"{argument}: the folder has no images, and {others} other files")
         elif not listed and glob.has_magic(argument) and not _is(argument, os.path.lexists):
             found += _list_glob(argument, results)
         else:
             found.append((argument, PurePath(PurePath(argument).name)))
     if not found:
-        raise ValueError("pictures: expected at least one, got none")
+        raise ValueError("images: expected at least one, got none")
     outputs = _without_doubles(name.with_suffix("") if name.name else name for _, name in found)
-    pictures_found = [Input(picture, name) for (picture, _), name in zip(found, outputs, strict=True)]
-    return Inputs(pictures_found, passed_over)
+    images_found = [Input(image, name) for (image, _), name in zip(found, outputs, strict=True)]
+    return Inputs(images_found, passed_over)
 
 
 def _expand_standard_input(arguments: Sequence[str]) -> Iterator[tuple[str, bool]]:
@@ -98,11 +98,11 @@ def _is(name: str, kind: object) -> bool:
 
 
 def _list_folder(folder: str, results: str) -> tuple[list[tuple[str, PurePath]], int]:
-    """Return the pictures in a folder and those below it, and the number of other files.
+    """Return the images in a folder and those below it, and the number of other files.
 
     Links to folders are followed, each folder is gone through once.
     """
-    pictures, others, seen = [], 0, set()
+    images, others, seen = [], 0, set()
 
     def tell(error: OSError) -> None:
         warnings.warn(f"{error.filename}: the folder cannot be entered: {error.strerror}", stacklevel=2)
@@ -117,10 +117,10 @@ def _list_folder(folder: str, results: str) -> tuple[list[tuple[str, PurePath]],
         for file in files:
             path = os.path.join(place, file)  # noqa: PTH118  # a Path each would take most of the time and memory
             if PurePath(file).suffix.lower() in SUFFIXES:
-                pictures.append((path, PurePath(os.path.relpath(path, folder))))
+                images.append((path, PurePath(os.path.relpath(path, folder))))
             else:
                 others += 1
-    return sorted(pictures), others
+    return sorted(images), others
 
 
 def _list_glob(pattern: str, results: str) -> list[tuple[str, PurePath]]:
@@ -145,13 +145,13 @@ def _list_glob(pattern: str, results: str) -> list[tuple[str, PurePath]]:
 def _name_of_address(url: str) -> PurePath:
     """Return the last part of an address's path, without what a file name cannot have."""
     name = urllib.parse.unquote(PurePath(urllib.parse.urlsplit(url).path).name)
-    return PurePath(re.sub(r"[^\w.-]+", "_", name).strip(".") or "picture")
+    return PurePath(re.sub(r"[^\w.-]+", "_", name).strip(".") or "image")
 
 
 def _without_doubles(names: Iterable[PurePath]) -> Iterator[PurePath]:
     """Number names that come again, also in other letters' case: name, name-2, name-3."""
     taken: set[str] = set()
-    numbers: dict[str, int] = {}  # so that many pictures of one name do not count from 2 each time
+    numbers: dict[str, int] = {}  # so that many images of one name do not count from 2 each time
     for name in names:
         unique, key = name, str(name).casefold()
         while str(unique).casefold() in taken:

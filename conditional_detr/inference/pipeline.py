@@ -1,4 +1,4 @@
-"""Two ways of working through pictures one after the other, in bounded memory: ahead of the model, and in batches."""
+"""Two ways of working through images one after the other, in bounded memory: ahead of the model, and in batches."""
 
 import itertools
 from collections import deque

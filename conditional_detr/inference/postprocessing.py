@@ -1,4 +1,4 @@
-"""Which of all query-class pairs of a picture are objects to report."""
+"""Which of all query-class pairs of an image are objects to report."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Selection(NamedTuple):
     Attributes:
         rows: (R,) int64, rows of the class head to choose from.
         threshold: scores must be above this.
-        top_k: the most objects a picture.
+        top_k: the most objects an image.
     """
 
     rows: Tensor
@@ -30,7 +30,7 @@ def choose(
     Args:
         names: the model's class names; None for a row without a class, which is never reported.
         threshold: scores must be above this, in [0, 1].
-        top_k: the most objects a picture.
+        top_k: the most objects an image.
         classes: names or rows of the classes to report; None: all.
 
     Raises:
@@ -46,16 +46,16 @@ def choose(
 def select(
     logits: Tensor, boxes: Tensor, size: tuple[int, int], selection: Selection
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Choose the best query-class pairs of one picture.
+    """Choose the best query-class pairs of one image.
 
     Args:
         logits: (N, C).
         boxes: (N, 4) cx cy w h in [0, 1].
-        size: (height, width) of the picture in pixels.
+        size: (height, width) of the image in pixels.
         selection: what to choose.
 
     Returns:
-        boxes (K, 4) x0 y0 x1 y1 in pixels, inside the picture; scores (K,); labels (K,); queries (K,); best first.
+        boxes (K, 4) x0 y0 x1 y1 in pixels, inside the image; scores (K,); labels (K,); queries (K,); best first.
     """
     found = best(logits[None], boxes[None], torch.tensor([size]), selection.rows, selection.top_k)
     corners, scores, labels, queries = (x[0] for x in found)
@@ -66,17 +66,17 @@ def select(
 def best(
     logits: Tensor, boxes: Tensor, sizes: Tensor, rows: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Choose the query-class pairs of several pictures that score highest.
+    """Choose the query-class pairs of several images that score highest.
 
     Args:
         logits: (B, N, C).
         boxes: (B, N, 4) cx cy w h in [0, 1].
-        sizes: (B, 2) height and width of the pictures in pixels.
+        sizes: (B, 2) height and width of the images in pixels.
         rows: (R,) int64, rows of the class head to choose from.
-        top_k: K, how many a picture, or N·R if that is less.
+        top_k: K, how many an image, or N·R if that is less.
 
     Returns:
-        boxes (B, K, 4) x0 y0 x1 y1 in pixels, inside the picture; scores (B, K); labels (B, K); queries (B, K); best
+        boxes (B, K, 4) x0 y0 x1 y1 in pixels, inside the image; scores (B, K); labels (B, K); queries (B, K); best
         first.
     """
     scores = logits[..., rows].sigmoid().flatten(1)  # (B, N·R)

@@ -1,6 +1,6 @@
-"""How detections are written: one json file a picture, or one growing file of json lines; csv is made from the latter.
+"""How detections are written: one json file an image, or one growing file of json lines; csv is made from the latter.
 
-The name of a picture in its file, or in any of the growing files, tells that it is done. A growing file belongs to one
+The name of an image in its file, or in any of the growing files, tells that it is done. A growing file belongs to one
 process.
 """
 
@@ -18,7 +18,7 @@ from conditional_detr.inference.processes import Process
 from conditional_detr.system.atomic_files import write_whole
 
 _LINES = "detections"
-_COLUMNS = ("picture", "name", "score", "x0", "y0", "x1", "y1", "label")
+_COLUMNS = ("image", "name", "score", "x0", "y0", "x1", "y1", "label")
 
 
 class Format(str, Enum):
@@ -33,13 +33,13 @@ class Records(Protocol):
     """Where results go, and what is there already."""
 
     def has(self, which: Input) -> bool:
-        """Tell whether the results of a picture are there and shall stay."""
+        """Tell whether the results of an image are there and shall stay."""
 
     def knows(self, which: Input) -> bool:
-        """Tell whether an earlier run was here and worked on a picture."""
+        """Tell whether an earlier run was here and worked on an image."""
 
     def write(self, which: Input, found: Detections) -> None:
-        """Write the results of a picture, whole or not at all."""
+        """Write the results of an image, whole or not at all."""
 
     def close(self) -> list[Path]:
         """Finish, and return the files that hold all results together."""
@@ -74,12 +74,12 @@ def open_records(kind: Format, folder: Path, process: Process, *, resume: bool, 
 
 
 def as_json(which: Input, found: Detections) -> dict[str, Any]:
-    """Return a picture's results as they are written."""
-    return {"picture": which.picture, **found.to_dict()}
+    """Return an image's results as they are written."""
+    return {"image": which.image, **found.to_dict()}
 
 
 class _FileEach:
-    """``NAME.json`` for each picture."""
+    """``NAME.json`` for each image."""
 
     def __init__(self, folder: Path, *, resume: bool, overwrite: bool) -> None:
         self.folder = folder
@@ -90,19 +90,19 @@ class _FileEach:
         return self.folder / which.output.with_name(f"{which.output.name}.json")
 
     def has(self, which: Input) -> bool:
-        """Look into the file: by its name alone it might be another picture's, or no result at all."""
+        """Look into the file: by its name alone it might be another image's, or no result at all."""
         path = self._file(which)
         if self.overwrite or not self.knows(which):
             return False
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            picture, _ = content["picture"], content["detections"]
+            image, _ = content["image"], content["detections"]
         except (ValueError, TypeError, KeyError):
-            picture = None
-        if picture != which.picture:
-            holds = "something else than detections" if picture is None else f"the detections on {picture}"
+            image = None
+        if image != which.image:
+            holds = "something else than detections" if image is None else f"the detections on {image}"
             raise ValueError(
-                f"{path}: expected the place of those on {which.picture}, but it holds {holds};"
+                f"{path}: expected the place of those on {which.image}, but it holds {holds};"
                 " --overwrite replaces it, --output names another folder"
             )
         return self.resume
@@ -123,7 +123,7 @@ class _FileEach:
 
 
 class _Lines:
-    """``detections.jsonl``, a line a picture in the order they were done, and, if wanted, a csv made of it."""
+    """``detections.jsonl``, a line an image in the order they were done, and, if wanted, a csv made of it."""
 
     def __init__(self, folder: Path, kind: Format, process: Process, former: list[Path]) -> None:
         self.kind = kind
@@ -131,11 +131,11 @@ class _Lines:
         self.path = folder / f"{_LINES}{f'-{process.rank + 1}-of-{process.size}' if process.size > 1 else ''}.jsonl"
         if self.path in former:
             _drop_broken_line(self.path)
-        self.done = {line["picture"] for path in former for line in _read_lines(path)}
+        self.done = {line["image"] for path in former for line in _read_lines(path)}
         self.file: TextIO = self.path.open("a", encoding="utf-8")
 
     def has(self, which: Input) -> bool:
-        return which.picture in self.done
+        return which.image in self.done
 
     knows = has
 
@@ -166,7 +166,7 @@ class _Lines:
             rows.writerow(_COLUMNS)
             for line in (line for part in parts for line in _read_lines(part)):
                 for found in line["detections"]:
-                    rows.writerow((line["picture"], found["name"], found["score"], *found["box"], found["label"]))
+                    rows.writerow((line["image"], found["name"], found["score"], *found["box"], found["label"]))
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -177,9 +177,9 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 return
             try:
                 content = json.loads(line)
-                content["picture"], content["detections"]
+                content["image"], content["detections"]
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}, line {number}: expected one picture's detections as json") from error
+                raise ValueError(f"{path}, line {number}: expected one image's detections as json") from error
             yield content
 
 

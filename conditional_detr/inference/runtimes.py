@@ -80,7 +80,7 @@ def _foreign(path: Path) -> ValueError:
     """Return the error of a file that others have made."""
     return ValueError(
         f"{path}: expected a file that `conditional-detr export` has written, which says what its classes are and how"
-        " pictures are prepared; this one does not"
+        " images are prepared; this one does not"
     )
 
 
@@ -271,7 +271,7 @@ def feeds(pixels: Tensor, *, with_sizes: bool) -> dict[str, np.ndarray]:
 
 
 def _no_sizes(pixels: Tensor) -> Tensor:
-    """Return sizes of pictures for post-processing whose result nobody reads."""
+    """Return sizes of images for post-processing whose result nobody reads."""
     return torch.ones((pixels.shape[0], 2), dtype=torch.int64, device=pixels.device)
 
 

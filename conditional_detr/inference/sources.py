@@ -1,4 +1,4 @@
-"""Where pictures come from: whatever a program hands over becomes something that can be opened, and opened again.
+"""Where images come from: whatever a program hands over becomes something that can be opened, and opened again.
 
 A path stays a path; an address is fetched, base64 decoded and an open file read, all to bytes.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-Picture: TypeAlias = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray | Tensor
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray | Tensor
 """A file's path, an http(s) address, a data URI or base64; a file's bytes or an open binary file; a PIL image of any
 mode; an array (H, W, 3), (H, W, 4) or (H, W); a tensor (3, H, W), (4, H, W) or (1, H, W).
 
@@ -29,10 +29,10 @@ Arrays and tensors are RGB, RGBA or grey: uint8, uint16, or floating point in [0
 """
 
 Local: TypeAlias = Path | bytes | Image.Image | np.ndarray | Tensor
-"""A picture that can be opened any number of times, without a network."""
+"""An image that can be opened any number of times, without a network."""
 
 _CHUNK = 1 << 16
-_SHORTEST_BASE64 = 32  # characters; the smallest pictures there are have 26 bytes
+_SHORTEST_BASE64 = 32  # characters; the smallest images there are have 26 bytes
 _LONGEST_FILE_NAME = 255
 
 
@@ -52,49 +52,49 @@ LIMITS = Limits()
 """What holds unless said otherwise."""
 
 
-def is_one_picture(pictures: object) -> bool:
-    """Tell a picture from a collection of pictures."""
+def is_one_image(images: object) -> bool:
+    """Tell an image from a collection of images."""
     # a runtime check takes no os.PathLike[str]
     one = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | Tensor  # type: ignore[type-arg]
-    return isinstance(pictures, one) or hasattr(pictures, "read")
+    return isinstance(images, one) or hasattr(images, "read")
 
 
-def name_of(picture: object, place: str) -> str:
-    """Return what messages call a picture: its path or address, else its place among the pictures."""
-    if isinstance(picture, os.PathLike):
-        return str(picture)
-    if isinstance(picture, str) and 0 < len(picture) <= _LONGEST_FILE_NAME and not picture.startswith("data:"):
-        return picture
+def name_of(image: object, place: str) -> str:
+    """Return what messages call an image: its path or address, else its place among the images."""
+    if isinstance(image, os.PathLike):
+        return str(image)
+    if isinstance(image, str) and 0 < len(image) <= _LONGEST_FILE_NAME and not image.startswith("data:"):
+        return image
     return place
 
 
-def bring(picture: Picture, name: str, limits: Limits = LIMITS) -> Local:
-    """Bring a picture here, whatever it comes as.
+def bring(image: ImageSource, name: str, limits: Limits = LIMITS) -> Local:
+    """Bring an image here, whatever it comes as.
 
     Args:
-        picture: the picture.
+        image: the image.
         name: what messages call it if it has no path or address of its own, such as ``images[3]``.
         limits: for addresses.
 
     Raises:
         OSError: an address that cannot be fetched, or takes too long; an open file that cannot be read.
-        TypeError: not a kind of picture.
+        TypeError: not a kind of image.
         ValueError: an address or base64 that is none, or a file above the limit.
     """
-    name = name_of(picture, name)
-    if isinstance(picture, Image.Image | np.ndarray | Tensor):
-        return picture
-    if isinstance(picture, str):
-        return _bring_string(picture, name, limits)
-    if isinstance(picture, os.PathLike):
-        return Path(picture)
-    if isinstance(picture, bytes | bytearray | memoryview):
-        return bytes(picture)
-    if hasattr(picture, "read"):
-        return _read(picture, name)
+    name = name_of(image, name)
+    if isinstance(image, Image.Image | np.ndarray | Tensor):
+        return image
+    if isinstance(image, str):
+        return _bring_string(image, name, limits)
+    if isinstance(image, os.PathLike):
+        return Path(image)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if hasattr(image, "read"):
+        return _read(image, name)
     raise TypeError(
         f"{name}: expected a path, address, base64, bytes, open file, PIL image, array or tensor,"
-        f" got {type(picture).__name__}"
+        f" got {type(image).__name__}"
     )
 
 
@@ -115,7 +115,7 @@ def _bring_string(text: str, name: str, limits: Limits) -> Path | bytes:
         return content
     if len(text) > _LONGEST_FILE_NAME:
         raise ValueError(
-            f"{name}: expected a path, address or base64 of a picture, got {len(text)} characters that are none of"
+            f"{name}: expected a path, address or base64 of an image, got {len(text)} characters that are none of"
             f" them: {text[:24]!r}..."
         )
     return Path(text)
@@ -130,7 +130,7 @@ def _exists(text: str) -> bool:
 
 
 def _decode_base64(text: str) -> bytes | None:
-    """Return what base64 stands for; None if it is none, or of no picture (a short path may look like base64)."""
+    """Return what base64 stands for; None if it is none, or of no image (a short path may look like base64)."""
     text = "".join(text.split()).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
     if len(text) < _SHORTEST_BASE64:
         return None
@@ -140,7 +140,7 @@ def _decode_base64(text: str) -> bytes | None:
             return content
     except Image.DecompressionBombError:
         return content
-    except Exception:  # no base64, or no picture; what PIL raises of the latter differs from format to format
+    except Exception:  # no base64, or no image; what PIL raises of the latter differs from format to format
         return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class Backbone(nn.Module):
     """A timm backbone with frozen BatchNorm, whose stem and first stage do not train.
 
-    Any timm model works whose ``features_only`` form gives (B, C, h, w) maps for pictures of any size: the
+    Any timm model works whose ``features_only`` form gives (B, C, h, w) maps for images of any size: the
     residual, regular and mobile convolutional families. Its BatchNorm layers become fixed affine maps
     (eps 1e-5), and everything up to its first stage of stride 4 is frozen, as the authors do for ResNets.
 
@@ -22,7 +22,7 @@ class Backbone(nn.Module):
     Attributes:
         body: the timm model.
         channels: C of the feature map.
-        stride: pictures are this many times larger than the map.
+        stride: images are this many times larger than the map.
 
     Raises:
         ValueError: timm has no such backbone, or the backbone has no such stage, or it cannot serve here.
@@ -89,7 +89,7 @@ def _make_backbone(name: str, stage: int, dilation: bool) -> Any:
     described = timm.get_pretrained_cfg(name)
     if described is not None and described.fixed_input_size:
         raise ValueError(
-            f"backbone: got {name!r}, which takes pictures of one size only; expected a backbone for any size"
+            f"backbone: got {name!r}, which takes images of one size only; expected a backbone for any size"
         )
     backbone = _features(name, stage)
     if dilation:

@@ -1,6 +1,6 @@
 """Conditional DETR (Meng et al., ICCV 2021, arXiv 2108.06152): the network, from pixels to boxes.
 
-Shapes, here and everywhere: B pictures, H x W padded size, h x w feature map, S = h·w tokens, N queries,
+Shapes, here and everywhere: B images, H x W padded size, h x w feature map, S = h·w tokens, N queries,
 D width, M heads, C classes, L decoder layers.
 """
 
@@ -30,7 +30,7 @@ class Config:
 
     Attributes:
         num_classes: C, rows of the class head.
-        num_queries: N, the most objects a picture can have.
+        num_queries: N, the most objects an image can have.
         width: D, a multiple of 4 and of ``heads``.
         heads: M.
         encoder_layers: layers of the encoder, 0 or more.
@@ -81,7 +81,7 @@ class Output(NamedTuple):
 
     Attributes:
         logits: (L, B, N, C), before the sigmoid.
-        boxes: (L, B, N, 4), cx cy w h in [0, 1] of the visible picture.
+        boxes: (L, B, N, 4), cx cy w h in [0, 1] of the visible image.
     """
 
     logits: Tensor
@@ -186,7 +186,7 @@ class ConditionalDETR(nn.Module):
         return memory, p_k
 
     def key_positions(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Encode the cells of a feature map: p_k (B, S, D), or (1, S, D) for all pictures if nothing is padded."""
+        """Encode the cells of a feature map: p_k (B, S, D), or (1, S, D) for all images if nothing is padded."""
         cells = features.new_zeros((1, *features.shape[-2:]), dtype=torch.bool) if padding is None else padding
         dtype = torch.promote_types(features.dtype, torch.float32)
         return sine_of_map(cells, self.config.width, dtype).to(features.dtype)
@@ -200,7 +200,7 @@ class ConditionalDETR(nn.Module):
             memory: (B, S, D).
             positions: (B, S, D), p_k.
             padding: (B, h, w) or (B, S) bool, True = padded; None: nothing is padded.
-            object_queries: (B, N, D), o_q, any number of them; None: the model's own, the same for every picture.
+            object_queries: (B, N, D), o_q, any number of them; None: the model's own, the same for every image.
 
         Returns:
             f (L, B, N, D), decoder states after the final norm; s (B, N, 2), reference points before the sigmoid.
@@ -278,7 +278,7 @@ def check_input(pixels: Tensor, padding: Tensor | None) -> None:
     if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
         got = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
         raise TypeError(
-            f"pixels: expected a normalised floating point tensor (B, 3, H, W), got {got}; Detector takes pictures"
+            f"pixels: expected a normalised floating point tensor (B, 3, H, W), got {got}; Detector takes images"
         )
     if pixels.dim() != 4 or pixels.shape[1] != 3 or 0 in pixels.shape:
         raise ValueError(f"pixels: expected (B, 3, H, W), none of them 0, got {tuple(pixels.shape)}")

@@ -82,7 +82,7 @@ class ConditionalCrossAttention(nn.Module):
         return c_q, self.spatial_query(p_q)
 
     def project_keys(self, memory: Tensor, p_k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return c_k (B, S, D) and p_k (B, S, D), projected: they depend on the picture and on no query."""
+        """Return c_k (B, S, D) and p_k (B, S, D), projected: they depend on the image and on no query."""
         c_k, p_k = self.content_key(memory), self.spatial_key(p_k)
         return (c_k if self.object_query is None else c_k + p_k), p_k
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pictures become pixels: the numbers the weights were trained with.
+    """How images become pixels: the numbers the weights were trained with.
 
     Attributes:
-        shortest_edge: pictures are resized so that their shorter side has this many pixels ...
+        shortest_edge: images are resized so that their shorter side has this many pixels ...
         longest_edge: ... unless the longer side would then exceed this many.
         mean: per channel (red, green, blue), of values in [0, 1].
         std: per channel, of values in [0, 1].
@@ -33,12 +33,12 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What the classes are called and how pictures are prepared.
+    """What the classes are called and how images are prepared.
 
     Attributes:
         class_names: one a class; None marks an id that no object has (COCO's gaps), never reported.
         category_ids: the data set's id of each class; default 0, 1, 2, ...
-        preprocessing: the numbers that turn pictures into pixels.
+        preprocessing: the numbers that turn images into pixels.
 
     Raises:
         TypeError: one string in place of names.

@@ -45,7 +45,7 @@ def sine_of_points(points: Tensor, width: int) -> Tensor:
     """Encode points: the paper's p_s = sine(sigmoid(s)).
 
     Args:
-        points: (..., 2) x y, in [0, 1] of the visible picture.
+        points: (..., 2) x y, in [0, 1] of the visible image.
         width: D, a multiple of 4.
 
     Returns:

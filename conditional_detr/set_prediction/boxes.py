@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conditional_detr.modeling.layers import at_least_float32
 
-SMALLEST_AREA = 1e-12  # a millionth of the picture's sides: corners in float32 hold nothing finer
+SMALLEST_AREA = 1e-12  # a millionth of the image's sides: corners in float32 hold nothing finer
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ class SetLoss:
 
         Args:
             output: logits (L, B, N, C) and boxes (L, B, N, 4) cx cy w h, of the model in either mode.
-            targets: one a picture, {"labels": (T,) int64, "boxes": (T, 4) cx cy w h in [0, 1] of the visible
-                picture}, on the CPU; elsewhere checking them waits for the device.
+            targets: one an image, {"labels": (T,) int64, "boxes": (T, 4) cx cy w h in [0, 1] of the visible
+                image}, on the CPU; elsewhere checking them waits for the device.
 
         Returns:
             "class", "l1", "giou": (L,) each, unweighted, the last decoder layer last; "total": the scalar to
@@ -88,13 +88,13 @@ class SetLoss:
         """Return each loss of each layer (L,), not yet divided by the number of boxes."""
         device = logits.device
         labels, wanted = joined.labels[matches.targets], joined.boxes[matches.targets].to(boxes.dtype)  # (L, K), 4
-        places = torch.stack((matches.pictures.expand_as(labels), matches.queries, labels))
-        (pictures, queries, labels), wanted = move(places, device), move(wanted, device)
+        places = torch.stack((matches.images.expand_as(labels), matches.queries, labels))
+        (images, queries, labels), wanted = move(places, device), move(wanted, device)
         layers = torch.arange(len(logits), device=device)[:, None]
-        found = boxes[layers, pictures, queries]  # (L, K, 4)
+        found = boxes[layers, images, queries]  # (L, K, 4)
         giou = generalized_iou(*(box_convert(x, "cxcywh", "xyxy") for x in (found, wanted)))
         return {
-            "class": focal_loss(logits, (layers, pictures, queries, labels), self.alpha, self.gamma),
+            "class": focal_loss(logits, (layers, images, queries, labels), self.alpha, self.gamma),
             "l1": (found - wanted).abs().sum((1, 2)),
             "giou": (1 - giou).sum(1),
         }

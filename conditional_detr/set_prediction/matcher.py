@@ -1,4 +1,4 @@
-"""Which query answers for which target: the assignment of least cost, of every picture at every decoder layer."""
+"""Which query answers for which target: the assignment of least cost, of every image at every decoder layer."""
 
 import math
 from collections.abc import Sequence
@@ -15,23 +15,23 @@ from conditional_detr.set_prediction.boxes import generalized_iou
 from conditional_detr.set_prediction.targets import JoinedTargets, Target, move, validate_targets
 
 Pairs = list[tuple[Tensor, Tensor]]
-"""Query indices and target indices of each picture, int64, on the CPU, in the order of the queries."""
+"""Query indices and target indices of each image, int64, on the CPU, in the order of the queries."""
 
 _SMALLEST_PROBABILITY = 1e-8  # the authors': a class that is out of the question costs 18.4, not infinitely much
 
 
 class Matches(NamedTuple):
-    """The pairs of all pictures at all decoder layers, K in all, on the CPU.
+    """The pairs of all images at all decoder layers, K in all, on the CPU.
 
     Attributes:
-        queries: (L, K) int64, places among a picture's queries.
+        queries: (L, K) int64, places among an image's queries.
         targets: (L, K) int64, places among the joined targets.
-        pictures: (K,) int64, whose pair each is; the same at every layer.
+        images: (K,) int64, whose pair each is; the same at every layer.
     """
 
     queries: Tensor
     targets: Tensor
-    pictures: Tensor
+    images: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class HungarianMatcher:
         Args:
             logits: (B, N, C), or (L, B, N, C) for several decoder layers at once.
             boxes: (B, N, 4), or (L, B, N, 4), cx cy w h.
-            targets: one a picture, {"labels": (T,) int64, "boxes": (T, 4) cx cy w h in [0, 1]}.
+            targets: one an image, {"labels": (T,) int64, "boxes": (T, 4) cx cy w h in [0, 1]}.
 
         Returns:
             B pairs (query indices, target indices), each (min(N, T),) int64 on the CPU; L lists of them for several
@@ -83,8 +83,8 @@ class HungarianMatcher:
         check_predictions(logits, boxes)
         joined = validate_targets(targets, logits.shape[-3], logits.shape[-1])
         if logits.dim() == 4:
-            return _per_picture(self.match(logits, boxes, joined), joined)
-        return _per_picture(self.match(logits[None], boxes[None], joined), joined)[0]
+            return _per_image(self.match(logits, boxes, joined), joined)
+        return _per_image(self.match(logits[None], boxes[None], joined), joined)[0]
 
     @torch.no_grad()
     def match(self, logits: Tensor, boxes: Tensor, targets: JoinedTargets) -> Matches:
@@ -104,7 +104,7 @@ class HungarianMatcher:
         return _assign(cost.numpy(), targets.counts)
 
     def cost(self, logits: Tensor, boxes: Tensor, targets: JoinedTargets) -> Tensor:
-        """Return what it costs each target to be answered by each query of its own picture.
+        """Return what it costs each target to be answered by each query of its own image.
 
         Args:
             logits: (L, B, N, C).
@@ -114,12 +114,12 @@ class HungarianMatcher:
         Returns:
             (K, L, N), float32 or wider, on the predictions' device.
         """
-        labels, pictures = move(torch.stack((targets.labels, targets.pictures)), logits.device)
-        x = at_least_float32(logits[:, pictures, :, labels])  # (K, L, N)
+        labels, images = move(torch.stack((targets.labels, targets.images)), logits.device)
+        x = at_least_float32(logits[:, images, :, labels])  # (K, L, N)
         found = at_least_float32(boxes).transpose(0, 1)  # (B, L, N, 4)
         wanted = move(targets.boxes.to(found.dtype), logits.device)[:, None, None]  # (K, 1, 1, 4)
-        l1 = (found[pictures] - wanted).abs().sum(-1)
-        corners = box_convert(found, "cxcywh", "xyxy")[pictures]
+        l1 = (found[images] - wanted).abs().sum(-1)
+        corners = box_convert(found, "cxcywh", "xyxy")[images]
         giou = generalized_iou(corners, box_convert(wanted, "cxcywh", "xyxy"))
         return self.class_cost * self._focal_cost(x) + self.l1_cost * l1 - self.giou_cost * giou
 
@@ -160,7 +160,7 @@ def check_coefficients(coefficients: dict[str, Any]) -> None:
 
 
 def _assign(cost: np.ndarray, counts: tuple[int, ...]) -> Matches:
-    """Solve the assignment of every picture at every layer, from costs (K, L, N)."""
+    """Solve the assignment of every image at every layer, from costs (K, L, N)."""
     from scipy.optimize import linear_sum_assignment
 
     layers, num_queries = cost.shape[1:]
@@ -172,34 +172,34 @@ def _assign(cost: np.ndarray, counts: tuple[int, ...]) -> Matches:
             rows, columns = linear_sum_assignment(cost[start : start + count, layer].T)
             queries[layer, end : end + size], targets[layer, end : end + size] = rows, columns + start
         start, end = start + count, end + size
-    pictures = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    return Matches(torch.from_numpy(queries), torch.from_numpy(targets), pictures)
+    images = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return Matches(torch.from_numpy(queries), torch.from_numpy(targets), images)
 
 
-def _per_picture(matches: Matches, joined: JoinedTargets) -> list[Pairs]:
-    """Part matches by layer and picture, with targets counted from 0 in each picture."""
-    sizes = matches.pictures.bincount(minlength=len(joined.counts)).tolist()
+def _per_image(matches: Matches, joined: JoinedTargets) -> list[Pairs]:
+    """Part matches by layer and image, with targets counted from 0 in each image."""
+    sizes = matches.images.bincount(minlength=len(joined.counts)).tolist()
     starts = torch.tensor(joined.counts).cumsum(0) - torch.tensor(joined.counts)
-    places = matches.targets - starts[matches.pictures]
+    places = matches.targets - starts[matches.images]
     parted = zip(matches.queries.split(sizes, 1), places.split(sizes, 1), strict=True)
     layers = [list(zip(queries.unbind(), targets.unbind(), strict=True)) for queries, targets in parted]
     return [list(pairs) for pairs in zip(*layers, strict=True)]
 
 
 def _refuse_what_is_not_finite(logits: Tensor, boxes: Tensor) -> None:
-    """Raise ValueError naming pictures, heads and layers; return if only the sums were too large for their dtype."""
+    """Raise ValueError naming images, heads and layers; return if only the sums were too large for their dtype."""
     found: dict[int, list[str]] = {}
     for head, values in (("class head's logits", logits), ("box head's boxes", boxes)):
         broken = ~values.isfinite().flatten(2).all(2)  # (L, B)
-        for picture in broken.any(0).nonzero().flatten().tolist():
-            layers = ", ".join(str(layer) for layer in broken[:, picture].nonzero().flatten().tolist())
-            kind = "NaN" if values[:, picture].isnan().any() else "infinity"
-            found.setdefault(picture, []).append(f"{kind} in the {head} at decoder layer {layers}")
+        for image in broken.any(0).nonzero().flatten().tolist():
+            layers = ", ".join(str(layer) for layer in broken[:, image].nonzero().flatten().tolist())
+            kind = "NaN" if values[:, image].isnan().any() else "infinity"
+            found.setdefault(image, []).append(f"{kind} in the {head} at decoder layer {layers}")
     if not found:
         return
-    picture, *others = sorted(found)
+    image, *others = sorted(found)
     also = f"; the same goes for {len(others)} more: {', '.join(f'images[{i}]' for i in others)}" if others else ""
     raise ValueError(
-        f"images[{picture}]: expected finite predictions for this picture, got {' and '.join(found[picture])}{also};"
+        f"images[{image}]: expected finite predictions for this image, got {' and '.join(found[image])}{also};"
         " training diverged, or float16 overflowed: lower the learning rate, clip gradients, or use bfloat16"
     )

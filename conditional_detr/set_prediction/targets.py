@@ -1,7 +1,7 @@
 """What a target is, and its validation before any kernel runs.
 
-A target is what one picture shows: ``{"labels": (T,) int64, "boxes": (T, 4)}``, the labels rows of the class head,
-the boxes cx cy w h in [0, 1] of the visible picture. T may be 0, and differ from picture to picture. Other keys are
+A target is what one image shows: ``{"labels": (T,) int64, "boxes": (T, 4)}``, the labels rows of the class head,
+the boxes cx cy w h in [0, 1] of the visible image. T may be 0, and differ from image to image. Other keys are
 left alone.
 """
 
@@ -15,36 +15,36 @@ from conditional_detr.modeling.layers import at_least_float32
 
 Target: TypeAlias = Mapping[str, Tensor]
 
-CORNER_TOLERANCE = 1e-3  # how far a box may reach outside the picture: annotations are rounded
+CORNER_TOLERANCE = 1e-3  # how far a box may reach outside the image: annotations are rounded
 _ROUNDING = 1e-6  # of float32, so that a corner exactly on the tolerance passes
 _FIELDS = ("cx", "cy", "w", "h", "x0 = cx - w/2", "y0 = cy - h/2", "x1 = cx + w/2", "y1 = cy + h/2")
 _RANGES = ("[0, 1]", "[0, 1]", "(0, 1]", "(0, 1]", *("[-0.001, 1.001]",) * 4)
 
 
 class JoinedTargets(NamedTuple):
-    """The targets of all pictures one after the other, K in all, on the CPU.
+    """The targets of all images one after the other, K in all, on the CPU.
 
     Attributes:
         labels: (K,) int64.
         boxes: (K, 4) cx cy w h, float32 or wider.
-        pictures: (K,) int64, whose target each is.
-        counts: how many each picture has.
+        images: (K,) int64, whose target each is.
+        counts: how many each image has.
     """
 
     labels: Tensor
     boxes: Tensor
-    pictures: Tensor
+    images: Tensor
     counts: tuple[int, ...]
 
 
-def validate_targets(targets: Sequence[Target], num_pictures: int, num_classes: int) -> JoinedTargets:
+def validate_targets(targets: Sequence[Target], num_images: int, num_classes: int) -> JoinedTargets:
     """Check everything about targets.
 
     Targets on the CPU are checked without waiting for any device; from a device they are copied first, which waits.
 
     Args:
-        targets: one a picture.
-        num_pictures: B.
+        targets: one an image.
+        num_images: B.
         num_classes: C; labels are 0..C-1.
 
     Returns:
@@ -52,19 +52,19 @@ def validate_targets(targets: Sequence[Target], num_pictures: int, num_classes: 
 
     Raises:
         TypeError: not a list of dicts of tensors, or tensors of another dtype.
-        ValueError: another number of them than pictures, a missing key, a shape that does not fit, a label that is no
-            row of the class head, a box that is none of the picture's. The message has picture, box, field and value,
+        ValueError: another number of them than images, a missing key, a shape that does not fit, a label that is no
+            row of the class head, a box that is none of the image's. The message has image, box, field and value,
             and the likely cause.
     """
     if not isinstance(targets, list | tuple):
         raise TypeError(
-            f"targets: expected a list of dicts, one a picture, got {type(targets).__name__};"
-            " for one picture pass [target]"
+            f"targets: expected a list of dicts, one an image, got {type(targets).__name__};"
+            " for one image pass [target]"
         )
-    if len(targets) != num_pictures:
-        raise ValueError(f"targets: expected one a picture, {num_pictures}, got {len(targets)}")
-    for picture, target in enumerate(targets):
-        _check_form(target, f"targets[{picture}]")
+    if len(targets) != num_images:
+        raise ValueError(f"targets: expected one an image, {num_images}, got {len(targets)}")
+    for image, target in enumerate(targets):
+        _check_form(target, f"targets[{image}]")
     joined = _join(targets)
     _check_labels(joined, num_classes)
     _check_boxes(joined)
@@ -77,7 +77,7 @@ def move(x: Tensor, device: torch.device) -> Tensor:
 
 
 def _check_form(target: Target, name: str) -> None:
-    """Check keys, types, dtypes, shapes and counts of one picture's target."""
+    """Check keys, types, dtypes, shapes and counts of one image's target."""
     if not isinstance(target, Mapping):
         raise TypeError(f"{name}: expected a dict of labels and boxes, got {type(target).__name__}")
     if missing := [key for key in ("labels", "boxes") if key not in target]:
@@ -97,7 +97,7 @@ def _check_form(target: Target, name: str) -> None:
     if not boxes.is_floating_point():
         raise TypeError(
             f'{name}["boxes"]: expected floating point cx cy w h in [0, 1], got {boxes.dtype};'
-            " whole numbers look like pixels: divide by the picture's width and height"
+            " whole numbers look like pixels: divide by the image's width and height"
         )
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f'{name}["boxes"]: expected the shape (T, 4), got {tuple(boxes.shape)}{_shape_cause(boxes)}')
@@ -117,7 +117,7 @@ def _shape_cause(boxes: Tensor) -> str:
 
 
 def _join(targets: Sequence[Target]) -> JoinedTargets:
-    """Put the targets of all pictures one after the other, on the CPU."""
+    """Put the targets of all images one after the other, on the CPU."""
     if not targets:
         return JoinedTargets(
             torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), ()
@@ -125,8 +125,8 @@ def _join(targets: Sequence[Target]) -> JoinedTargets:
     labels = torch.cat([target["labels"].detach().cpu() for target in targets])
     boxes = at_least_float32(torch.cat([target["boxes"].detach().cpu() for target in targets]))
     counts = tuple(len(target["labels"]) for target in targets)
-    pictures = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    return JoinedTargets(labels, boxes, pictures, counts)
+    images = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return JoinedTargets(labels, boxes, images, counts)
 
 
 def _check_labels(joined: JoinedTargets, num_classes: int) -> None:
@@ -134,19 +134,19 @@ def _check_labels(joined: JoinedTargets, num_classes: int) -> None:
     wrong = (joined.labels < 0) | (joined.labels >= num_classes)
     if not wrong.any():
         return
-    picture, place = _first(wrong, joined)
+    image, place = _first(wrong, joined)
     label = int(joined.labels[wrong][0])
     cause = "labels are 0-based rows of the class head, not the data set's ids"
     if label < 0:
-        cause = "looks like a padding row: give each picture only its own objects"
+        cause = "looks like a padding row: give each image only its own objects"
     raise ValueError(
-        f'targets[{picture}]["labels"][{place}]: expected 0..{num_classes - 1},'
+        f'targets[{image}]["labels"][{place}]: expected 0..{num_classes - 1},'
         f" got label {label} with {num_classes} classes; {cause}"
     )
 
 
 def _check_boxes(joined: JoinedTargets) -> None:
-    """Raise ValueError unless every box is cx cy w h, has an area and lies inside its picture."""
+    """Raise ValueError unless every box is cx cy w h, has an area and lies inside its image."""
     centre, size = joined.boxes[:, :2], joined.boxes[:, 2:]
     values = torch.cat((joined.boxes, centre - size / 2, centre + size / 2), dim=1)  # (K, 8), as _FIELDS
     reach = CORNER_TOLERANCE + _ROUNDING
@@ -157,24 +157,24 @@ def _check_boxes(joined: JoinedTargets) -> None:
     wrong = ~right.all(dim=1)
     if not wrong.any():
         return
-    picture, place = _first(wrong, joined)
+    image, place = _first(wrong, joined)
     field = int(right[wrong][0].int().argmin())
     box = ", ".join(f"{number:.6g}" for number in joined.boxes[wrong][0].tolist())
     raise ValueError(
-        f'targets[{picture}]["boxes"][{place}]: expected {_FIELDS[field]} in {_RANGES[field]},'
+        f'targets[{image}]["boxes"][{place}]: expected {_FIELDS[field]} in {_RANGES[field]},'
         f" got {float(values[wrong][0, field]):.6g}; the box is cx cy w h = [{box}];"
-        f" {_box_cause(joined.boxes[wrong][0], joined.boxes[joined.pictures == picture])}"
+        f" {_box_cause(joined.boxes[wrong][0], joined.boxes[joined.images == image])}"
     )
 
 
 def _box_cause(box: Tensor, boxes: Tensor) -> str:
-    """Guess what is wrong with a box (4,) among those (T, 4) of its picture."""
+    """Guess what is wrong with a box (4,) among those (T, 4) of its image."""
     if not box.isfinite().all():
         return "a number that is not finite comes from reading or augmenting"
     if not box.any():
-        return "all zero looks like a padding row: give each picture only its own objects"
+        return "all zero looks like a padding row: give each image only its own objects"
     if boxes.abs().max() > 2:
-        return "looks like pixels: divide by the picture's width and height"
+        return "looks like pixels: divide by the image's width and height"
     if box[2:].min() == 0:
         return "zero area: leave such boxes out"
     if box[2:].min() < 0:
@@ -185,11 +185,11 @@ def _box_cause(box: Tensor, boxes: Tensor) -> str:
     if any(forms.values()):
         guess = " or ".join(form for form, fits in forms.items() if fits)
         return f"looks like {guess}: torchvision.ops.box_convert makes cx cy w h of it"
-    return "reaches outside the picture: clip its corners to it first"
+    return "reaches outside the image: clip its corners to it first"
 
 
 def _first(wrong: Tensor, joined: JoinedTargets) -> tuple[int, int]:
-    """Return the picture of the first wrong target (K,), and its place there."""
+    """Return the image of the first wrong target (K,), and its place there."""
     place = int(wrong.int().argmax())
-    picture = int(joined.pictures[place])
-    return picture, place - sum(joined.counts[:picture])
+    image = int(joined.images[place])
+    return image, place - sum(joined.counts[:image])

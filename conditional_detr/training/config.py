@@ -12,13 +12,13 @@ _NOT_NEGATIVE = ("lr", "backbone_lr", "weight_decay", "clip", "ema", "drop_at")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. The defaults are the paper's, but for the number of pictures a step, which depends on the machine.
+    """How to train. The defaults are the paper's, but for the number of images a step, which depends on the machine.
 
     A preset with changes is ``dataclasses.replace(TrainConfig.finetune(), epochs=10)``.
 
     Attributes:
-        epochs: how often every picture is seen.
-        batch_size: pictures a forward pass of one process. A step takes batch_size x accumulation x processes.
+        epochs: how often every image is seen.
+        batch_size: images a forward pass of one process. A step takes batch_size x accumulation x processes.
         accumulation: forward and backward passes a step; the step is that of the joined batch.
         lr: AdamW's learning rate.
         backbone_lr: of the backbone; 0 freezes it.
@@ -37,7 +37,7 @@ class TrainConfig:
         patience: evaluations without a better AP before training stops; 0: never.
         evaluate_every: epochs from one evaluation to the next; the last epoch is always evaluated.
         save_every: steps from one checkpoint to the next; the end of an epoch always has one.
-        workers: processes that prepare pictures beside the training; 0: none.
+        workers: processes that prepare images beside the training; 0: none.
         seed: everything drawn follows from it.
 
     Raises:
@@ -88,18 +88,18 @@ class TrainConfig:
     def from_scratch(cls) -> "TrainConfig":
         """Return the paper's recipe, for a transformer without weights on a data set of COCO's size.
 
-        The paper's 16 pictures a step are 4 here, accumulated 4 times, for one process.
+        The paper's 16 images a step are 4 here, accumulated 4 times, for one process.
         """
         return cls(accumulation=4)
 
     @classmethod
     def finetune(cls) -> "TrainConfig":
-        """Return settings for trained weights and thousands of pictures of one's own."""
+        """Return settings for trained weights and thousands of images of one's own."""
         return cls(epochs=24, accumulation=4, warmup=200, schedule="cosine", ema=0.999, patience=8)
 
     @classmethod
     def finetune_small(cls) -> "TrainConfig":
-        """Return settings for trained weights and tens to hundreds of pictures."""
+        """Return settings for trained weights and tens to hundreds of images."""
         return cls(
             epochs=80,
             batch_size=4,

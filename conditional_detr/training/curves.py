@@ -1,4 +1,4 @@
-"""A picture of how a run went."""
+"""An image of how a run went."""
 
 import json
 from collections.abc import Mapping, Sequence

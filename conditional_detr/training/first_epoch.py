@@ -13,7 +13,7 @@ from conditional_detr.set_prediction.matcher import HungarianMatcher
 from conditional_detr.training.loader import Samples
 from conditional_detr.training.validation import predict
 
-PICTURES = 64  # looked at, spread over the data set
+IMAGES = 64  # looked at, spread over the data set
 _NEAR = 0.5  # IoU from which a box is said to be the target's
 _UNLEARNED = 0.05  # scores begin at 0.01
 _APART = 0.3  # mean best IoU of boxes that have nothing to do with the targets
@@ -22,10 +22,10 @@ _FEW = 0.1  # matched share
 
 @dataclass(frozen=True)
 class FirstEpoch:
-    """What the model makes of training pictures after the first epoch.
+    """What the model makes of training images after the first epoch.
 
     Attributes:
-        pictures: how many were looked at.
+        images: how many were looked at.
         targets: objects on them.
         matched: share of the targets whose query, by the matcher, has a box of IoU above 0.5.
         best_iou: mean over the targets of the best IoU with any query's box.
@@ -34,7 +34,7 @@ class FirstEpoch:
         advice: what is probably wrong, or that nothing is.
     """
 
-    pictures: int
+    images: int
     targets: int
     matched: float
     best_iou: float
@@ -44,7 +44,7 @@ class FirstEpoch:
 
     def __str__(self) -> str:
         return (
-            f"after the first epoch, on {self.pictures} training pictures with {self.targets} objects:"
+            f"after the first epoch, on {self.images} training images with {self.targets} objects:"
             f" matched with IoU > 0.5: {self.matched:.0%}, of the right class: {self.right_class:.0%};"
             f" mean best IoU {self.best_iou:.2f}; top score {self.top_score:.3f}\n{self.advice}"
         )
@@ -53,7 +53,7 @@ class FirstEpoch:
 def look_at_first_epoch(
     model: ConditionalDETR, data: Samples, matcher: HungarianMatcher, ap: float | None = None
 ) -> FirstEpoch:
-    """Compare what the model finds on some pictures with their targets.
+    """Compare what the model finds on some images with their targets.
 
     Args:
         model: the model.
@@ -61,13 +61,13 @@ def look_at_first_epoch(
         matcher: says which query answers for which target.
         ap: that of the validation data, if it was measured.
     """
-    count = min(PICTURES, len(data))
+    count = min(IMAGES, len(data))
     found = [_look(model, data[i * len(data) // count], matcher) for i in range(count)]
     best, matched, right = (torch.cat([part[k] for part in found]) for k in range(3))
     top_score = max(float(part[3]) for part in found)
     near = matched > _NEAR
     look = FirstEpoch(
-        pictures=count,
+        images=count,
         targets=len(best),
         matched=float(near.float().mean()) if len(best) else 0.0,
         best_iou=float(best.mean()) if len(best) else 0.0,
@@ -79,7 +79,7 @@ def look_at_first_epoch(
 
 
 def _look(model: ConditionalDETR, sample: Sample, matcher: HungarianMatcher) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return of one picture: best IoU (T,), matched IoU (T',), whether its class is right (T',), top score ()."""
+    """Return of one image: best IoU (T,), matched IoU (T',), whether its class is right (T',), top score ()."""
     target = sample[1]
     logits, boxes = predict(model, [sample])  # (1, N, C), (1, N, 4)
     pairs: Any = matcher(logits, boxes, [target])
@@ -104,8 +104,8 @@ def _advice(look: FirstEpoch, ap: float | None) -> str:
     if look.best_iou < _APART or look.matched < _FEW:
         return (
             "Scores rise, but boxes are elsewhere: too few steps so far, or boxes that are not where the objects are:"
-            " x0 y0 w h taken for cx cy w h, normalised to another size than the visible picture's, or not moved with"
-            " the picture by an augmentation. conditional-detr check-data draws the boxes."
+            " x0 y0 w h taken for cx cy w h, normalised to another size than the visible image's, or not moved with"
+            " the image by an augmentation. conditional-detr check-data draws the boxes."
         )
     if look.right_class < 0.5:
         return (
@@ -114,7 +114,7 @@ def _advice(look: FirstEpoch, ap: float | None) -> str:
         )
     if ap is not None and ap < 0.01:
         return (
-            "The training pictures are learned, but the validation AP is 0: its class names, the place of its boxes or"
+            "The training images are learned, but the validation AP is 0: its class names, the place of its boxes or"
             " its preprocessing differ from those of the training data."
         )
     return "Nothing looks wrong."

@@ -1,4 +1,4 @@
-"""Batches for the loop: what is drawn for a picture depends on seed, epoch and picture, and on nothing else."""
+"""Batches for the loop: what is drawn for an image depends on seed, epoch and image, and on nothing else."""
 
 import random
 import signal
@@ -20,15 +20,15 @@ Batch: TypeAlias = tuple[Tensor, Tensor | None, list[dict[str, Any]]]
 class Samples(Protocol):
     """A data set to train on: any map-style one.
 
-    Its samples are a picture's pixels (3, H, W), normalised, and its target {"labels", "boxes"}. If it has a method
+    Its samples are an image's pixels (3, H, W), normalised, and its target {"labels", "boxes"}. If it has a method
     ``set_epoch``, that is called before each epoch.
     """
 
     def __len__(self) -> int:
-        """Return the number of pictures."""
+        """Return the number of images."""
 
     def __getitem__(self, index: int) -> Sample:
-        """Return a picture and its target."""
+        """Return an image and its target."""
 
 
 class _Drawn(Dataset[Any]):
@@ -58,11 +58,11 @@ def seed_of(*numbers: int) -> int:
 def feed(
     data: Samples, batches: Sequence[list[int]], config: TrainConfig, epoch: int, *, pin: bool
 ) -> Iterator[Batch]:
-    """Give batches of pictures, prepared in the workers ahead of their turn.
+    """Give batches of images, prepared in the workers ahead of their turn.
 
     Args:
         data: the data set.
-        batches: the pictures of each batch.
+        batches: the images of each batch.
         config: the settings.
         epoch: which epoch this is.
         pin: put batches where a GPU copies from without waiting.

@@ -1,6 +1,6 @@
 """Training: steps, epochs, evaluation and checkpoints, in one process or in many with the same code.
 
-Nothing depends on what ran before but the state: what is drawn in a step follows from seed and step, the pictures of
+Nothing depends on what ran before but the state: what is drawn in a step follows from seed and step, the images of
 an epoch and their augmentation from seed and epoch. So a run that goes on from a checkpoint computes, on a CPU, the
 same numbers to the last bit as one that was never stopped.
 """
@@ -81,7 +81,7 @@ def train(
     Args:
         model: trained in place; parameters without ``requires_grad`` stay. In the end it is in eval mode and holds
             the weights that ``last`` does.
-        train_data: pictures and targets: :class:`~conditional_detr.data.dataset.CocoData` or any map-style data set
+        train_data: images and targets: :class:`~conditional_detr.data.dataset.CocoData` or any map-style data set
             of such samples.
         val_data: what AP is measured on after epochs; None: nothing.
         config: the settings; default: the paper's.
@@ -98,7 +98,7 @@ def train(
         ModuleNotFoundError: the packages for training are not installed.
         OSError: something cannot be read or written; the message names the last good checkpoint.
         TypeError: an argument of the wrong type.
-        ValueError: targets that do not fit, a loss that is not finite (the message names step, pictures and the last
+        ValueError: targets that do not fit, a loss that is not finite (the message names step, images and the last
             good checkpoint), or a checkpoint that was made with other settings.
     """
     if not isinstance(model, ConditionalDETR):
@@ -153,9 +153,9 @@ class _Run:
             "architecture": model.config,
             "classes": model.metadata.class_names,
         }
-        pictures, processes = len(self.train_data), self.accelerator.num_processes
+        images, processes = len(self.train_data), self.accelerator.num_processes
         described = {name: repr(value) for name, value in others.items()}
-        return {**asdict(self.config), **described, "pictures": pictures, "processes": processes}
+        return {**asdict(self.config), **described, "images": images, "processes": processes}
 
     def begin(self, resume: bool) -> None:
         """Load what is to go on, and get ready for several processes."""
@@ -213,7 +213,7 @@ class _Run:
         return TrainResult(*done, self.first_epoch, self.stopped_early)
 
     def _batches(self, epoch: int) -> list[list[int]]:
-        """Return the pictures of each batch of an epoch, in this process."""
+        """Return the images of each batch of an epoch, in this process."""
         sharing = {"rank": self.accelerator.process_index, "processes": self.accelerator.num_processes}
         return batches(self.train_data, self.config.batch_size, seed=self.config.seed, epoch=epoch, **sharing)
 
@@ -247,9 +247,9 @@ class _Run:
         raise KeyboardInterrupt
 
     def _describe(self, index: int) -> str:
-        """Name a picture of the training data, by its file where it has one."""
+        """Name an image of the training data, by its file where it has one."""
         described = getattr(self.train_data, "describe", None)
-        return f"picture {index}" if described is None else f"picture {index}, {described(index)}"
+        return f"image {index}" if described is None else f"image {index}, {described(index)}"
 
     def _end_epoch(self) -> None:
         """Evaluate, look at the first epoch, and save."""

@@ -8,9 +8,9 @@ from conditional_detr.training.loader import seed_of
 
 
 class QueryGroups(nn.Module):
-    """A model whose pictures are decoded once by each of several groups of object queries, the model's own first.
+    """A model whose images are decoded once by each of several groups of object queries, the model's own first.
 
-    Groups do not see each other and each is matched to all targets by itself, so a picture teaches as many times: the
+    Groups do not see each other and each is matched to all targets by itself, so an image teaches as many times: the
     decoder learns in fewer epochs. The other groups are left behind when training ends, and the model is as before.
 
     Args:
@@ -40,14 +40,14 @@ class QueryGroups(nn.Module):
             padding: (B, H, W) bool, True = padded; None: nothing is padded.
 
         Returns:
-            Output as of G·B pictures, logits (L, G·B, N, C) and boxes (L, G·B, N, 4): all pictures as the first group,
+            Output as of G·B images, logits (L, G·B, N, C) and boxes (L, G·B, N, 4): all images as the first group,
             the model's own, sees them, then all as the second does.
         """
-        model, pictures, groups = self.model, len(pixels), self.groups
+        model, images, groups = self.model, len(pixels), self.groups
         features, padding = model.backbone(pixels, padding)
         memory, positions = model.encode(features, padding)
         queries = torch.cat((model.object_queries.weight, self.others.weight)).unflatten(0, (groups, -1))  # (G, N, D)
         memory, positions = memory.repeat(groups, 1, 1), positions.repeat(groups, 1, 1)
         padding = None if padding is None else padding.repeat(groups, 1, 1)
-        o_q = queries.repeat_interleave(pictures, dim=0)  # (G·B, N, D)
+        o_q = queries.repeat_interleave(images, dim=0)  # (G·B, N, D)
         return model.predict(*model.decode(memory, positions, padding, object_queries=o_q))

@@ -16,7 +16,7 @@ from conditional_detr.training.optimizer import moving_average, parameter_groups
 from conditional_detr.training.query_groups import QueryGroups
 
 Group: TypeAlias = Sequence[tuple[list[int], Batch]]
-"""The batches of one step, each with the places of its pictures in the data set."""
+"""The batches of one step, each with the places of its images in the data set."""
 
 _NUMBERS = ("loss", "class", "l1", "giou", "norm")
 
@@ -29,7 +29,7 @@ class Stepper:
         config: the settings.
         criterion: the loss.
         accelerator: accelerate's, which joins the processes.
-        describe: names a picture of the data set by its place, for messages.
+        describe: names an image of the data set by its place, for messages.
 
     Attributes:
         model: the model.
@@ -105,7 +105,7 @@ class Stepper:
 
         Raises:
             ValueError: a loss or gradients that are not finite, before they reach the weights; targets that do not
-                fit. The message names step and pictures.
+                fit. The message names step and images.
         """
         torch.manual_seed(seed_of(self.config.seed, step, self.accelerator.process_index))
         factor = rate_factor(self.config, step, epochs)
@@ -146,7 +146,7 @@ class Stepper:
         return torch.stack(found).sum(0)
 
     def _losses(self, batch: Batch, indices: Sequence[int], step: int) -> dict[str, Tensor]:
-        """Return the losses of a batch; an error names its pictures."""
+        """Return the losses of a batch; an error names its images."""
         pixels, padding, targets = batch
         pixels = pixels.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         padding = None if padding is None else padding.to(self.device, non_blocking=True)
@@ -168,7 +168,7 @@ class Stepper:
             losses = self.criterion(output, targets * groups)
         except ValueError as error:
             raise ValueError(
-                f"{error} (of {groups} groups of queries, each with {len(targets)} pictures: images[{len(targets)}] is"
+                f"{error} (of {groups} groups of queries, each with {len(targets)} images: images[{len(targets)}] is"
                 " images[0] in the second)"
             ) from error
         # the criterion divides by the boxes of all groups together, at least 1: where there are none, by too little
@@ -190,5 +190,5 @@ class Stepper:
                 )
 
     def _names(self, indices: Sequence[int]) -> str:
-        """Say which pictures of the data set those of a batch are."""
+        """Say which images of the data set those of a batch are."""
         return ", ".join(f"images[{place}] is {self.describe(index)}" for place, index in enumerate(indices))

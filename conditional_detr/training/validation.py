@@ -19,18 +19,18 @@ from conditional_detr.training.loader import Samples
 def measure(model: ConditionalDETR, data: Samples, batch_size: int) -> dict[str, float]:
     """Return COCO's twelve numbers.
 
-    Of a data set in COCO's form, which has ``annotations`` and ``images``, they are those of the original pictures,
+    Of a data set in COCO's form, which has ``annotations`` and ``images``, they are those of the original images,
     as ``conditional-detr evaluate`` measures. Of any other they are those of its samples as they come: sizes are in
     their pixels, and all targets count. Under torch.distributed, every process does its share.
 
     Raises:
-        OSError: pictures that cannot be read.
+        OSError: images that cannot be read.
         ValueError: classes that the model does not have, or targets that do not fit.
     """
     annotations, images = getattr(data, "annotations", None), getattr(data, "images", None)
     if annotations is not None and images is not None:
         return evaluate(Detector(model), annotations, images, batch_size=batch_size).metrics
-    pictures: dict[int, dict[str, Any]] = {}
+    entries: dict[int, dict[str, Any]] = {}
     objects: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     rank, processes = 0, 1
@@ -42,16 +42,16 @@ def measure(model: ConditionalDETR, data: Samples, batch_size: int) -> dict[str,
         logits, boxes = predict(model, samples)
         for i, (index, (pixels, target)) in enumerate(zip(indices, samples, strict=True)):
             height, width = pixels.shape[1:]
-            pictures[index] = {"id": index, "height": height, "width": width}
+            entries[index] = {"id": index, "height": height, "width": width}
             scale = torch.tensor([width, height, width, height])
             wanted = box_convert(target["boxes"].float(), "cxcywh", "xyxy") * scale
             objects += _entries(index, wanted, target["labels"])
             found, scores, labels, _ = select(logits[i], boxes[i], (height, width), selection)
             results += _entries(index, found, labels, score=scores)
-    shares: list[Any] = [(pictures, objects)]
+    shares: list[Any] = [(entries, objects)]
     if processes > 1:
         shares = [None] * processes
-        distributed.all_gather_object(shares, (pictures, objects))
+        distributed.all_gather_object(shares, (entries, objects))
     return evaluate_detections(_joined(shares, model), results).metrics
 
 
@@ -66,21 +66,21 @@ def predict(model: ConditionalDETR, samples: Sequence[Sample]) -> tuple[Tensor, 
     return output.logits[-1].float().cpu(), output.boxes[-1].float().cpu()
 
 
-def _entries(picture: int, boxes: Tensor, labels: Tensor, **others: Tensor) -> list[dict[str, Any]]:
+def _entries(image: int, boxes: Tensor, labels: Tensor, **others: Tensor) -> list[dict[str, Any]]:
     """Return boxes (K, 4) x0 y0 x1 y1 in COCO's form."""
     boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1)
     columns = {"bbox": boxes.tolist(), "category_id": labels.tolist(), **{k: v.tolist() for k, v in others.items()}}
     rows = zip(*columns.values(), strict=True)
-    return [{"image_id": picture, **dict(zip(columns, row, strict=True))} for row in rows]
+    return [{"image_id": image, **dict(zip(columns, row, strict=True))} for row in rows]
 
 
 def _joined(shares: list[Any], model: ConditionalDETR) -> Mapping[str, Any]:
-    """Return the annotations of all processes; a picture that several had counts once."""
-    pictures: dict[int, dict[str, Any]] = {}
+    """Return the annotations of all processes; an image that several had counts once."""
+    images: dict[int, dict[str, Any]] = {}
     objects: list[dict[str, Any]] = []
-    for its_pictures, its_objects in shares:
-        objects += [entry for entry in its_objects if entry["image_id"] not in pictures]
-        pictures |= its_pictures
+    for its_images, its_objects in shares:
+        objects += [entry for entry in its_objects if entry["image_id"] not in images]
+        images |= its_images
     names = model.metadata.class_names
     categories = [{"id": row, "name": f"{row} {name}"} for row, name in enumerate(names)]
-    return {"images": list(pictures.values()), "annotations": objects, "categories": categories}
+    return {"images": list(images.values()), "annotations": objects, "categories": categories}

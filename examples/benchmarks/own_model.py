@@ -16,9 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="shapes", help="a folder, a file, a hub id or a short name")
     parser.add_argument("--engines", nargs="+", default=["plain", "optimised"])
-    parser.add_argument("--height", type=int, default=480, help="of the pictures, in pixels")
-    parser.add_argument("--width", type=int, default=640, help="of the pictures, in pixels")
-    parser.add_argument("--batch", type=int, default=1, help="pictures a call")
+    parser.add_argument("--height", type=int, default=480, help="of the images, in pixels")
+    parser.add_argument("--width", type=int, default=640, help="of the images, in pixels")
+    parser.add_argument("--batch", type=int, default=1, help="images a call")
     parser.add_argument("--rounds", type=int, default=7, help="how often each engine is timed")
     options = parser.parse_args()
 
@@ -27,7 +27,7 @@ def main() -> None:
     readings = measure(model, options.engines, size=size, batch=options.batch, rounds=options.rounds)
     print(table(readings).markdown(), end="")
     best = min(readings, key=lambda reading: reading.median)
-    print(f"{best.engine}: {options.batch / best.median:.1f} pictures a second")
+    print(f"{best.engine}: {options.batch / best.median:.1f} images a second")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def trained(work, engine, seconds, theirs, **options):
 
 
 def test_every_engine_does_the_same_work(small):
-    """On two pictures, of a size that is no multiple of the stride; in half precision and in integers roughly."""
+    """On two images, of a size that is no multiple of the stride; in half precision and in integers roughly."""
     names = [name for name in NOT_COMPILED if "cpu" in ENGINES[name].devices]
     assert set(names) <= set(available("cpu"))
     assert {*OUR_FILES} - {"torch.export fp16"} <= set(names)
@@ -220,7 +220,7 @@ def test_both_sides_of_training_do_the_same_work(monkeypatch):
 
     The criterion is that of the tests of the loss, on what it is given here.
     """
-    for name, value in {"LAYERS": 2, "PICTURES": 3, "QUERIES": 20, "CLASSES": 5}.items():
+    for name, value in {"LAYERS": 2, "IMAGES": 3, "QUERIES": 20, "CLASSES": 5}.items():
         monkeypatch.setattr(training_module, name, value)
     given = []
 
@@ -250,7 +250,7 @@ def test_both_sides_of_training_do_the_same_work(monkeypatch):
     assert steps[0].ratios == criteria[0].ratios == (1.0, 1.0)
     assert steps[1].ratios == tuple(b / a for a, b in zip(steps[1].seconds, steps[0].seconds, strict=True))
     assert steps[0].of == "64 x 96, 2 at a time"
-    assert criteria[0].of == "3 pictures, 20 queries, 5 classes, 2 layers, 7 boxes a picture"
+    assert criteria[0].of == "3 images, 20 queries, 5 classes, 2 layers, 7 boxes an image"
     assert "training step, transformers: getting ready" in told
     assert not model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -304,8 +304,8 @@ def whole_report(engines=(REFERENCE, "plain")):
     training = [
         trained("step", REFERENCE, (2.0, 2.0), (2.0, 2.0), of="512 x 512, 2 at a time", megabytes=2058.4),
         trained("step", OURS, (1.0, 1.25), (2.0, 2.0), of="512 x 512, 2 at a time", megabytes=2012.4),
-        trained("criterion", REFERENCE, (0.06, 0.06), (0.06, 0.06), of="8 pictures"),
-        trained("criterion", OURS, (0.01, 0.01), (0.06, 0.06), of="8 pictures"),
+        trained("criterion", REFERENCE, (0.06, 0.06), (0.06, 0.06), of="8 images"),
+        trained("criterion", OURS, (0.01, 0.01), (0.06, 0.06), of="8 images"),
     ]
     return Report("a title", {"float32": 100.0}, readings, growth, training)
 
@@ -319,7 +319,7 @@ def test_tables():
     assert written[-1] == "| plain | 1125 | 1.80 | 1.60 to 2.00 | 812 | 2e-05 | 0e+00 |"
     lines = whole_report().markdown().splitlines()
     assert lines[0] == "a title"
-    assert lines[7] == "Training: step of 512 x 512, 2 at a time; criterion of 8 pictures"
+    assert lines[7] == "Training: step of 512 x 512, 2 at a time; criterion of 8 images"
     assert lines[9] == "| training | ms | times as fast | least to most | peak MB | loss |"
     assert lines[12] == "| step, this library | 1125 | 1.80 | 1.60 to 2.00 | 2012 | 28.9 |"
     assert lines[14] == "| criterion, this library | 10.0 | 6.00 | 6.00 to 6.00 |  | 28.9 |"
@@ -338,7 +338,7 @@ def test_80_columns_hold_the_tables():
             assert found == [[cell for cell in row if cell]]
 
 
-def test_picture(tmp_path):
+def test_image(tmp_path):
     """Wider with training or growth, taller with growth."""
     whole = whole_report()
     sizes = {}
@@ -390,7 +390,7 @@ def test_command(small, tmp_path):
     assert lines[2].startswith("| engine | ms |")
     assert lines[7] == (
         "Training: step of 64 x 64, 1 at a time;"
-        " criterion of 8 pictures, 300 queries, 91 classes, 6 layers, 7 boxes a picture"
+        " criterion of 8 images, 300 queries, 91 classes, 6 layers, 7 boxes an image"
     )
     assert len(lines) == 15
     assert (tmp_path / "new" / "benchmark.png").stat().st_size > 0

@@ -19,7 +19,7 @@ from conditional_detr.checkpoints.files import open_checkpoint
 from conditional_detr.checkpoints.hf_config import read_config, read_metadata
 from conditional_detr.checkpoints.labels import COCO_IDS, COCO_NAMES
 from conditional_detr.checkpoints.loading import from_pretrained
-from helpers.models import TINY, TINY_CONFIG, assert_same, randomise, two_pictures
+from helpers.models import TINY, TINY_CONFIG, assert_same, randomise, two_images
 from helpers.name_formats import to_original
 from helpers.reference import distance, rounding, transformers_output
 
@@ -168,7 +168,7 @@ def test_transformers_own_resnet(tmp_path):
     model = from_pretrained(tmp_path)
     assert model.config == replace(TINY_CONFIG, backbone_stage=4)
     assert model.load_report.family == "published with transformers' ResNet"
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     limits = rounding(reference, pixels, padding)
     logits, boxes = distance(model(pixels, padding), transformers_output(reference, pixels, padding))
     assert logits <= 3 * limits[0]
@@ -510,7 +510,7 @@ def test_rows_whose_names_match_are_kept(named, caplog):
     assert (heads.kept_queries, heads.made_queries, heads.dropped_queries) == (4, 0, 7)
     assert "made: 0 queries, 1 classes (zebra)" in caplog.text
     assert "dropped: 7 queries, 3 classes (dog, bird, horse)" in caplog.text
-    assert new(*two_pictures()).logits.shape == (3, 2, 4, 3)
+    assert new(*two_images()).logits.shape == (3, 2, 4, 3)
 
 
 def test_more_queries_and_nameless_classes(named):
@@ -606,15 +606,15 @@ def test_published_checkpoint_on_the_cats(shared):
 
     from PIL import Image
 
-    from conditional_detr.inference.images import open_picture, to_pixels
+    from conditional_detr.inference.images import open_image, to_pixels
 
     name = os.environ.get("CONDITIONAL_DETR_CHECKPOINT")
     if not name:
         pytest.skip("CONDITIONAL_DETR_CHECKPOINT names no copy of the published checkpoint (folder or hub id)")
     model = from_pretrained(name)
-    picture = open_picture(Image.open(shared / "data/cats/000000039769.png"), "cats")
+    image = open_image(Image.open(shared / "data/cats/000000039769.png"), "cats")
     with torch.no_grad():
-        output = model(to_pixels(picture, model.metadata.preprocessing)[None])
+        output = model(to_pixels(image, model.metadata.preprocessing)[None])
     logits = [[-10.4371, -5.7565, -8.6765], [-10.5413, -5.8700, -8.0589], [-10.6824, -6.3477, -8.3927]]
     boxes = [[0.7733, 0.6576, 0.4496], [0.5171, 0.1184, 0.9095], [0.8846, 0.5647, 0.2486]]
     torch.testing.assert_close(output.logits[-1, 0, :3, :3], torch.tensor(logits), rtol=2e-4, atol=2e-4)

@@ -16,7 +16,7 @@ from conditional_detr.checkpoints.files import open_checkpoint
 from conditional_detr.checkpoints.labels import COCO_NAMES
 from conditional_detr.checkpoints.loading import from_pretrained
 from conditional_detr.checkpoints.saving import save_as
-from helpers.models import TINY, TINY_CONFIG, assert_same, transformers_model, two_pictures
+from helpers.models import TINY, TINY_CONFIG, assert_same, transformers_model, two_images
 from helpers.name_formats import to_original
 from helpers.reference import distance, rounding, transformers_output
 
@@ -51,7 +51,7 @@ def reopened_by_transformers(folder):
 def assert_transformers_agrees(model, folder):
     """What was saved gives the same numbers in transformers, and comes back the same here."""
     reference = reopened_by_transformers(folder)
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     limits = rounding(reference, pixels, padding)
     with torch.no_grad():
         logits, boxes = distance(model(pixels, padding), transformers_output(reference, pixels, padding))
@@ -146,7 +146,7 @@ def test_every_family_to_every_family(small, tmp_path, source, target):
 def test_transformers_takes_the_names_it_has_in_memory(tiny, tmp_path):
     save_as(from_pretrained(tiny.folder), tmp_path, "transformers 5")
     twin = transformers_model(seed=1, **TINY)
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     expected = transformers_output(tiny.transformers, pixels, padding)
     assert distance(transformers_output(twin, pixels, padding), expected)[0] > 0.1
     twin.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)

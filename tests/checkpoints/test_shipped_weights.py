@@ -21,22 +21,22 @@ def test_names():
 
 @pytest.mark.parametrize(("name", "most"), [("shapes", 10e6), ("bccd", 30e6)])
 def test_files_are_those_of_the_cards(name, most):
-    """Their checksum, half precision, sizes, and the pictures of their curves."""
+    """Their checksum, half precision, sizes, and the images of their curves."""
     folder = WEIGHTS / name
     content = (folder / "model.safetensors").read_bytes()
     assert hashlib.sha256(content).hexdigest() in (folder / "README.md").read_text()
     assert len(content) < most
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}  # noqa: SIM118  # it is no dict
-    for picture in re.findall(r"\]\(([\w.]+\.png)\)", (folder / "README.md").read_text()):
-        assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
+    for image in re.findall(r"\]\(([\w.]+\.png)\)", (folder / "README.md").read_text()):
+        assert (folder / image).read_bytes()[:4] == b"\x89PNG"
     model = ConditionalDETR.from_pretrained(name)
     assert next(model.parameters()).dtype == torch.float32
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in (folder / "README.md").read_text()
 
 
-def test_shapes_on_pictures_that_it_was_not_trained_on(tmp_path):
-    """The first hundred of the five hundred held-out pictures of the card."""
+def test_shapes_on_images_that_it_was_not_trained_on(tmp_path):
+    """The first hundred of the five hundred held-out images of the card."""
     data = write_shapes(tmp_path, 100, seed=0, split="test")
     result = evaluate(Detector.from_pretrained("shapes"), data, tmp_path / "test")
     assert tuple(result.per_class) == CLASS_NAMES

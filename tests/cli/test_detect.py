@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from conditional_detr import Detector
 from conditional_detr.cli import app
-from conditional_detr.data.synthetic import draw_picture, index_in
-from conditional_detr.inference.listing import list_pictures
+from conditional_detr.data.synthetic import draw_image, index_in
+from conditional_detr.inference.listing import list_images
 
 
 def run(*arguments, stdin=None):
@@ -39,16 +39,16 @@ def detect(small, tmp_path):
 
 
 def test_demo_finds_the_shapes_that_were_drawn(tmp_path, monkeypatch):
-    """A picture that no training has seen, with the weights that are shipped, and no network; again, the same."""
+    """An image that no training has seen, with the weights that are shipped, and no network; again, the same."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shapes").mkdir()  # as a data set of shapes may be called
     result = run("detect", "--demo", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert files_in(tmp_path) == [f"detections/{name}" for name in ("demo-picture.png", "demo.json", "demo.png")]
-    assert len(Detector.from_pretrained("shapes")("detections/demo-picture.png")) > 2
-    _, boxes, labels = draw_picture(0, index_in("demo", 23))
-    with Image.open("detections/demo-picture.png") as picture:
-        assert picture.tobytes() == draw_picture(0, index_in("demo", 23))[0].tobytes()
+    assert files_in(tmp_path) == [f"detections/{name}" for name in ("demo-image.png", "demo.json", "demo.png")]
+    assert len(Detector.from_pretrained("shapes")("detections/demo-image.png")) > 2
+    _, boxes, labels = draw_image(0, index_in("demo", 23))
+    with Image.open("detections/demo-image.png") as image:
+        assert image.tobytes() == draw_image(0, index_in("demo", 23))[0].tobytes()
     written = json.loads(Path("detections/demo.json").read_text())
     found = [(entry["label"], entry["box"]) for entry in written["detections"]]
     for label, box in zip(labels.tolist(), boxes, strict=True):
@@ -60,38 +60,38 @@ def test_demo_finds_the_shapes_that_were_drawn(tmp_path, monkeypatch):
     assert json.loads(Path("detections/demo.json").read_text()) == written
 
 
-def test_demo_leaves_a_picture_of_that_name(tmp_path, small):
+def test_demo_leaves_an_image_of_that_name(tmp_path, small):
     """Nothing is written, until it is asked for."""
-    Image.new("RGB", (9, 9)).save(tmp_path / "demo-picture.png")
-    before = (tmp_path / "demo-picture.png").read_bytes()
+    Image.new("RGB", (9, 9)).save(tmp_path / "demo-image.png")
+    before = (tmp_path / "demo-image.png").read_bytes()
     result = run("detect", "--demo", "--weights", small, "--device", "cpu", "--output", tmp_path)
     assert result.exit_code == 2
-    assert "it is there already, and another picture" in result.stderr
-    assert (tmp_path / "demo-picture.png").read_bytes() == before
-    assert files_in(tmp_path) == ["demo-picture.png"]
+    assert "it is there already, and another image" in result.stderr
+    assert (tmp_path / "demo-image.png").read_bytes() == before
+    assert files_in(tmp_path) == ["demo-image.png"]
     result = run("detect", "--demo", "--weights", small, "--device", "cpu", "--output", tmp_path, "--overwrite")
     assert result.exit_code == 0, result.output
 
 
-def test_demo_takes_other_weights_and_no_pictures(small, detect, photograph):
+def test_demo_takes_other_weights_and_no_images(small, detect, photograph):
     result = detect("--demo", "--threshold", 0)
     assert result.exit_code == 0, result.output
     assert "77 objects" in result.output
     for arguments, got in [(("--demo", photograph), "both"), ((), "neither")]:
         refused = detect(*arguments)
         assert refused.exit_code == 2
-        assert refused.stderr == f"error: pictures: expected either some or --demo, got {got}\n"
+        assert refused.stderr == f"error: images: expected either some or --demo, got {got}\n"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Pictures of several sizes, in folders, and what is no picture."""
+    """Images of several sizes, in folders, and what is no image."""
     generator = np.random.default_rng(5)
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     for name, size in [("b.png", (40, 60)), ("a.jpg", (60, 40)), ("deep/er/c.webp", (40, 60)), ("deep/a.bmp", (9, 9))]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / name)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
@@ -99,17 +99,17 @@ def files_in(path: Path) -> list[str]:
     return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
 
 
-def test_one_picture_is_printed_drawn_and_written(detect, small, photograph, tmp_path):
+def test_one_image_is_printed_drawn_and_written(detect, small, photograph, tmp_path):
     result = detect(photograph, "--threshold", 0.3, "--top-k", 4)
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "out" / "photograph.json").read_text())
     expected = Detector.from_pretrained(small)(photograph, threshold=0.3, top_k=4)
-    assert written == {"picture": str(photograph), **expected.to_dict()}
+    assert written == {"image": str(photograph), **expected.to_dict()}
     with Image.open(tmp_path / "out" / "photograph.png") as drawn:
         assert np.array_equal(np.asarray(drawn), np.asarray(expected.draw()))
     assert "4 objects" in result.output
     assert f"{expected.scores[0]:.3f}" in result.output
-    assert f"1 picture, 4 objects; written to {tmp_path / 'out'}" in result.output
+    assert f"1 image, 4 objects; written to {tmp_path / 'out'}" in result.output
 
 
 def test_a_folder_with_all_below_it(detect, folder, tmp_path):
@@ -117,8 +117,8 @@ def test_a_folder_with_all_below_it(detect, folder, tmp_path):
     assert result.exit_code == 0, result.output
     names = ["a.jpg", "a.json", "b.json", "b.png", "deep/a.json", "deep/a.png", "deep/er/c.json", "deep/er/c.png"]
     assert files_in(tmp_path / "out") == names
-    assert "4 pictures, 308 objects" in result.output
-    assert "passed over files in folders that are no pictures: 1" in result.stderr
+    assert "4 images, 308 objects" in result.output
+    assert "passed over files in folders that are no images: 1" in result.stderr
     rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in result.stdout.splitlines() if "│" in line}
     counts = {name: [int(cell) for cell in cells] for name, cells in rows.items() if name.startswith("LABEL")}
     assert counts == {f"LABEL_{i}": [44, 4] for i in range(7)}
@@ -128,50 +128,50 @@ def test_globs_lists_and_doubles(detect, folder, tmp_path):
     result = detect(str(folder / "**" / "a.*"), "-", "--no-draw", stdin=f"{folder / 'b.png'}\n\n{folder / 'a.jpg'}\n")
     assert result.exit_code == 0, result.output
     assert files_in(tmp_path / "out") == ["a-2.json", "a.json", "b.json", "deep/a.json"]
-    sources = [json.loads((tmp_path / "out" / f"{n}.json").read_text())["picture"] for n in ("a", "deep/a", "a-2")]
+    sources = [json.loads((tmp_path / "out" / f"{n}.json").read_text())["image"] for n in ("a", "deep/a", "a-2")]
     assert sources == [str(folder / "a.jpg"), str(folder / "deep" / "a.bmp"), str(folder / "a.jpg")]
 
 
 def test_names_of_results():
-    listed = list_pictures(
+    listed = list_images(
         ["x/a.jpg", "y/A.png", "http://host/p/my%20cat.jpg?q=1", "http://host/", "a-2.gif", "no.jpg"],
         output=Path("out"),
     )
-    assert [str(which.output) for which in listed.pictures] == ["a", "A-2", "my_cat", "picture", "a-2-2", "no"]
+    assert [str(which.output) for which in listed.images] == ["a", "A-2", "my_cat", "image", "a-2-2", "no"]
 
 
-def test_former_results_are_no_pictures_of_a_folder(folder):
+def test_former_results_are_no_images_of_a_folder(folder):
     shutil.copytree(folder / "deep", folder / "out" / "deep")
-    assert len(list_pictures([str(folder)], output=folder / "out").pictures) == 4
-    assert len(list_pictures([str(folder)], output=folder / "other").pictures) == 6
+    assert len(list_images([str(folder)], output=folder / "out").images) == 4
+    assert len(list_images([str(folder)], output=folder / "other").images) == 6
 
 
-def test_a_bad_picture_stops_nothing_and_is_listed(detect, folder, tmp_path):
+def test_a_bad_image_stops_nothing_and_is_listed(detect, folder, tmp_path):
     (folder / "broken.jpg").write_bytes((folder / "a.jpg").read_bytes()[:300])
     result = detect(folder, "missing.png", "--no-draw", "--batch-size", 1)
     assert result.exit_code == 1
     assert len(files_in(tmp_path / "out")) == 4
-    assert "2 of 6 pictures failed:" in result.stderr
-    assert f"  {folder / 'broken.jpg'}: the picture cannot be read" in result.stderr
+    assert "2 of 6 images failed:" in result.stderr
+    assert f"  {folder / 'broken.jpg'}: the image cannot be read" in result.stderr
     assert "  missing.png: no such file" in result.stderr
-    assert "4 pictures, " in result.stdout
+    assert "4 images, " in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("pictures", "options", "message"),
+    ("images", "options", "message"),
     [
         (None, ("--threshold", "2"), "error: threshold: expected 0..1, got 2.0"),
         (None, ("--device", "abacus"), "error: device: expected one that this machine has, got 'abacus'"),
         (None, ("--class", "cow"), "error: classes: got 'cow', expected any of LABEL_0"),
         ("no*.jpg", (), "error: no*.jpg: no file matches"),
-        (".", (), "error: .: the folder has no pictures, and 0 other files"),
-        ("-", (), "error: pictures: expected at least one, got none"),
+        (".", (), "error: .: the folder has no images, and 0 other files"),
+        ("-", (), "error: images: expected at least one, got none"),
     ],
 )
-def test_what_cannot_begin(detect, photograph, tmp_path, monkeypatch, pictures, options, message):
+def test_what_cannot_begin(detect, photograph, tmp_path, monkeypatch, images, options, message):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    result = detect(pictures or photograph, *options)
+    result = detect(images or photograph, *options)
     assert result.exit_code == 2
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
@@ -182,7 +182,7 @@ def test_originals_are_never_overwritten(detect, folder):
     before = (folder / "a.jpg").read_bytes()
     result = detect(folder, output=folder)
     assert result.exit_code == 2
-    assert "a.jpg is one of the pictures and would be overwritten by an annotated copy" in result.stderr
+    assert "a.jpg is one of the images and would be overwritten by an annotated copy" in result.stderr
     assert (folder / "a.jpg").read_bytes() == before
     assert detect(folder, "--no-draw", output=folder).exit_code == 0
 
@@ -193,7 +193,7 @@ def test_resuming_json_passes_over_what_is_there(detect, folder, tmp_path):
     marked.write_text(marked.read_text().replace('"size"', '"mark": 1, "size"'))
     result = detect(folder, "--resume", "--no-draw")
     assert result.exit_code == 0
-    assert "1 of 4 pictures are done already" in result.stderr
+    assert "1 of 4 images are done already" in result.stderr
     assert "mark" in json.loads(marked.read_text())
     assert len(files_in(tmp_path / "out")) == 4
     assert detect(folder, "--no-draw").exit_code == 0
@@ -201,8 +201,8 @@ def test_resuming_json_passes_over_what_is_there(detect, folder, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--resume", "--no-draw"])
-def test_what_is_not_this_pictures_is_never_overwritten(detect, folder, tmp_path, option):
-    """Another picture's results, somebody's own json, somebody's own picture: an error, unless told to."""
+def test_what_is_not_this_images_is_never_overwritten(detect, folder, tmp_path, option):
+    """Another image's results, somebody's own json, somebody's own image: an error, unless told to."""
     detect(folder / "a.jpg", "--no-draw")
     other = detect(folder / "deep" / "a.bmp", option)
     assert other.exit_code == 2
@@ -213,19 +213,19 @@ def test_what_is_not_this_pictures_is_never_overwritten(detect, folder, tmp_path
     assert foreign.exit_code == 2
     assert "but it holds something else than detections" in foreign.stderr
     (tmp_path / "out" / "c.png").write_bytes(b"mine")
-    picture = detect(folder / "deep" / "er" / "c.webp")
-    assert picture.exit_code == 2
-    assert "c.png: it is there already, and no annotated picture of an earlier run" in picture.stderr
+    image = detect(folder / "deep" / "er" / "c.webp")
+    assert image.exit_code == 2
+    assert "c.png: it is there already, and no annotated image of an earlier run" in image.stderr
     assert (tmp_path / "out" / "c.png").read_bytes() == b"mine"
     assert detect(folder / "b.png", folder / "deep" / "er" / "c.webp", "--overwrite").exit_code == 0
-    assert json.loads((tmp_path / "out" / "b.json").read_text())["picture"] == str(folder / "b.png")
+    assert json.loads((tmp_path / "out" / "b.json").read_text())["image"] == str(folder / "b.png")
     assert detect(folder, "--resume", "--overwrite").exit_code == 2
 
 
 def test_lines_resumed_after_a_kill_are_those_of_one_run(detect, folder, tmp_path):
     assert detect(folder, "--format", "jsonl", "--no-draw", output=tmp_path / "whole").exit_code == 0
     whole = (tmp_path / "whole" / "detections.jsonl").read_bytes()
-    assert [Path(json.loads(line)["picture"]).name for line in whole.splitlines()] == [
+    assert [Path(json.loads(line)["image"]).name for line in whole.splitlines()] == [
         "a.jpg",
         "b.png",
         "a.bmp",
@@ -239,7 +239,7 @@ def test_lines_resumed_after_a_kill_are_those_of_one_run(detect, folder, tmp_pat
     assert "detections.jsonl: it is there already; --resume goes on with it, --overwrite replaces it" in refused.stderr
     assert detect(folder, "--format", "jsonl", "--no-draw", "--resume").exit_code == 0
     again = [json.loads(line) for line in (tmp_path / "out" / "detections.jsonl").read_bytes().splitlines()]
-    assert [line["picture"] for line in again] == [json.loads(line)["picture"] for line in lines]
+    assert [line["image"] for line in again] == [json.loads(line)["image"] for line in lines]
     assert detect(folder, "--format", "jsonl", "--no-draw", "--overwrite").exit_code == 0
     assert (tmp_path / "out" / "detections.jsonl").read_bytes() == whole
 
@@ -251,9 +251,9 @@ def test_csv_has_a_row_an_object(detect, folder, tmp_path):
     with (tmp_path / "out" / "detections.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12
-    objects = [(line["picture"], found) for line in lines for found in line["detections"]]
-    for row, (picture, found) in zip(rows, objects, strict=True):
-        assert (row["picture"], row["name"], int(row["label"])) == (picture, found["name"], found["label"])
+    objects = [(line["image"], found) for line in lines for found in line["detections"]]
+    for row, (image, found) in zip(rows, objects, strict=True):
+        assert (row["image"], row["name"], int(row["label"])) == (image, found["name"], found["label"])
         assert [float(row[key]) for key in ("x0", "y0", "x1", "y1")] == found["box"]
         assert float(row["score"]) == found["score"]
 
@@ -263,7 +263,7 @@ def test_a_journal_of_something_else_is_named(detect, folder, tmp_path):
     (tmp_path / "out" / "detections.jsonl").write_text('{"epoch": 3}\n')
     result = detect(folder, "--format", "jsonl", "--resume", "--no-draw")
     assert result.exit_code == 2
-    assert "detections.jsonl, line 1: expected one picture's detections as json" in result.stderr
+    assert "detections.jsonl, line 1: expected one image's detections as json" in result.stderr
 
 
 def torchrun(*arguments) -> subprocess.CompletedProcess:
@@ -272,23 +272,23 @@ def torchrun(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-def test_processes_share_the_pictures(small, detect, folder, tmp_path):
-    """A picture that one of them cannot read costs the others nothing, and all end with 1."""
-    (folder / "aa.jpg").write_bytes(b"no picture")
+def test_processes_share_the_images(small, detect, folder, tmp_path):
+    """An image that one of them cannot read costs the others nothing, and all end with 1."""
+    (folder / "aa.jpg").write_bytes(b"no image")
     options = ("--weights", small, "--output", tmp_path / "out", "--device", "cpu", "--format", "csv", "--no-draw")
     result = torchrun(folder, *options)
     assert result.returncode == 1, result.stderr
     assert "exitcode  : 1" in result.stderr
-    assert "aa.jpg: expected a picture, got a text file" in result.stderr
+    assert "aa.jpg: expected an image, got a text file" in result.stderr
     parts = [(tmp_path / "out" / f"detections-{rank}-of-2.jsonl").read_text().splitlines() for rank in (1, 2)]
     assert [len(part) for part in parts] == [3, 1]
     lines = [json.loads(line) for part in parts for line in part]
     with (tmp_path / "out" / "detections.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == sum(len(line["detections"]) for line in lines)
     (folder / "aa.jpg").unlink()
-    assert "4 of 4 pictures are done already" in detect(folder, "--format", "jsonl", "--resume", "--no-draw").stderr
-    pictures = {line["picture"] for line in lines}
-    assert pictures == {which.picture for which in list_pictures([str(folder)], output=tmp_path / "out").pictures}
+    assert "4 of 4 images are done already" in detect(folder, "--format", "jsonl", "--resume", "--no-draw").stderr
+    images = {line["image"] for line in lines}
+    assert images == {which.image for which in list_images([str(folder)], output=tmp_path / "out").images}
 
 
 def test_processes_cannot_share_standard_input(small, folder, tmp_path, monkeypatch):
@@ -307,14 +307,14 @@ def test_processes_cannot_share_standard_input(small, folder, tmp_path, monkeypa
 
 @pytest.mark.skipif(os.name != "posix", reason="file names as POSIX has them")
 def test_odd_names_stop_nothing(detect, folder, tmp_path):
-    picture = (folder / "b.png").read_bytes()
+    image = (folder / "b.png").read_bytes()
     odd = ["-dash.png", "new\nline.png", "[bold]b.png", "ü 猫.png", "x" * 251 + ".png"]
     for name in odd:
-        (folder / name).write_bytes(picture)
-    Path(os.fsdecode(os.fsencode(folder) + b"/bad\xff.png")).write_bytes(picture)
+        (folder / name).write_bytes(image)
+    Path(os.fsdecode(os.fsencode(folder) + b"/bad\xff.png")).write_bytes(image)
     result = detect(folder)
     assert result.exit_code == 1, result.output
-    assert "1 of 10 pictures failed:" in result.stderr
+    assert "1 of 10 images failed:" in result.stderr
     assert f"{'x' * 251}.png" in result.stderr
     assert "cannot be written: File name too long" in result.stderr
     assert len(list((tmp_path / "out").rglob("*.json"))) == 9
@@ -329,23 +329,23 @@ def test_links_in_circles_and_to_folders(folder, tmp_path):
     elsewhere.mkdir()
     shutil.copy(folder / "b.png", elsewhere / "linked.png")
     (folder / "link").symlink_to(elsewhere)
-    listed = list_pictures([str(folder)], output=tmp_path / "out").pictures
+    listed = list_images([str(folder)], output=tmp_path / "out").images
     assert [str(which.output) for which in listed] == ["a", "b", "deep/a", "deep/er/c", "link/linked"]
-    matched = list_pictures([str(folder / "**" / "b.png")], output=tmp_path / "out").pictures
-    assert [which.picture for which in matched] == [str(folder / "b.png")]
+    matched = list_images([str(folder / "**" / "b.png")], output=tmp_path / "out").images
+    assert [which.image for which in matched] == [str(folder / "b.png")]
 
 
 def test_a_glob_passes_over_former_results(folder, monkeypatch):
     monkeypatch.chdir(folder)
     shutil.copytree("deep", "detections/deep")
-    listed = list_pictures(["**/*.bmp"], output=Path("detections")).pictures
-    assert [which.picture for which in listed] == ["deep/a.bmp"]
+    listed = list_images(["**/*.bmp"], output=Path("detections")).images
+    assert [which.image for which in listed] == ["deep/a.bmp"]
 
 
 def test_lines_of_standard_input_are_names_and_no_patterns(detect, folder):
     result = detect("-", "--no-draw", stdin=f"\ufeff{folder / 'a.jpg'}\ngone[1].jpg\n{'A' * 5000}\n")
     assert result.exit_code == 1
-    assert "2 of 3 pictures failed:" in result.stderr
+    assert "2 of 3 images failed:" in result.stderr
     assert "  gone[1].jpg: no such file" in result.stderr
     assert detect("").exit_code == 2
 
@@ -377,7 +377,7 @@ def test_a_full_disk_stops_with_one_line(detect, folder, tmp_path, monkeypatch):
     assert result.exit_code == 1
     error, told = result.stderr.splitlines()[-2:]
     assert re.fullmatch(r"error: .*\.(jpg|png): cannot be written: No space left on device", error)
-    assert told == "stopped after 0 of 4 pictures; --resume goes on"
+    assert told == "stopped after 0 of 4 images; --resume goes on"
     assert files_in(tmp_path / "out") == []
 
 
@@ -385,13 +385,13 @@ def test_too_many_pixels(detect, folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     result = detect(folder, "--max-pixels", 1000, "--no-draw")
     assert result.exit_code == 1
-    assert "3 of 4 pictures failed:" in result.stderr
+    assert "3 of 4 images failed:" in result.stderr
     assert "b.png: Image size (2400 pixels) exceeds limit of 1000 pixels" in result.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_ctrl_c_says_how_to_go_on(small, folder, tmp_path):
-    """A process of its own, interrupted amid a thousand pictures; resuming does the rest."""
+    """A process of its own, interrupted amid a thousand images; resuming does the rest."""
     listed = tmp_path / "list.txt"
     listed.write_text(f"{folder / 'b.png'}\n" * 1000)
     # a shell that starts the tests in the background has its children ignore the signal
@@ -408,7 +408,7 @@ def test_ctrl_c_says_how_to_go_on(small, folder, tmp_path):
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     done = len(files_in(tmp_path / "out"))
-    told = int(re.search(r"interrupted after (\d+) of 1000 pictures; --resume goes on", stderr)[1])
+    told = int(re.search(r"interrupted after (\d+) of 1000 images; --resume goes on", stderr)[1])
     assert done - told in (0, 1), "the signal may come between writing and counting"
     assert "Traceback" not in stderr
     assert all(json.loads((tmp_path / "out" / name).read_text()) for name in files_in(tmp_path / "out"))

@@ -23,7 +23,7 @@ def run(*arguments):
 def written(small, photograph, tmp_path_factory):
     """A file with post-processing, and what the command said."""
     path = tmp_path_factory.mktemp("exported") / "small.onnx"
-    return path, run("export", small, path, "--top-k", 5, "--picture", photograph)
+    return path, run("export", small, path, "--top-k", 5, "--image", photograph)
 
 
 def test_export_says_what_it_wrote(written, photograph):
@@ -33,7 +33,7 @@ def test_export_says_what_it_wrote(written, photograph):
     assert lines[0] == f"wrote {path} (float32, {path.stat().st_size / 1e6:.1f} MB)"
     description = ExportedModel(path).description
     assert description.top_k == 5
-    assert description.picture == str(photograph)
+    assert description.image == str(photograph)
     for line, one in zip(lines[1:], description.parity, strict=True):
         size = f"{one.height} x {one.width}"
         expected = f"logits differ by at most {one.logits:.1e}, boxes by {one.boxes:.1e}"
@@ -62,7 +62,7 @@ def test_nothing_is_overwritten_unasked(written, small, tmp_path):
     [
         (("x.pth",), "x.pth: expected a file's name that ends in one of .onnx, .xml, .pt2"),
         (("no/x.onnx",), "no: no such folder"),
-        (("x.onnx", "--picture", "x.png"), "x.png: no such file"),
+        (("x.onnx", "--image", "x.png"), "x.png: no such file"),
     ],
 )
 def test_export_refuses(small, tmp_path, monkeypatch, arguments, message):

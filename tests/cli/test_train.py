@@ -25,8 +25,8 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
-    for split, pictures in (("train", 8), ("val", 3)):
-        write_shapes(folder, pictures, seed=0, split=split, size=(64, 96))
+    for split, images in (("train", 8), ("val", 3)):
+        write_shapes(folder, images, seed=0, split=split, size=(64, 96))
     return folder
 
 
@@ -48,7 +48,7 @@ def test_fine_tunes_weights_resumes_and_detects(shapes, small, tmp_path):
     assert begun.exit_code == 0, begun.output
     assert "best AP 0.0" in begun.stdout
     assert f"after 2 steps: {output / 'last'}" in begun.stdout
-    assert "after the first epoch, on 8 training pictures with" in begun.stderr
+    assert "after the first epoch, on 8 training images with" in begun.stderr
     first, second = steps_of(output)
     assert first["class"] < 2  # new rows begin at the prior; boxes of random weights are anywhere
     model = ConditionalDETR.from_pretrained(output / "best")
@@ -63,8 +63,8 @@ def test_fine_tunes_weights_resumes_and_detects(shapes, small, tmp_path):
     assert resumed.exit_code == 0, resumed.output
     assert [entry["step"] for entry in steps_of(output)] == [1, 2, 3, 4]
     assert steps_of(output)[:2] == [first, second]
-    picture = next((shapes / "val").iterdir())
-    assert len(Detector.from_pretrained(output / "best")(picture, threshold=0)) == 66
+    image = next((shapes / "val").iterdir())
+    assert len(Detector.from_pretrained(output / "best")(image, threshold=0)) == 66
     measured = run("evaluate", *data_of(shapes, val=False), "--weights", output / "best")
     assert measured.exit_code == 0, measured.output
 

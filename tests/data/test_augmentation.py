@@ -1,4 +1,4 @@
-"""Pictures and boxes change together: by hand, by torchvision's own transforms, and by looking for the boxes again."""
+"""Images and boxes change together: by hand, by torchvision's own transforms, and by looking for the boxes again."""
 
 import random
 from dataclasses import replace
@@ -26,22 +26,22 @@ def generator(seed=0):
 
 
 def places(height=48, width=64):
-    """A picture in which each pixel's red and green tell where it is: x / width, y / height of its middle."""
+    """An image in which each pixel's red and green tell where it is: x / width, y / height of its middle."""
     y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
     return torch.stack([x, y, torch.zeros_like(x)])
 
 
-def augment(augmentation, picture, boxes, seed=0, preprocessing=SIZES):
+def augment(augmentation, image, boxes, seed=0, preprocessing=SIZES):
     boxes = torch.tensor(boxes).reshape(-1, 4)
-    scene = scene_of(picture, boxes, torch.arange(len(boxes)))
+    scene = scene_of(image, boxes, torch.arange(len(boxes)))
     return augmentation(scene, preprocessing, generator(seed))
 
 
-def window_of(picture, height, width):
-    """Where the picture's edges lie in the picture of places that it was made of, in pixels: x0 y0 x1 y1."""
-    picture = torch.as_tensor(picture)
-    rows, columns = picture.shape[1:]
-    x, y = picture[0, rows // 2] * width, picture[1, :, columns // 2] * height
+def window_of(image, height, width):
+    """Where the image's edges lie in the image of places that it was made of, in pixels: x0 y0 x1 y1."""
+    image = torch.as_tensor(image)
+    rows, columns = image.shape[1:]
+    x, y = image[0, rows // 2] * width, image[1, :, columns // 2] * height
     # from the middle of the first quarter to that of the last: edges are blurred by the resizing
     ax, bx, ay, by = columns // 4, 3 * columns // 4, rows // 4, 3 * rows // 4
     step_x, step_y = (x[bx] - x[ax]) / (bx - ax), (y[by] - y[ay]) / (by - ay)
@@ -72,11 +72,11 @@ def test_boxes_by_hand(augmentation, expected):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_authors_crop_by_hand(seed):
-    """The window is read off the picture; boxes are moved and clipped to it, and any part that is left stays."""
+    """The window is read off the image; boxes are moved and clipped to it, and any part that is left stays."""
     boxes = [[0.0, 0.0, 30.0, 20.0], [28.0, 18.0, 36.0, 30.0], [50.0, 40.0, 64.0, 48.0]]
     augmentation = Augmentation(crop=1, crop_edges=(48,), crop_sides=(24, 40), shortest_edges=(48,), longest_edge=999)
     scene = augment(augmentation, places(), boxes, seed)
-    window = [round(side) for side in window_of(scene.picture, 48, 64)]
+    window = [round(side) for side in window_of(scene.image, 48, 64)]
     x0, y0, x1, y1 = window
     assert 24 <= x1 - x0 <= 40
     assert 24 <= y1 - y0 <= 40
@@ -97,7 +97,7 @@ def test_the_zoom_keeps_what_has_its_centre_inside(seed):
     boxes = [[0.0, 0.0, 30.0, 20.0], [28.0, 18.0, 36.0, 30.0], [50.0, 40.0, 64.0, 48.0]]
     scene = augment(Augmentation(zoom=(1.2, 3.0), stretch=1.3), places(), boxes, seed)
     assert scene.size == (48, 64)
-    x0, y0, x1, y1 = window_of(scene.picture, 48, 64)
+    x0, y0, x1, y1 = window_of(scene.image, 48, 64)
     kept = [i for i, (a, b, c, d) in enumerate(boxes) if x0 <= (a + c) / 2 <= x1 and y0 <= (b + d) / 2 <= y1]
     assert scene.labels.tolist() == kept != []
     for box, label in zip(scene.boxes.tolist(), kept, strict=True):
@@ -109,17 +109,17 @@ def test_the_zoom_keeps_what_has_its_centre_inside(seed):
 
 
 def test_a_quarter_turn_by_hand():
-    """A square is only turned; a picture that lies keeps its size, so its ends are cut off and its sides filled up."""
+    """A square is only turned; an image that lies keeps its size, so its ends are cut off and its sides filled up."""
     red = Image.new("RGB", (48, 48))
     red.paste((255, 0, 0), (30, 5, 40, 25))
     turn = Augmentation(quarter_turn=1)
     scene = augment(turn, red, [[30.0, 5.0, 40.0, 25.0]], preprocessing=Preprocessing(48, 48))
     assert scene.boxes.tolist() == [[5, 8, 25, 18]]  # x0 = y0, y0 = 48 - x1
-    assert scene.picture.getbbox() == (5, 8, 25, 18)
+    assert scene.image.getbbox() == (5, 8, 25, 18)
     for seed in range(10):
         scene = augment(turn, places(), [[30.0, 20.0, 34.0, 28.0]], seed)
         assert scene.size == (48, 64)
-        x, y = scene.picture[0], scene.picture[1]
+        x, y = scene.image[0], scene.image[1]
         inside = x != SIZES.mean[0]
         columns = inside.any(dim=0).nonzero().flatten()
         assert len(columns) == 48  # what was the height
@@ -131,10 +131,10 @@ def test_a_quarter_turn_by_hand():
         assert (x1 - x0, y1 - y0) == (8, 4)
 
 
-def test_smaller_than_the_picture_lies_on_the_mean_colour():
-    picture = Image.new("RGB", (64, 48), (255, 255, 255))
-    scene = augment(Augmentation(zoom=(0.5, 0.5)), picture, [[0.0, 0.0, 64.0, 48.0]])
-    pixels = np.asarray(scene.picture)
+def test_smaller_than_the_image_lies_on_the_mean_colour():
+    image = Image.new("RGB", (64, 48), (255, 255, 255))
+    scene = augment(Augmentation(zoom=(0.5, 0.5)), image, [[0.0, 0.0, 64.0, 48.0]])
+    pixels = np.asarray(scene.image)
     x0, y0, x1, y1 = scene.boxes[0].tolist()
     assert (x1 - x0, y1 - y0) == pytest.approx((32, 24))
     white = (pixels > 185).all(axis=2)
@@ -147,15 +147,15 @@ def test_smaller_than_the_picture_lies_on_the_mean_colour():
 
 
 def rectangle(height, width, box):
-    picture = np.full((height, width, 3), 40, dtype=np.uint8)
+    image = np.full((height, width, 3), 40, dtype=np.uint8)
     x0, y0, x1, y1 = box
-    picture[y0:y1, x0:x1] = 255, 255, 40
-    return Image.fromarray(picture)
+    image[y0:y1, x0:x1] = 255, 255, 40
+    return Image.fromarray(image)
 
 
-def found_again(picture):
+def found_again(image):
     """The box around what is bright, by half of the brightest."""
-    values = np.asarray(picture, dtype=np.float64).max(axis=2)
+    values = np.asarray(image, dtype=np.float64).max(axis=2)
     bright = values > (40 + 255) / 2
     rows, columns = np.flatnonzero(bright.any(axis=1)), np.flatnonzero(bright.any(axis=0))
     return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if len(rows) else None
@@ -181,7 +181,7 @@ def test_the_box_is_where_its_pixels_are(name):
         scene = augment(
             augmentation, rectangle(height, width, box), [list(map(float, box))], seed, Preprocessing(80, 160)
         )
-        again = found_again(scene.picture)
+        again = found_again(scene.image)
         if len(scene.boxes):
             kept += 1
             if np.ptp(scene.boxes.numpy().reshape(2, 2), axis=0).min() > 2:  # thinner ones are all edge
@@ -195,13 +195,13 @@ def test_the_box_is_where_its_pixels_are(name):
 
 
 def test_torchvisions_transforms_give_the_same():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8))
     boxes = torch.tensor([[4.0, 6.0, 24.0, 16.0], [60.5, 0.0, 130.0, 90.0]])
     theirs = v2.Compose([v2.RandomHorizontalFlip(1.0), v2.RandomVerticalFlip(1.0), v2.Resize(60, max_size=100)])
-    their_picture, their_boxes = theirs(picture, tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(90, 130)))
+    their_image, their_boxes = theirs(image, tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(90, 130)))
     augmentation = Augmentation(horizontal_flip=1, vertical_flip=1)
-    scene = augment(augmentation, picture, boxes.tolist(), preprocessing=Preprocessing(60, 100))
-    assert np.array_equal(np.asarray(scene.picture), np.asarray(their_picture))
+    scene = augment(augmentation, image, boxes.tolist(), preprocessing=Preprocessing(60, 100))
+    assert np.array_equal(np.asarray(scene.image), np.asarray(their_image))
     torch.testing.assert_close(torch.as_tensor(scene.boxes), torch.as_tensor(their_boxes), rtol=0, atol=1e-4)
 
 
@@ -209,11 +209,11 @@ def test_torchvisions_transforms_give_the_same():
 @pytest.mark.parametrize("size", [(48, 64), (100, 37), (33, 200), (480, 640)])
 def test_without_augmentation_pixels_are_those_of_detection(kind, size):
     values = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    picture = Image.fromarray(values) if kind == "image" else torch.from_numpy(values).permute(2, 0, 1) / 255
-    scene = augment(Augmentation(), picture, [])
-    ours = torch.as_tensor(np.array(scene.picture)) if kind == "image" else torch.as_tensor(scene.picture)
+    image = Image.fromarray(values) if kind == "image" else torch.from_numpy(values).permute(2, 0, 1) / 255
+    scene = augment(Augmentation(), image, [])
+    ours = torch.as_tensor(np.array(scene.image)) if kind == "image" else torch.as_tensor(scene.image)
     ours = ours.permute(2, 0, 1) if kind == "image" else ours
-    assert torch.equal(ours, resize(picture, SIZES))
+    assert torch.equal(ours, resize(image, SIZES))
     assert scene.boxes.shape == (0, 4)
 
 
@@ -238,7 +238,7 @@ def test_the_authors_sizes():
 
 def test_each_happens_about_as_often_as_said():
     flipped = [augment(Augmentation(horizontal_flip=0.3), places(), [], seed) for seed in range(400)]
-    share = np.mean([float(torch.as_tensor(scene.picture)[0, 0, 0]) > 0.5 for scene in flipped])
+    share = np.mean([float(torch.as_tensor(scene.image)[0, 0, 0]) > 0.5 for scene in flipped])
     assert share == pytest.approx(0.3, abs=0.07)  # three standard deviations
 
 
@@ -256,11 +256,11 @@ def test_everything_comes_from_the_generator():
     everything = replace(
         Augmentation.small(vertical_flip=True, quarter_turn=True), crop=0.5, crop_edges=(50,), crop_sides=(30, 50)
     )
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
-    one, other, third = (augment(everything, picture, [[1.0, 2.0, 60.0, 50.0]], seed) for seed in (4, 4, 5))
-    assert np.array_equal(np.asarray(one.picture), np.asarray(other.picture))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    one, other, third = (augment(everything, image, [[1.0, 2.0, 60.0, 50.0]], seed) for seed in (4, 4, 5))
+    assert np.array_equal(np.asarray(one.image), np.asarray(other.image))
     assert torch.equal(one.boxes, other.boxes)
-    assert not np.array_equal(np.asarray(one.picture), np.asarray(third.picture))
+    assert not np.array_equal(np.asarray(one.image), np.asarray(third.image))
     assert torch.equal(state[0], torch.get_rng_state())
     assert state[1] == random.getstate()
     assert np.array_equal(state[2], np.random.get_state()[1])  # noqa: NPY002

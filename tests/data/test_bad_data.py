@@ -25,7 +25,7 @@ def first_object(**change):
     return apply
 
 
-def first_picture(**change):
+def first_image(**change):
     def apply(data, images):
         data["images"][0].update(change)
 
@@ -69,7 +69,7 @@ def again(key, **change):
 
 
 def turned(path: Path):
-    """A picture that is stored lying, and whose EXIF says so."""
+    """An image that is stored lying, and whose EXIF says so."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(path).save(path, exif=exif)
@@ -83,16 +83,16 @@ def crowds_only(data, images):
     data["annotations"] = data["annotations"][4:]
 
 
-# What is done to it; "error" when the data set is made, "item" when the picture is opened, or "warning"; the message;
+# What is done to it; "error" when the data set is made, "item" when the image is opened, or "warning"; the message;
 # how check-data ends, and what it says.
 BAD = {
     "not json": (lambda d, i: "{'images': []}", "error", "data.json: expected json, got something else", 2, ""),
     "half of it": (lambda d, i: json.dumps(d)[:-9], "error", "data.json: expected json, got something else", 2, ""),
     "a list": (lambda d, i: "[]", "error", "expected an object with images, annotations and categories", 2, ""),
     "no list of objects": (top(annotations=None), "error", "expected a list under 'annotations'", 2, ""),
-    "no picture": (top(images=[], annotations=[]), "error", "images: expected at least one, got none", 2, ""),
+    "no image": (top(images=[], annotations=[]), "error", "images: expected at least one, got none", 2, ""),
     "no category": (top(categories=[]), "error", "categories: expected at least one, got none", 2, ""),
-    "a picture's id twice": (
+    "an image's id twice": (
         again("images", file_name="11.png"),
         "error",
         r"images\[3\]: expected each id once, got 10 again",
@@ -113,7 +113,7 @@ BAD = {
         2,
         "",
     ),
-    "ids of two kinds": (first_picture(id="ten"), "error", "expected ids that are all whole numbers or all", 2, ""),
+    "ids of two kinds": (first_image(id="ten"), "error", "expected ids that are all whole numbers or all", 2, ""),
     "a category without a name": (
         without("categories", "name"),
         "error",
@@ -121,17 +121,17 @@ BAD = {
         2,
         "",
     ),
-    "an unknown picture": (
+    "an unknown image": (
         first_object(image_id=99),
         "error",
-        r"annotations\[0\]: expected the id of a picture of .*, got image_id 99",
+        r"annotations\[0\]: expected the id of an image of .*, got image_id 99",
         1,
         "1 objects that are none",
     ),
-    "a picture's id as text": (
+    "an image's id as text": (
         first_object(image_id="10"),
         "error",
-        r"annotations\[0\]: expected the id of a picture of .*, got image_id '10'",
+        r"annotations\[0\]: expected the id of an image of .*, got image_id '10'",
         1,
         "1 objects that are none",
     ),
@@ -201,9 +201,9 @@ BAD = {
     "fractions": (
         boxes(lambda x, y, w, h: [x / 64, y / 48, w / 64, h / 48]),
         "error",
-        "expected every bbox as .* in pixels; looks like fractions of the picture",
+        "expected every bbox as .* in pixels; looks like fractions of the image",
         1,
-        "looks like fractions of the picture",
+        "looks like fractions of the image",
     ),
     "corners": (
         boxes(lambda x, y, w, h: [x, y, x + w, y + h]),
@@ -212,12 +212,12 @@ BAD = {
         1,
         "looks like x0 y0 x1 y1",
     ),
-    "pixels of larger pictures": (
+    "pixels of larger images": (
         boxes(lambda x, y, w, h: [x * 10, y * 10, w * 10, h * 10]),
         "error",
-        "looks like boxes of pictures of another size",
+        "looks like boxes of images of another size",
         1,
-        "looks like boxes of pictures of another size",
+        "looks like boxes of images of another size",
     ),
     "no object": (
         top(annotations=[]),
@@ -230,37 +230,37 @@ BAD = {
     "no file_name": (
         without("images", "file_name"),
         "error",
-        "picture 10: expected a file_name, got None",
+        "image 10: expected a file_name, got None",
         1,
-        "1 pictures without file_name",
+        "1 images without file_name",
     ),
     "a missing file": (
         file(Path.unlink),
         "error",
-        "10.png: no such file; 1 of the 3 pictures of .* are missing",
+        "10.png: no such file; 1 of the 3 images of .* are missing",
         1,
-        "1 pictures that are missing",
+        "1 images that are missing",
     ),
     "no width": (
-        first_picture(width=0),
+        first_image(width=0),
         "error",
-        "picture 10: expected height and width in whole pixels, got 48 and 0",
+        "image 10: expected height and width in whole pixels, got 48 and 0",
         1,
-        "1 pictures without height and width",
+        "1 images without height and width",
     ),
     "a width as text": (
-        first_picture(width="64"),
+        first_image(width="64"),
         "error",
-        "picture 10: expected height and width in whole pixels, got 48 and '64'",
+        "image 10: expected height and width in whole pixels, got 48 and '64'",
         1,
-        "1 pictures without height and width",
+        "1 images without height and width",
     ),
     "sides exchanged": (
-        first_picture(width=48, height=64),
+        first_image(width=48, height=64),
         "item",
         "10.png: expected 48 x 64 pixels, as .* says, got 64 x 48",
         1,
-        "1 pictures of another size than the json says",
+        "1 images of another size than the json says",
     ),
     "sides before it was turned": (
         file(turned),
@@ -270,25 +270,25 @@ BAD = {
         "10.png: said 64 x 48, is 48 x 64",
     ),
     "a text file": (
-        file(lambda path: path.write_text("no picture")),
+        file(lambda path: path.write_text("no image")),
         "item",
-        "10.png: expected a picture, got a text file",
+        "10.png: expected an image, got a text file",
         1,
-        "1 pictures that cannot be read",
+        "1 images that cannot be read",
     ),
     "an empty file": (
         file(lambda path: path.write_bytes(b"")),
         "item",
-        "10.png: expected a picture, got an empty file",
+        "10.png: expected an image, got an empty file",
         1,
-        "1 pictures that cannot be read",
+        "1 images that cannot be read",
     ),
-    "half a picture": (
+    "half an image": (
         file(cut),
         "item",
-        "10.png: the picture cannot be read",
+        "10.png: the image cannot be read",
         1,
-        "1 pictures that cannot be read",
+        "1 images that cannot be read",
     ),
     "zero area": (
         first_object(bbox=[4, 6, 20, 0]),
@@ -300,9 +300,9 @@ BAD = {
     "outside": (
         first_object(bbox=[64, 6, 20, 10]),
         "warning",
-        r"1 of 5 objects lie outside their pictures, and are left out of the targets: annotations\[0\] of 10.png$",
+        r"1 of 5 objects lie outside their images, and are left out of the targets: annotations\[0\] of 10.png$",
         1,
-        "1 objects that lie outside their pictures",
+        "1 objects that lie outside their images",
     ),
     "reaching outside": (
         first_object(bbox=[-4, 6, 20, 10]),
@@ -325,12 +325,12 @@ BAD = {
         1,
         "1 objects that have an id that stood before",
     ),
-    "a picture twice": (
+    "an image twice": (
         again("images", id=99),
         "warning",
-        "1 pictures are there more than once: 10.png$",
+        "1 images are there more than once: 10.png$",
         1,
-        "1 pictures with a file_name that stood before",
+        "1 images with a file_name that stood before",
     ),
 }
 
@@ -395,8 +395,8 @@ def test_no_such_places(tmp_path):
     path, images = coco.write(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"none.json: no such file"):
         CocoData(tmp_path / "none.json", images)
-    with pytest.raises(NotADirectoryError, match="expected the folder of the pictures, got a file"):
+    with pytest.raises(NotADirectoryError, match="expected the folder of the images, got a file"):
         CocoData(path, path)
     shutil.rmtree(images)
-    with pytest.raises(NotADirectoryError, match="expected the folder of the pictures, got nothing of that name"):
+    with pytest.raises(NotADirectoryError, match="expected the folder of the images, got nothing of that name"):
         CocoData(path, images)

@@ -13,7 +13,7 @@ from conditional_detr import Detector, Preprocessing, SetLoss
 from conditional_detr.checkpoints.labels import COCO_NAMES
 from conditional_detr.data.coco import read_annotations
 from conditional_detr.data.dataset import Augmentation, CocoData, batches, collate
-from conditional_detr.inference.images import open_picture, to_pixels
+from conditional_detr.inference.images import open_image, to_pixels
 from conditional_detr.modeling.conditional_detr import Output
 from conditional_detr.set_prediction.targets import validate_targets
 from helpers import coco
@@ -43,7 +43,7 @@ def test_samples_by_hand(made):
     assert len(data) == 3
     pixels, target = data[0]
     path = made[1] / "10.png"
-    assert torch.equal(pixels, to_pixels(open_picture(path, ""), SIZES))
+    assert torch.equal(pixels, to_pixels(open_image(path, ""), SIZES))
     assert target["image_id"] == 10
     assert target["labels"].tolist() == [0, 1]  # cat has the smaller id
     expected = [[14 / 64, 11 / 48, 20 / 64, 10 / 48], [30 / 64, 32 / 48, 20 / 64, 24 / 48]]
@@ -77,7 +77,7 @@ def test_area_and_iscrowd_may_be_missing(made):
     assert [(entry["area"], entry["iscrowd"]) for entry in objects[:2]] == [(200, 0), (480, 0)]
 
 
-def test_boxes_are_clipped_to_the_picture(tmp_path):
+def test_boxes_are_clipped_to_the_image(tmp_path):
     content = coco.content()
     content["annotations"][0]["bbox"] = [-10, -2, 30, 20]
     content["annotations"][1]["bbox"] = [20, 20, 44.5, 28.4]  # half a pixel: rounding, and no word of it
@@ -95,8 +95,8 @@ def test_objects_under_a_pixel_stay(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(427, 640), (333, 500), (601, 777), (51, 961), (45, 1001)])
-def test_full_pictures_stay_targets_at_any_size(tmp_path, size):
-    """Resizing rounds; a box as large as its picture must not come out larger."""
+def test_full_images_stay_targets_at_any_size(tmp_path, size):
+    """Resizing rounds; a box as large as its image must not come out larger."""
     content = coco.content()
     images = coco.write(tmp_path)[1]
     Image.new("RGB", size[::-1]).save(images / "10.png")
@@ -235,8 +235,8 @@ def test_samples_do_not_depend_on_workers_or_order(made):
 @pytest.mark.parametrize("change", ["seed", "epoch", "index"])
 def test_each_of_seed_epoch_and_index_counts(made, change):
     content = coco.content()
-    content["images"] = [{**content["images"][0], "id": i} for i in (10, 11, 12)]  # the same picture three times
-    with pytest.warns(UserWarning, match="1 pictures are there more than once: 10.png"):
+    content["images"] = [{**content["images"][0], "id": i} for i in (10, 11, 12)]  # the same image three times
+    with pytest.warns(UserWarning, match="1 images are there more than once: 10.png"):
         data = CocoData(content, made[1], augmentation=AUGMENTED, preprocessing=SIZES, seed=1)
     before = data[0][0]
     if change == "seed":
@@ -278,7 +278,7 @@ def test_collate_by_hand():
 
 
 def test_targets_do_not_depend_on_batch_mates(tmp_path):
-    """A box as large as its picture is so beside a wider one, and the loss of its perfect prediction is zero."""
+    """A box as large as its image is so beside a wider one, and the loss of its perfect prediction is zero."""
     content = coco.content()
     images = coco.write(tmp_path)[1]
     Image.new("RGB", (96, 24)).save(images / "11.png")
@@ -369,7 +369,7 @@ def test_two_processes_step_as_one_with_twice_the_batch():
     assert [sorted(batch) for batch in one] == [sorted(a + b) for a, b in zip(*parts, strict=True)]
 
 
-def test_pictures_of_one_shape_come_together():
+def test_images_of_one_shape_come_together():
     data = Shapes({(4, 4): 40, (4, 6): 25, (6, 4): 10, (5, 6): 1})
     found = batches(data, 8, seed=0, epoch=0)
     mixed = [batch for batch in found if len({data.shapes[i] for i in batch}) > 1]

@@ -24,13 +24,13 @@ def test_a_clean_data_set_by_hand(tmp_path):
     report = check_data(*coco.write(tmp_path), progress=lambda *numbers: progress.append(numbers))
     assert report.to_dict() == {
         "name": str(tmp_path / "data.json"),
-        "pictures": 3,
+        "images": 3,
         "objects": 4,
         "crowds": 1,
         "classes": {"cat": 2, "dog": 2},
         # areas 200, 480, 320, 144
         "boxes": {"small": 4, "medium": 0, "large": 0, "least": 12, "median": 16.02, "greatest": 21.91},
-        "picture_sizes": {"64 x 48": 3},
+        "image_sizes": {"64 x 48": 3},
         "problems": {},
         "notes": {},
     }
@@ -46,14 +46,14 @@ def test_notes_are_no_problems(tmp_path):
     path, images = coco.write(tmp_path, content)
     (images / "more").mkdir()
     shutil.copy(images / "10.png", images / "more" / "left.png")
-    (images / "readme.txt").write_text("no picture")
+    (images / "readme.txt").write_text("no image")
     result = run("--data", path, "--images", images)
     assert result.exit_code == 0, result.output
     assert "problems: 0\n" in result.stdout
     assert check_data(path, images).notes == {
-        "pictures without an object": ["12.png"],
+        "images without an object": ["12.png"],
         "objects with a side under 2 pixels": ["annotations[1] of 10.png"],
-        "objects as large as their pictures": ["annotations[0] of 10.png"],
+        "objects as large as their images": ["annotations[0] of 10.png"],
         "files that the json does not name": [str(images / "more" / "left.png")],
         "classes without an object": ["cow"],
     }
@@ -81,11 +81,11 @@ def test_all_problems_in_one_report(tmp_path):
             f"{path}: annotations[0]: expected finite numbers as bbox, got nan",
             f"{path}: annotations[1]: expected a category of {path} (9 dog, 3 cat), got category_id 7",
         ],
-        "pictures that cannot be read": [
-            f"{images / '12.png'}: expected a picture, got an empty file (0 bytes)",
+        "images that cannot be read": [
+            f"{images / '12.png'}: expected an image, got an empty file (0 bytes)",
         ],
-        "pictures that are missing": [f"{images / 'gone.png'}: no such file"],
-        "pictures of the same bytes": ["10.png = copy.png"],
+        "images that are missing": [f"{images / 'gone.png'}: no such file"],
+        "images of the same bytes": ["10.png = copy.png"],
         "objects that have zero area, and are left out of the targets": ["annotations[2] of 11.png"],
     }
 
@@ -105,7 +105,7 @@ def test_real_data_sets_are_clean(shared):
     folder = shared / "data" / "coco"
     report = check_data(folder / "instances_val2017.json", folder / "val2017")
     assert report.problems == {}
-    assert (report.pictures, report.objects + report.crowds) == (66, 560)
+    assert (report.images, report.objects + report.crowds) == (66, 560)
     assert report.crowds > 0
     assert sum(report.boxes[size] for size in ("small", "medium", "large")) == report.objects
 
@@ -124,12 +124,12 @@ def test_the_sheet_shows_boxes_in_their_colours(tmp_path):
     assert coloured.any()
     plain = [np.ptp(np.asarray(sheet)[GAP + 150, GAP + i * (CELL[0] + GAP) + 2]) for i in range(3)]
     assert max(plain) == 0
-    fewer = draw_sheet(read_annotations(path), images, pictures=1)
+    fewer = draw_sheet(read_annotations(path), images, count=1)
     assert fewer.size[0] == CELL[0] + 2 * GAP
 
 
 def test_every_class_is_on_the_sheet(tmp_path):
-    """Of 200 pictures one has the rare class: it comes first, whatever the seed."""
+    """Of 200 images one has the rare class: it comes first, whatever the seed."""
     content = coco.content()
     content["categories"].append({"id": 1, "name": "rare"})
     content["images"] += [{"id": 100 + i, "file_name": "10.png"} for i in range(197)]
@@ -146,7 +146,7 @@ def test_every_class_is_on_the_sheet(tmp_path):
 def test_the_command_writes_the_sheet(tmp_path):
     path, images = coco.write(tmp_path)
     for name in ("sheet.jpg", "sheet.png"):
-        result = run("--data", path, "--images", images, "--sheet", tmp_path / name, "--pictures", 2)
+        result = run("--data", path, "--images", images, "--sheet", tmp_path / name, "--images", 2)
         assert result.exit_code == 0, result.output
         assert result.stdout.endswith(f"wrote {tmp_path / name}\n")
         with Image.open(tmp_path / name) as sheet:
@@ -157,10 +157,10 @@ def test_the_command_writes_the_sheet(tmp_path):
     ("arguments", "message"),
     [
         (("--data", "none.json", "--images", "{images}"), "error: none.json: no such file"),
-        (("--data", "{data}", "--images", "{data}"), "error: {data}: expected the folder of the pictures, got a file"),
+        (("--data", "{data}", "--images", "{data}"), "error: {data}: expected the folder of the images, got a file"),
         (
             ("--data", "{data}", "--images", "no"),
-            "error: no: expected the folder of the pictures, got nothing of that",
+            "error: no: expected the folder of the images, got nothing of that",
         ),
         (
             ("--data", "{data}", "--images", "{images}", "--json", "no/o.json"),
@@ -172,7 +172,7 @@ def test_the_command_writes_the_sheet(tmp_path):
         ),
         (
             ("--data", "{data}", "--images", "{images}", "--sheet", "sheet.text"),
-            "error: sheet.text: expected a picture's suffix, such as .jpg or .png, got '.text'",
+            "error: sheet.text: expected an image's suffix, such as .jpg or .png, got '.text'",
         ),
     ],
 )
@@ -185,10 +185,10 @@ def test_the_command_that_cannot_begin(tmp_path, arguments, message):
     assert result.stdout == ""
 
 
-def test_no_picture_for_the_sheet(tmp_path):
+def test_no_image_for_the_sheet(tmp_path):
     path, images = coco.write(tmp_path)
     annotations = read_annotations(path)
-    for picture in images.iterdir():
-        picture.unlink()
-    with pytest.raises(ValueError, match="pictures: expected pictures, got none that can be read"):
+    for image in images.iterdir():
+        image.unlink()
+    with pytest.raises(ValueError, match="images: expected images, got none that can be read"):
         draw_sheet(annotations, images)

@@ -11,20 +11,20 @@ from conditional_detr import Preprocessing
 from conditional_detr.data import synthetic as shapes
 from conditional_detr.data.dataset import CocoData
 from conditional_detr.data.report import check_data
-from conditional_detr.data.synthetic import CLASS_NAMES, LEAST_VISIBLE, draw_picture, index_in, write_shapes
+from conditional_detr.data.synthetic import CLASS_NAMES, LEAST_VISIBLE, draw_image, index_in, write_shapes
 from conditional_detr.set_prediction.targets import validate_targets
 
 
-def test_a_picture_follows_from_seed_and_index():
-    image, boxes, labels = draw_picture(3, 5)
-    again = draw_picture(3, 5)
+def test_an_image_follows_from_seed_and_index():
+    image, boxes, labels = draw_image(3, 5)
+    again = draw_image(3, 5)
     assert image.tobytes() == again[0].tobytes()
     assert np.array_equal(boxes, again[1])
     assert np.array_equal(labels, again[2])
-    others = [draw_picture(*numbers)[0] for numbers in ((3, 6), (4, 5))]
-    assert len({hashlib.sha256(picture.tobytes()).digest() for picture in (image, *others)}) == 3
+    others = [draw_image(*numbers)[0] for numbers in ((3, 6), (4, 5))]
+    assert len({hashlib.sha256(drawn.tobytes()).digest() for drawn in (image, *others)}) == 3
     assert (image.mode, image.size) == ("RGB", (256, 192))
-    assert draw_picture(0, 0, size=(100, 80))[0].size == (80, 100)
+    assert draw_image(0, 0, size=(100, 80))[0].size == (80, 100)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 160)])
@@ -43,7 +43,7 @@ def test_boxes_are_around_what_is_visible(size, monkeypatch):
     monkeypatch.setattr(shapes, "_mask", lambda *arguments: (soft(*arguments) > 0.5).astype(float))
     for index in range(25):
         colours.clear()
-        image, boxes, labels = draw_picture(1, index, size=size)
+        image, boxes, labels = draw_image(1, index, size=size)
         assert len(boxes) == len(labels) == len(colours) - 1  # the ground has one, too
         assert 1 <= len(boxes) <= 8
         for box, colour in zip(boxes.tolist(), colours[1:], strict=True):
@@ -79,13 +79,13 @@ def test_visible_parts_are_measured_when_others_lie_on_top(monkeypatch):
     random = Random()
     monkeypatch.setattr(shapes.np.random, "default_rng", lambda seed: random)
     monkeypatch.setattr(shapes, "_mask", lambda *arguments: next(drawn))
-    _, boxes, _ = draw_picture(0, 0, size=(100, 200))
+    _, boxes, _ = draw_image(0, 0, size=(100, 200))
     assert boxes.tolist() == [[10, 20, 40, 80], [40, 20, 120, 80]]
     assert LEAST_VISIBLE < 0.6
 
 
 def test_classes_and_sizes_are_balanced():
-    drawn = [draw_picture(0, index) for index in range(120)]
+    drawn = [draw_image(0, index) for index in range(120)]
     counts = np.bincount(np.concatenate([labels for _, _, labels in drawn]), minlength=len(CLASS_NAMES))
     assert counts.min() > 0.6 * counts.mean()
     boxes = np.concatenate([boxes for _, boxes, _ in drawn])
@@ -111,7 +111,7 @@ def test_written_in_cocos_form(tmp_path):
     assert before == (path.read_bytes(), (tmp_path / "new" / "train" / "000003.jpg").read_bytes())
 
 
-def test_splits_share_no_picture(tmp_path):
+def test_splits_share_no_image(tmp_path):
     for split in ("train", "val"):
         write_shapes(tmp_path, 3, seed=0, split=split, size=(64, 64))
     files = list(tmp_path.rglob("*.jpg"))
@@ -120,8 +120,8 @@ def test_splits_share_no_picture(tmp_path):
     train, val = (json.loads((tmp_path / f"instances_{split}.json").read_text()) for split in ("train", "val"))
     assert train["categories"] == val["categories"]
     assert train["annotations"] != val["annotations"]
-    with Image.open(files[0]) as picture:
-        assert picture.size == (64, 64)
+    with Image.open(files[0]) as image:
+        assert image.size == (64, 64)
 
 
 @pytest.mark.parametrize(
@@ -135,14 +135,14 @@ def test_splits_share_no_picture(tmp_path):
 def test_numbers_that_are_none(numbers, message, tmp_path):
     seed, index, size = numbers
     with pytest.raises(ValueError, match=message):
-        draw_picture(seed, index, size=size)
-    with pytest.raises(ValueError, match="pictures: expected at least 1, got 0"):
+        draw_image(seed, index, size=size)
+    with pytest.raises(ValueError, match="images: expected at least 1, got 0"):
         write_shapes(tmp_path, 0, seed=0, split="train")
 
 
-def test_splits_have_no_picture_in_common_and_are_drawn_from_their_places(tmp_path):
+def test_splits_have_no_image_in_common_and_are_drawn_from_their_places(tmp_path):
     write_shapes(tmp_path, 2, seed=4, split="val")
-    image, boxes, _ = draw_picture(4, index_in("val", 1))
+    image, boxes, _ = draw_image(4, index_in("val", 1))
     written = json.loads((tmp_path / "instances_val.json").read_text())
     mine = [entry["bbox"] for entry in written["annotations"] if entry["image_id"] == 2]
     assert mine == [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in boxes.tolist()]

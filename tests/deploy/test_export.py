@@ -24,7 +24,7 @@ from torch import nn
 import conditional_detr.deploy.export as module
 import conftest
 from conditional_detr import ConditionalDETR, Detector, Metadata, Preprocessing, optimize
-from conditional_detr.data.synthetic import draw_picture, index_in
+from conditional_detr.data.synthetic import draw_image, index_in
 from conditional_detr.deploy.export import export
 from conditional_detr.inference import runtimes
 from conditional_detr.inference.exported import Description, ExportedModel
@@ -68,8 +68,8 @@ class Exports:
         key = (name, suffix, top_k, dtype)
         if key not in self.written:
             path = self.folder / f"{name}-{top_k}-{str(dtype)[6:]}{suffix}"
-            picture = self.photograph if suffix == ".onnx" else None
-            description = export(self.models[name], path, top_k=top_k, dtype=dtype, picture=picture)
+            image = self.photograph if suffix == ".onnx" else None
+            description = export(self.models[name], path, top_k=top_k, dtype=dtype, image=image)
             self.written[key] = path, description
         return self.written[key]
 
@@ -121,28 +121,28 @@ def test_the_model_stays_as_it_is(plain, exports):
 
 
 def test_detections_on_photographs_are_the_plain_models(exported, plain, shared):
-    pictures = sorted((shared / "data/coco/val2017").glob("*.jpg"))[:12]
-    expected = Detector(plain)(pictures, threshold=0.3, batch_size=2)
+    images = sorted((shared / "data/coco/val2017").glob("*.jpg"))[:12]
+    expected = Detector(plain)(images, threshold=0.3, batch_size=2)
     assert len({found.size for found in expected}) > 3
     assert sum(map(len, expected)) > 100
-    for found, wanted in zip(Detector(exported)(pictures, threshold=0.3, batch_size=2), expected, strict=True):
+    for found, wanted in zip(Detector(exported)(images, threshold=0.3, batch_size=2), expected, strict=True):
         assert_same_objects(found, wanted, 0.3)
         assert set(zip(found.names, found.category_ids, strict=True)) <= set(
             zip(NAMES[1:], (3, 5, 7, 9, 11, 13), strict=True)
         )
 
 
-def pictures_of_shapes():
+def images_of_shapes():
     sizes = [(192, 256), (200, 150), (192, 256), (130, 260), (192, 256)]
-    return [draw_picture(0, index_in("demo", place), size=size)[0] for place, size in enumerate(sizes)]
+    return [draw_image(0, index_in("demo", place), size=size)[0] for place, size in enumerate(sizes)]
 
 
 def test_trained_weights_find_the_same(exports, shapes):
     path, _ = exports("shapes", ".onnx")
-    pictures = pictures_of_shapes()
-    expected = Detector(shapes)(pictures, batch_size=2)
+    images = images_of_shapes()
+    expected = Detector(shapes)(images, batch_size=2)
     assert sum(map(len, expected)) > 10
-    for found, wanted in zip(Detector.from_file(path)(pictures, batch_size=2), expected, strict=True):
+    for found, wanted in zip(Detector.from_file(path)(images, batch_size=2), expected, strict=True):
         assert_same_objects(found, wanted, 0.5)
 
 
@@ -168,17 +168,17 @@ def run_as_others_do(path, pixels, sizes):
 
 
 def test_post_processing_in_the_file_is_the_detectors(path, plain, photograph):
-    """Two pictures that are resized to one size, and whose own sizes differ."""
-    from conditional_detr.inference.images import open_picture, to_pixels
+    """Two images that are resized to one size, and whose own sizes differ."""
+    from conditional_detr.inference.images import open_image, to_pixels
 
     first = Image.open(photograph)
-    pictures = [first, first.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((256, 192))]
-    pixels = torch.stack([to_pixels(open_picture(p, "picture"), plain.metadata.preprocessing) for p in pictures])
+    images = [first, first.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((256, 192))]
+    pixels = torch.stack([to_pixels(open_image(p, "image"), plain.metadata.preprocessing) for p in images])
     found = run_as_others_do(path, pixels, torch.tensor([[96, 128], [192, 256]]))
     assert [*found] == ["logits", "boxes", "corners", "scores", "labels"]
     assert found["corners"].shape == (2, TOP_K, 4)
     assert found["labels"].dtype == torch.int64
-    for place, expected in enumerate(Detector(plain)(pictures, threshold=0, top_k=TOP_K)):
+    for place, expected in enumerate(Detector(plain)(images, threshold=0, top_k=TOP_K)):
         assert (expected.scores.diff() < -1e-5).all()  # so that their order is certain
         assert found["labels"][place].tolist() == expected.labels.tolist()
         torch.testing.assert_close(found["scores"][place], expected.scores, rtol=0, atol=1e-5)
@@ -248,9 +248,9 @@ def test_half_precision_leaves_what_needs_more_in_float32(suffix, single, half, 
 
 def test_trained_weights_find_the_same_in_half_precision(exports, shapes):
     path, _ = exports("shapes", ".onnx", dtype=torch.float16)
-    pictures = pictures_of_shapes()
+    images = images_of_shapes()
     for found, wanted in zip(
-        Detector.from_file(path)(pictures, threshold=0.4), Detector(shapes)(pictures, threshold=0.5), strict=True
+        Detector.from_file(path)(images, threshold=0.4), Detector(shapes)(images, threshold=0.5), strict=True
     ):
         assert len(found.filter(threshold=0.5)) == pytest.approx(len(wanted), abs=1)
         for box, score, name in wanted:
@@ -268,7 +268,7 @@ def test_a_file_says_what_it_is(written, exported, plain, photograph):
     assert (description.precision, description.top_k, description.measured) == ("float32", TOP_K, {})
     assert [(one.height, one.width) for one in description.parity] == [(96, 128), (49, 65)]
     assert all(0 < one.logits < 1e-4 and 0 < one.boxes < 1e-5 for one in description.parity)
-    assert description.picture == (str(photograph) if path.suffix == ".onnx" else "drawn")
+    assert description.image == (str(photograph) if path.suffix == ".onnx" else "drawn")
     packages = {".onnx": {"onnx", "onnxscript", "onnxruntime"}, ".xml": {"openvino"}, ".pt2": set()}
     assert description.versions.keys() == {"conditional-detr", "torch"} | packages[path.suffix]
     assert description.versions["torch"] == version("torch")
@@ -358,7 +358,7 @@ def test_what_export_refuses(plain, tmp_path):
         ),
         (lambda: export(plain, target, dtype="float16"), TypeError, "dtype: expected a torch.dtype, got 'float16'"),
         (lambda: export(plain, target, top_k=0), ValueError, "top_k: expected an int of at least 1, got 0"),
-        (lambda: export(plain, target, picture=tmp_path / "none.jpg"), OSError, r"none\.jpg: no such file"),
+        (lambda: export(plain, target, image=tmp_path / "none.jpg"), OSError, r"none\.jpg: no such file"),
     ]
     for do, error, message in refusals:
         with pytest.raises(error, match=message):
@@ -605,15 +605,15 @@ def test_a_head_that_does_not_fit_its_names(plain, tmp_path):
 
 
 def test_threads_may_share_a_file(exported, plain, photograph):
-    """A detector on pictures of several sizes, and calls at sizes of their own, at once."""
+    """A detector on images of several sizes, and calls at sizes of their own, at once."""
     image = np.asarray(Image.open(photograph))
-    pictures = [image, image[:60], image[:, :70], image[::-1]]
-    expected = Detector(plain)(pictures, threshold=0.3)
+    images = [image, image[:60], image[:, :70], image[::-1]]
+    expected = Detector(plain)(images, threshold=0.3)
     begin = threading.Barrier(3)
 
     def detect():
         begin.wait()
-        return [Detector(exported)(pictures, threshold=0.3, batch_size=2) for _ in range(3)]
+        return [Detector(exported)(images, threshold=0.3, batch_size=2) for _ in range(3)]
 
     def call(size):
         begin.wait()
@@ -685,21 +685,21 @@ def test_that_python_has_no_more(package, without_torch, tmp_path):
 
 @pytest.mark.parametrize(("name", "top_k", "threshold"), [("tiny", TOP_K, 0.3), ("shapes", None, 0.5)])
 def test_example_run_onnx(name, top_k, threshold, without_torch, exports, photograph, tmp_path):
-    """On a picture that lies on its side, and on one of shapes: what it prints is what the library finds."""
+    """On an image that lies on its side, and on one of shapes: what it prints is what the library finds."""
     path, _ = exports(name, ".onnx", top_k=top_k)
-    picture = tmp_path / "picture.png"
+    image = tmp_path / "image.png"
     if name == "shapes":
-        draw_picture(0, index_in("demo", 0))[0].save(picture)
+        draw_image(0, index_in("demo", 0))[0].save(image)
     else:
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = 6
-        with Image.open(photograph) as image:
-            image.convert("RGBA").save(picture, exif=exif)
-    expected = Detector.from_file(path)(picture, threshold=threshold)
+        with Image.open(photograph) as upright:
+            upright.convert("RGBA").save(image, exif=exif)
+    expected = Detector.from_file(path)(image, threshold=threshold)
     assert expected.size == ((192, 256) if name == "shapes" else (128, 96))
     assert len(expected) > 3
     options = () if threshold == 0.5 else ("--threshold", str(threshold))
-    printed = run_example("run_onnx", path, picture, *options, folder=tmp_path, python=without_torch)
+    printed = run_example("run_onnx", path, image, *options, folder=tmp_path, python=without_torch)
     for line, (box, score, found) in zip(printed, expected, strict=True):
         printed_name, *numbers = line.split()
         assert printed_name == found

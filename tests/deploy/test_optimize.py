@@ -10,7 +10,7 @@ from torch import nn
 from conditional_detr import ConditionalDETR, Config, Detector, optimize
 from conditional_detr.deploy.backbone import FastBackbone
 from conditional_detr.deploy.kernels import Computation
-from helpers.models import differences, pixels_of, two_pictures
+from helpers.models import differences, pixels_of, two_images
 
 # logits and boxes; of half precision what its 8 or 11 bits allow
 BOUNDS = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.02), torch.float16: (0.02, 0.003)}
@@ -32,7 +32,7 @@ def test_equals_the_plain_model(plain, dtype):
         found = differences(fast, plain, pixels_of(*size))
         assert found[0] < logits
         assert found[1] < boxes
-    found = differences(fast, plain, *two_pictures(96, 128))
+    found = differences(fast, plain, *two_images(96, 128))
     assert found[0] < logits
     assert found[1] < boxes
 
@@ -40,17 +40,17 @@ def test_equals_the_plain_model(plain, dtype):
 @pytest.mark.parametrize("checkpoint", ["r50", "dc5"])
 def test_the_published_architecture(checkpoint, request):
     plain = ConditionalDETR.from_pretrained(request.getfixturevalue(checkpoint).folder)
-    logits, boxes = differences(optimize(plain), plain, *two_pictures(96, 128))
+    logits, boxes = differences(optimize(plain), plain, *two_images(96, 128))
     assert logits < 1e-4
     assert boxes < 1e-5
 
 
-def test_half_precision_gives_the_same_boxes_of_trained_weights(shapes_picture):
+def test_half_precision_gives_the_same_boxes_of_trained_weights(shapes_image):
     plain = Detector.from_pretrained("shapes")
-    expected = plain(shapes_picture, threshold=0.6)
+    expected = plain(shapes_image, threshold=0.6)
     assert len(expected) > 4
     for dtype in (torch.bfloat16, torch.float16):
-        found = Detector(optimize(plain.model, dtype=dtype))(shapes_picture, threshold=0.5)
+        found = Detector(optimize(plain.model, dtype=dtype))(shapes_image, threshold=0.5)
         for box, score, name in expected:
             same = found.filter(classes=[name])
             distances = (same.boxes - torch.tensor(box)).abs().amax(dim=1)
@@ -59,10 +59,10 @@ def test_half_precision_gives_the_same_boxes_of_trained_weights(shapes_picture):
 
 
 @pytest.fixture(scope="module")
-def shapes_picture():
-    from conditional_detr.data.synthetic import draw_picture, index_in
+def shapes_image():
+    from conditional_detr.data.synthetic import draw_image, index_in
 
-    return draw_picture(0, index_in("demo", 6))[0]
+    return draw_image(0, index_in("demo", 6))[0]
 
 
 def test_a_mask_of_nothing_is_dropped(plain):
@@ -73,7 +73,7 @@ def test_a_mask_of_nothing_is_dropped(plain):
 
 
 def test_compiled_does_not_compile_again_for_other_sizes(plain):
-    """One picture, and any number of them, of sizes that it has not seen; a mask makes another graph."""
+    """One image, and any number of them, of sizes that it has not seen; a mask makes another graph."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from conditional_detr import ConditionalDETR, Detector, Metadata, Preprocessing, optimize
 from conditional_detr.cli import app
-from conditional_detr.data.synthetic import draw_picture, index_in, write_shapes
+from conditional_detr.data.synthetic import draw_image, index_in, write_shapes
 from conditional_detr.deploy.quantize import quantize
 from conditional_detr.evaluation.coco import evaluate
 from conditional_detr.inference.exported import ExportedModel
@@ -27,7 +27,7 @@ def run(*arguments):
 
 
 def drawn(count):
-    return [draw_picture(1, index_in("calibration", place))[0] for place in range(count)]
+    return [draw_image(1, index_in("calibration", place))[0] for place in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_what_is_in_integers(quantised):
         assert not any(rounded for _, rounded in operations(path, kind))
     linear = operations(path, "MatMul")
     rounded = {name.split("/")[0] for name, is_rounded in linear if is_rounded}
-    # 3 encoder layers of 5; the keys and values of the decoder, whose positions no picture changes (16); its layers,
+    # 3 encoder layers of 5; the keys and values of the decoder, whose positions no image changes (16); its layers,
     # with λ_q between them twice
     numbers = (*range(1, 16), *range(17, 22), *range(24, 31), *range(33, 38))
     assert {f"linear_{i}" for i in numbers} | {"linear"} == rounded
@@ -120,9 +120,9 @@ def test_the_same_objects(quantised, shapes):
     path, *_ = quantised
     detector = Detector.from_file(path)
     for place in range(4):
-        picture, *_ = draw_picture(0, index_in("demo", place))
-        expected = Detector(shapes)(picture, threshold=0.6)
-        found = detector(picture, threshold=0.3)
+        image, *_ = draw_image(0, index_in("demo", place))
+        expected = Detector(shapes)(image, threshold=0.6)
+        found = detector(image, threshold=0.3)
         assert len(expected) > 0
         for box, score, name in expected:
             same = found.filter(classes=[name])
@@ -137,21 +137,21 @@ def test_what_stands_in_the_file(quantised, shapes):
     assert read == described
     assert read.precision == "int8"
     assert read.top_k == 20
-    assert read.measured == {"calibration": {"pictures": 12, "also in float": []}, "AP": 0.5}
+    assert read.measured == {"calibration": {"images": 12, "also in float": []}, "AP": 0.5}
     assert read.versions.keys() == {"conditional-detr", "torch", "openvino", "nncf"}
     assert [(one.height, one.width) for one in read.parity] == [(256, 341), (129, 172)]
     assert 1e-4 < max(one.logits for one in read.parity) < 3  # neither float32 nor nonsense
-    assert "measuring ranges, pass 1: 12 of 12 pictures" in steps
+    assert "measuring ranges, pass 1: 12 of 12 images" in steps
     size = path.with_suffix(".bin").stat().st_size
     assert size < 0.45 * sum(tensor.nbytes for tensor in shapes.state_dict().values())
 
 
 def test_bccd_loses_at_most_half_a_point(shared, tmp_path):
-    """On the official test split, with ranges of pictures of the training split."""
+    """On the official test split, with ranges of images of the training split."""
     data = shared / "data" / "bccd"
     training = json.loads((data / "instances_train.json").read_text())["images"]
-    pictures = [data / "images" / image["file_name"] for image in training[::4]]
-    quantize(ConditionalDETR.from_pretrained("bccd"), tmp_path / "bccd.xml", pictures)
+    images = [data / "images" / image["file_name"] for image in training[::4]]
+    quantize(ConditionalDETR.from_pretrained("bccd"), tmp_path / "bccd.xml", images)
     result = evaluate(Detector.from_file(tmp_path / "bccd.xml"), data / "instances_test.json", data / "images")
     assert result.metrics["AP"] >= told("bccd", "AP") - 5e-3
 
@@ -165,11 +165,11 @@ def test_bccd_loses_at_most_half_a_point(shared, tmp_path):
             r"x\.onnx: expected a file's name that ends in \.xml: int8 is",
         ),
         ({"target": "none/x.xml"}, FileNotFoundError, "none: no such folder"),
-        ({"pictures": []}, ValueError, "pictures: expected at least one, got none"),
-        ({"pictures": "x.png"}, TypeError, "pictures: expected a list, got str"),
-        ({"pictures": Path("x.png")}, TypeError, "pictures: expected a list, got PosixPath"),
+        ({"images": []}, ValueError, "images: expected at least one, got none"),
+        ({"images": "x.png"}, TypeError, "images: expected a list, got str"),
+        ({"images": Path("x.png")}, TypeError, "images: expected a list, got PosixPath"),
         ({"keep": "encoder"}, TypeError, "keep: expected a list, got str"),
-        ({"pictures": ["x.png"]}, FileNotFoundError, r"x\.png: no such file"),
+        ({"images": ["x.png"]}, FileNotFoundError, r"x\.png: no such file"),
         ({"keep": ["head"]}, ValueError, "keep: expected some of backbone, encoder, decoder, got 'head'"),
         ({"top_k": 0}, ValueError, "top_k: expected an int of at least 1, got 0"),
     ],
@@ -177,12 +177,12 @@ def test_bccd_loses_at_most_half_a_point(shared, tmp_path):
 def test_what_it_refuses(shapes, tmp_path, monkeypatch, change, error, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
-        quantize(shapes, **{"target": "x.xml", "pictures": drawn(1), **change})
+        quantize(shapes, **{"target": "x.xml", "images": drawn(1), **change})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_that_cannot_be_read_is_named(shapes, tmp_path):
-    with pytest.raises(TypeError, match=r"pictures\[1\]: expected"):
+def test_an_image_that_cannot_be_read_is_named(shapes, tmp_path):
+    with pytest.raises(TypeError, match=r"images\[1\]: expected"):
         quantize(shapes, tmp_path / "x.xml", [*drawn(1), 3])
     with pytest.raises(ValueError, match="model: expected a plain model, got one that was optimised before"):
         quantize(optimize(shapes), tmp_path / "x.xml", drawn(1))
@@ -219,7 +219,7 @@ def test_command_measures_what_is_lost(data_set, tmp_path):
     assert result.metrics["AP"] == pytest.approx(ap["int8"], abs=1e-9)
     plain = evaluate(Detector.from_pretrained("shapes"), annotations, images)
     assert plain.metrics["AP"] == pytest.approx(ap["float32"], abs=1e-3)
-    assert ExportedModel(target).description.measured["calibration"]["pictures"] == 4
+    assert ExportedModel(target).description.measured["calibration"]["images"] == 4
 
     told = run("info", target)
     assert told.exit_code == 0, told.output

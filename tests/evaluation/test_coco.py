@@ -47,23 +47,23 @@ def coco_eval(shared):
 
 @pytest.fixture(scope="module")
 def made(tiny, tmp_path_factory):
-    """A detector's folder and a data set of 7 pictures of two sizes, some of whose objects the detector does find."""
+    """A detector's folder and a data set of 7 images of two sizes, some of whose objects the detector does find."""
     folder = tmp_path_factory.mktemp("made")
     model = ConditionalDETR.from_pretrained(tiny.folder)
     model.metadata = Metadata(NAMES, preprocessing=Preprocessing(shortest_edge=96, longest_edge=160))
     with torch.no_grad():
-        model.box_head.layers[-1].bias[2:] -= 1.0  # boxes smaller than their pictures
+        model.box_head.layers[-1].bias[2:] -= 1.0  # boxes smaller than their images
     model.save_pretrained(folder / "weights")
-    (folder / "pictures" / "night").mkdir(parents=True)
+    (folder / "images" / "night").mkdir(parents=True)
     generator = np.random.default_rng(0)
     images, paths = [], []
     for i in range(7):
         height, width = (96, 128) if i % 2 else (120, 96)
         name = f"night/{i}.png" if i == 3 else f"{i}.png"
         coarse = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((width, height)).save(folder / "pictures" / name)
+        Image.fromarray(coarse).resize((width, height)).save(folder / "images" / name)
         images.append({"id": 100 - i, "file_name": name, "height": height, "width": width})
-        paths.append(folder / "pictures" / name)
+        paths.append(folder / "images" / name)
     objects = []
     ids = {category["name"]: category["id"] for category in CATEGORIES}
     for image, found in zip(images, Detector(model)(paths, threshold=0, classes=list(ids)), strict=True):
@@ -78,7 +78,7 @@ def made(tiny, tmp_path_factory):
     annotations = {"images": images, "annotations": objects, "categories": CATEGORIES}
     (folder / "annotations.json").write_text(json.dumps(annotations))
     return SimpleNamespace(
-        weights=folder / "weights", data=folder / "annotations.json", images=folder / "pictures", content=annotations
+        weights=folder / "weights", data=folder / "annotations.json", images=folder / "images", content=annotations
     )
 
 
@@ -126,7 +126,7 @@ def test_the_twelve_known_numbers(coco_eval, capsys):
 
 
 def test_the_annotations_themselves_are_perfect(shared):
-    """Real pictures' annotations, crowds among them."""
+    """Real images' annotations, crowds among them."""
     path = shared / "data" / "coco" / "instances_val2017.json"
     objects = json.loads(path.read_text())["annotations"]
     results = [
@@ -144,7 +144,7 @@ BOX, ELSEWHERE = [10.0, 10.0, 40.0, 40.0], [200.0, 200.0, 50.0, 50.0]
 
 
 def by_hand(*, first=0, image=1, category=1):
-    """Two pictures of one class, two objects; ids as wanted."""
+    """Two images of one class, two objects; ids as wanted."""
     images = [{"id": image, "file_name": "a.jpg"}, {"id": image + 1, "file_name": "b.jpg"}]
     objects = [
         {"id": first + i, "image_id": image, "category_id": category, "bbox": b}
@@ -182,7 +182,7 @@ def test_ids_may_be_any(ids):
 
 
 def test_renumbering_changes_nothing(coco_eval):
-    """Categories numbered backwards from 1000, pictures by strings, objects from 0."""
+    """Categories numbered backwards from 1000, images by strings, objects from 0."""
     data, results = (json.loads(path.read_text()) for path in coco_eval)
     for entry in data["categories"]:
         entry["id"] = 1000 - entry["id"]
@@ -195,11 +195,11 @@ def test_renumbering_changes_nothing(coco_eval):
     assert result.per_class["person"]["category_id"] == 999
 
 
-# ---- a detector on pictures
+# ---- a detector on images
 
 
 def results_of(made):
-    """Detections in COCO's form, made picture by picture."""
+    """Detections in COCO's form, made image by image."""
     detector = Detector.from_pretrained(made.weights)
     ids = {category["name"]: category["id"] for category in CATEGORIES}
     results = []
@@ -234,16 +234,16 @@ def test_no_score_is_too_low(made):
     assert_equal(evaluate(detector, made.data, made.images).metrics, expected)
 
 
-def test_pictures_stream_with_those_of_one_size_together(made, monkeypatch):
-    """An iterator, which the detector draws from as it goes, whatever the pictures' order in the file."""
+def test_images_stream_with_those_of_one_size_together(made, monkeypatch):
+    """An iterator, which the detector draws from as it goes, whatever the images' order in the file."""
     sizes = {entry["file_name"]: (entry["height"], entry["width"]) for entry in made.content["images"]}
     drawn = []
     plain = Detector.__call__
 
-    def recorded(self, pictures, **options):
-        assert not isinstance(pictures, list | tuple)
+    def recorded(self, images, **options):
+        assert not isinstance(images, list | tuple)
         assert (options["threshold"], options["top_k"], options["batch_size"]) == (0, 100, 1)
-        drawn.extend(pictures)
+        drawn.extend(images)
         return plain(self, iter(drawn), **options)
 
     monkeypatch.setattr(Detector, "__call__", recorded)
@@ -267,11 +267,11 @@ def one_of_two(rank, ports, folder, made, coco_eval):
     on_images = run("evaluate", "--data", made.data, *options)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     shares = json.loads(results.read_text())
-    pictures = sorted({result["image_id"] for result in shares})
-    mine = set(pictures[rank::2]) | set(pictures[:5])  # five pictures are in both shares
+    images = sorted({result["image_id"] for result in shares})
+    mine = set(images[rank::2]) | set(images[:5])  # five images are in both shares
     share = [result for result in shares if result["image_id"] in mine]
-    if rank == 1:  # has other things to say of the pictures in both
-        share = [{**r, "bbox": [0, 0, 1, 1]} if r["image_id"] in pictures[:5] else r for r in share]
+    if rank == 1:  # has other things to say of the images in both
+        share = [{**r, "bbox": [0, 0, 1, 1]} if r["image_id"] in images[:5] else r for r in share]
     metrics = evaluate_detections(data, share).metrics
     progress = []
     evaluate(Detector.from_pretrained(made.weights), made.data, made.images, progress=lambda *n: progress.append(n))
@@ -306,7 +306,7 @@ def two_processes(made, coco_eval, tmp_path_factory):
 
 
 def test_the_command_in_two_processes(two_processes, made):
-    """The first process prints and writes; the twelve known numbers, and those of one process on the same pictures."""
+    """The first process prints and writes; the twelve known numbers, and those of one process on the same images."""
     folder, parts = two_processes
     assert [part["codes"] for part in parts] == [[0, 0]] * 2
     assert [len(text) > 100 for text in parts[0]["printed"]] == [True, True]
@@ -319,8 +319,8 @@ def test_the_command_in_two_processes(two_processes, made):
     assert_equal({n: together[n] for n in METRICS}, {n: alone[n] for n in METRICS})
 
 
-def test_shares_are_gathered_and_a_picture_counts_once(two_processes):
-    """Five pictures are in both processes' hands: what the first says of them counts."""
+def test_shares_are_gathered_and_an_image_counts_once(two_processes):
+    """Five images are in both processes' hands: what the first says of them counts."""
     for part in two_processes[1]:
         assert_equal(part["metrics"], KNOWN)
 
@@ -339,7 +339,7 @@ def test_an_error_in_one_process_is_everyones(two_processes):
 # ---- the command
 
 
-def test_evaluate_from_pictures_to_json(made, tmp_path):
+def test_evaluate_from_images_to_json(made, tmp_path):
     written = tmp_path / "out.json"
     result = run(
         *("evaluate", "--data", made.data, "--images", made.images, "--weights", made.weights, "--json", written)
@@ -381,7 +381,7 @@ def test_evaluate_results(coco_eval, tmp_path):
             ("--data", "{data}", "--results", "{data}"),
             "error: {data}: expected a list of detections, got an object with",
         ),
-        (("--data", "{data}", "--images", "{data}"), "error: {data}: expected the folder of the pictures, got a file"),
+        (("--data", "{data}", "--images", "{data}"), "error: {data}: expected the folder of the images, got a file"),
         (("--data", "{data}", "--images", "{images}", "--device", "abacus"), "error: device: expected one that"),
         (
             ("--data", "{data}", "--images", "{images}", "--json", "no/o.json"),
@@ -422,15 +422,15 @@ def test_classes_that_the_model_does_not_have(made):
         (
             {"file_name": "gone.png"},
             FileNotFoundError,
-            r"gone.png: no such file; 1 of the 7 pictures of annotations are",
+            r"gone.png: no such file; 1 of the 7 images of annotations are",
         ),
         (
             {"file_name": "text.png"},
             ValueError,
-            r"text.png: expected a picture, got a text file",
+            r"text.png: expected an image, got a text file",
         ),
-        ({"file_name": "cut.png"}, OSError, r"cut.png: the picture cannot be read"),
-        ({"file_name": None}, ValueError, "annotations: picture 100: expected a file_name, got None"),
+        ({"file_name": "cut.png"}, OSError, r"cut.png: the image cannot be read"),
+        ({"file_name": None}, ValueError, "annotations: image 100: expected a file_name, got None"),
         (
             {"height": 96, "width": 120},
             ValueError,
@@ -438,8 +438,8 @@ def test_classes_that_the_model_does_not_have(made):
         ),
     ],
 )
-def test_pictures_that_do_not_fit(made, change, error, message):
-    (made.images / "text.png").write_text("no picture")
+def test_images_that_do_not_fit(made, change, error, message):
+    (made.images / "text.png").write_text("no image")
     (made.images / "cut.png").write_bytes((made.images / "0.png").read_bytes()[:-500])
     first, *others = made.content["images"]
     with pytest.raises(error, match=message):
@@ -483,7 +483,7 @@ def test_annotations_that_are_none(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 9}, r"annotations\[0\]: expected the id of a picture of annotations, got image_id 9"),
+        ({"image_id": 9}, r"annotations\[0\]: expected the id of an image of annotations, got image_id 9"),
         ({"category_id": 9}, r"annotations\[0\]: expected a category of annotations \(1 cat\), got category_id 9"),
         ({"bbox": [1, 2, 3]}, r"annotations\[0\]: expected a bbox \[x0, y0, w, h\], got \[1, 2, 3\]"),
         ({"bbox": [1, 2, -3, 4]}, r"with w and h of at least 0, got \[1, 2, -3, 4\]"),
@@ -504,7 +504,7 @@ def test_objects_that_are_none(change, message):
         ({"score": None}, r"results: \[1\]: expected finite numbers as score, got None"),
         ({"score": float("inf")}, r"results: \[1\]: expected finite numbers as score, got inf"),
         ({"category_id": 0}, r"results: \[1\]: expected a category of annotations \(1 cat\), got category_id 0"),
-        ({"image_id": 3}, r"results: \[1\]: expected the id of a picture of annotations, got image_id 3"),
+        ({"image_id": 3}, r"results: \[1\]: expected the id of an image of annotations, got image_id 3"),
     ],
 )
 def test_results_that_are_none(entry, message):

@@ -11,7 +11,7 @@ CATEGORIES = [{"id": 9, "name": "dog"}, {"id": 3, "name": "cat"}]  # any numberi
 
 
 def content():
-    """Three pictures: two with two objects each, one with a crowd only."""
+    """Three images: two with two objects each, one with a crowd only."""
     images = [{"id": i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH} for i in (10, 11, 12)]
     boxes = [(10, [4, 6, 20, 10], 3), (10, [20, 20, 20, 24], 9), (11, [10, 2, 8, 40], 9), (11, [34, 30, 12, 12], 3)]
     objects = [{"id": i, "image_id": p, "category_id": c, "bbox": b} for i, (p, b, c) in enumerate(boxes)]
@@ -20,8 +20,8 @@ def content():
 
 
 def write(folder: Path, annotations=None) -> tuple[Path, Path]:
-    """Write the pictures and the json; returns the json's path and the folder of the pictures."""
-    images = folder / "pictures"
+    """Write the images and the json; returns the json's path and the folder of the images."""
+    images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     for i in (10, 11, 12):

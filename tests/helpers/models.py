@@ -39,7 +39,7 @@ def randomise(model: nn.Module) -> None:
 
     In a fresh model all queries and all places of the memory soon become alike: attention is even, and what it adds to
     the residual stream drowns the differences. Half the projections could then be zero and nobody would notice. So
-    queries and keys are drawn large, what is added to the stream small, and features are spread over the picture.
+    queries and keys are drawn large, what is added to the stream small, and features are spread over the image.
     """
     for name, module in model.named_modules():
         part = name.rsplit(".", 1)[-1]
@@ -58,7 +58,7 @@ def randomise(model: nn.Module) -> None:
             nn.init.normal_(module.bias, std=0.1)
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     (features, _), *_ = model.model.backbone(pixels, (~padding).long())[-1:]
     projection = model.model.input_projection
     nn.init.normal_(projection.weight)
@@ -131,8 +131,8 @@ class Published:
         self.transformers.save_pretrained(folder)
 
 
-def two_pictures(height=160, width=224, seed=0):
-    """Pixels (2, 3, H, W) and padding (2, H, W): the second picture is smaller both ways."""
+def two_images(height=160, width=224, seed=0):
+    """Pixels (2, 3, H, W) and padding (2, H, W): the second image is smaller both ways."""
     torch.manual_seed(seed)
     pixels = torch.randn(2, 3, height, width)
     padding = torch.zeros(2, height, width, dtype=torch.bool)

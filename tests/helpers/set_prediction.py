@@ -17,7 +17,7 @@ def predictions(L=3, B=4, N=20, C=7, *, seed=0, dtype=torch.float32) -> Output:
 
 
 def targets_of(counts, C=7, *, seed=0, dtype=torch.float32) -> list[dict[str, Tensor]]:
-    """Random targets inside their pictures: as many boxes a picture as ``counts`` says."""
+    """Random targets inside their images: as many boxes an image as ``counts`` says."""
     generator = torch.Generator().manual_seed(seed)
     targets = []
     for count in counts:
@@ -52,7 +52,7 @@ def transformers_losses(output: Output, targets, **options):
 
 
 def transformers_pairs(output: Output, targets, class_cost=2, bbox_cost=5, giou_cost=2):
-    """transformers' assignment of every layer and picture."""
+    """transformers' assignment of every layer and image."""
     from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 
     matcher = DeformableDetrHungarianMatcher(class_cost, bbox_cost, giou_cost)
@@ -61,7 +61,7 @@ def transformers_pairs(output: Output, targets, class_cost=2, bbox_cost=5, giou_
 
 
 def assert_same_pairs(found, expected):
-    """The same queries with the same targets, in the same order, at every layer and picture."""
+    """The same queries with the same targets, in the same order, at every layer and image."""
     assert len(found) == len(expected)
     for ours, others in zip(found, expected, strict=True):
         assert [[x.tolist() for x in pair] for pair in ours] == [[x.tolist() for x in pair] for pair in others]

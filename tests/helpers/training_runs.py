@@ -30,18 +30,18 @@ SMALL = Config(
 
 
 class Rectangles:
-    """Pictures of noise with one to three rectangles in the colours of two classes, in memory.
+    """Images of noise with one to three rectangles in the colours of two classes, in memory.
 
     Args:
-        pictures: how many there are.
+        images: how many there are.
         times: how often each stands in the data set.
         noise: of draws from the global generators, in every sample: what an augmentation does.
-        seed: another one, other pictures.
+        seed: another one, other images.
         size: of the sides.
     """
 
-    def __init__(self, pictures, *, times=1, noise=0.0, seed=0, size=64):
-        self.samples = [self._draw(torch.Generator().manual_seed(1000 * seed + i), size) for i in range(pictures)]
+    def __init__(self, images, *, times=1, noise=0.0, seed=0, size=64):
+        self.samples = [self._draw(torch.Generator().manual_seed(1000 * seed + i), size) for i in range(images)]
         self.times = times
         self.noise = noise
         self.epochs = []
@@ -95,7 +95,7 @@ RESUMED = TrainConfig(
     query_groups=2,
     save_every=2,
 )
-"""3 steps an epoch on 11 pictures: checkpoints of steps 2, 3, 4, 6, 8, 9."""
+"""3 steps an epoch on 11 images: checkpoints of steps 2, 3, 4, 6, 8, 9."""
 
 
 def resumable(folder, *, workers, resume=False):
@@ -120,7 +120,7 @@ def killed_at(folder, step, workers, threads):
 
 
 def five_steps(folder, *, batch_size):
-    """Five steps of four pictures in all, of which some have no object and some three."""
+    """Five steps of four images in all, of which some have no object and some three."""
     data = Rectangles(20)
     for i in (1, 6, 13):
         data.samples[i] = (

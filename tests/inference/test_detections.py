@@ -1,4 +1,4 @@
-"""What can be done with one picture's detections: choosing, ordering, and the forms other libraries read."""
+"""What can be done with one image's detections: choosing, ordering, and the forms other libraries read."""
 
 import json
 import sys
@@ -155,7 +155,7 @@ def test_supervision_that_is_not_installed(found, monkeypatch):
         found.to_supervision()
 
 
-def test_drawing_a_picture_that_is_gone(found, tmp_path):
+def test_drawing_an_image_that_is_gone(found, tmp_path):
     from dataclasses import replace
 
     with pytest.raises(FileNotFoundError, match=r"gone\.jpg: no such file"):

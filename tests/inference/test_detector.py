@@ -22,7 +22,7 @@ def detector(tiny) -> Detector:
     return Detector(model)
 
 
-def test_equals_transformers_from_picture_to_boxes(tiny, photograph):
+def test_equals_transformers_from_image_to_boxes(tiny, photograph):
     """transformers' processor, model and post-processing on the same weights; no class is unused."""
     from transformers import ConditionalDetrImageProcessorPil
 
@@ -46,7 +46,7 @@ def test_equals_transformers_from_picture_to_boxes(tiny, photograph):
 
 
 def test_selection_by_hand():
-    """Two queries, three classes of which the first is unused; the picture is 100 high and 200 wide."""
+    """Two queries, three classes of which the first is unused; the image is 100 high and 200 wide."""
     logits = torch.tensor([[9.0, 0.0, 2.0], [9.0, 1.0, -3.0]])
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.9, 0.1, 0.4, 0.4]])
     rows = torch.tensor([1, 2])
@@ -59,18 +59,18 @@ def test_selection_by_hand():
     assert len(select(logits, boxes, (100, 200), Selection(rows, 0.0, 3))[0]) == 3
 
 
-def test_a_list_gives_what_its_pictures_give(detector, photograph):
-    image = np.asarray(Image.open(photograph))
-    pictures = [image, image[:80, :100], image[::-1], photograph, image[:, :50], image[:80, :100]]
-    together = detector(pictures, threshold=0.3, batch_size=2)
+def test_a_list_gives_what_its_images_give(detector, photograph):
+    values = np.asarray(Image.open(photograph))
+    images = [values, values[:80, :100], values[::-1], photograph, values[:, :50], values[:80, :100]]
+    together = detector(images, threshold=0.3, batch_size=2)
     assert isinstance(together, list)
-    for picture, found in zip(pictures, together, strict=True):
-        alone = detector(picture, threshold=0.3)
+    for image, found in zip(images, together, strict=True):
+        alone = detector(image, threshold=0.3)
         assert found.labels.tolist() == alone.labels.tolist()
         torch.testing.assert_close(found.boxes, alone.boxes, rtol=0, atol=1e-2)
         torch.testing.assert_close(found.scores, alone.scores, rtol=0, atol=1e-4)
         assert found.size == alone.size
-    assert isinstance(detector([image])[0], Detections)
+    assert isinstance(detector([values])[0], Detections)
     assert detector([]) == []
 
 
@@ -83,7 +83,7 @@ def test_unused_rows_and_unwanted_classes_are_not_reported(detector, photograph)
     assert len(detector(photograph, threshold=1)) == 0
 
 
-def test_detections_are_sorted_and_inside_the_picture(detector, photograph):
+def test_detections_are_sorted_and_inside_the_image(detector, photograph):
     found = detector(photograph, threshold=0)
     assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
     assert (found.boxes >= 0).all()
@@ -111,8 +111,8 @@ def test_drawing_changes_boxes_and_nothing_else(detector, photograph):
     assert changed[min(y1, 95), (x0 + x1) // 2]
     assert changed[(y0 + y1) // 2, min(x1, 127)]
     assert not changed[y0 + 30 : y1 - 3, x0 + 3 : x1 - 3].any()
-    for picture in [original, torch.from_numpy(original / 255).permute(2, 0, 1)]:
-        again = np.asarray(detector(picture, threshold=0.3, top_k=1).draw())
+    for image in [original, torch.from_numpy(original / 255).permute(2, 0, 1)]:
+        again = np.asarray(detector(image, threshold=0.3, top_k=1).draw())
         assert again.shape == original.shape
 
 
@@ -132,12 +132,12 @@ def test_arguments_that_make_no_sense(detector, photograph, options, error, mess
         detector(photograph, **options)
 
 
-def test_pictures_that_make_no_sense(detector, photograph):
+def test_images_that_make_no_sense(detector, photograph):
     with pytest.raises(TypeError, match=r"images\[1\]: expected a path"):
         detector([photograph, 3])
-    for picture in (3, {"a": photograph}, {photograph}):
-        with pytest.raises(TypeError, match="pictures: expected a picture, or a list or iterator of them, got"):
-            detector(picture)
+    for image in (3, {"a": photograph}, {photograph}):
+        with pytest.raises(TypeError, match="images: expected an image, or a list or iterator of them, got"):
+            detector(image)
     with pytest.raises(TypeError, match="model: expected a ConditionalDETR or an ExportedModel, got str"):
         Detector("model")
 
@@ -154,7 +154,7 @@ def test_a_replaced_head_needs_names(tiny, photograph):
 
 
 def test_equals_transformers_on_photographs(shared, r50):
-    """The published size, R50, real pictures: transformers' processor, model and post-processing."""
+    """The published size, R50, real images: transformers' processor, model and post-processing."""
     from transformers import ConditionalDetrImageProcessorPil
 
     processor = ConditionalDetrImageProcessorPil()
@@ -184,20 +184,20 @@ def test_photographs_of_mixed_sizes_are_as_one_at_a_time(detector, shared):
 def test_an_iterator_gives_an_iterator_that_draws_little_ahead(detector, photograph):
     drawn = 0
 
-    def pictures():
+    def images():
         nonlocal drawn
         for _ in range(40):
             drawn += 1
             yield photograph
 
-    found = detector(pictures(), threshold=0, top_k=1, batch_size=2)
+    found = detector(images(), threshold=0, top_k=1, batch_size=2)
     assert not isinstance(found, list)
     first = next(found)
     assert drawn <= 2 + 4 + 2
     assert torch.equal(first.boxes, detector([photograph] * 2, threshold=0, top_k=1)[0].boxes)
     assert len(list(found)) == 39
     with pytest.raises(ValueError, match="threshold"):
-        detector(pictures(), threshold=2)  # at once, not at the first result
+        detector(images(), threshold=2)  # at once, not at the first result
 
 
 def test_a_model_that_gives_nothing_finite_is_named(tiny, photograph):
@@ -220,12 +220,12 @@ def test_a_part_that_was_set_to_eval_mode_stays_so(tiny, photograph):
 def test_attention_is_drawn_for_the_query_of_a_detection(detector, photograph):
     """The figure is that of the query's maps: a model whose maps are known stands in."""
     from conditional_detr.inference.drawing import draw_attention
-    from conditional_detr.inference.images import open_picture, to_pixels
+    from conditional_detr.inference.images import open_image, to_pixels
 
     found = detector(photograph, threshold=0, top_k=9)
     box, score, name = found[8]
     model = detector.model
-    pixels = to_pixels(open_picture(photograph, "picture"), model.metadata.preprocessing)[None]
+    pixels = to_pixels(open_image(photograph, "image"), model.metadata.preprocessing)[None]
     with torch.no_grad():
         maps = model.attention_maps(pixels, layers=(0, 2))
     of_query = [part[0, :, found.queries[8]] for part in maps]
@@ -239,8 +239,8 @@ def test_attention_is_drawn_for_the_query_of_a_detection(detector, photograph):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
-def test_memory_does_not_grow_with_the_number_of_pictures(small, tmp_path):
-    """Peak memory over a list's pictures and over ten times as many, each in a process of its own."""
+def test_memory_does_not_grow_with_the_number_of_images(small, tmp_path):
+    """Peak memory over a list's images and over ten times as many, each in a process of its own."""
     generator = np.random.default_rng(0)
     for number in range(66):
         size = (int(generator.integers(200, 400)), int(generator.integers(200, 400)), 3)

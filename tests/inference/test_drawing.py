@@ -1,4 +1,4 @@
-"""Pictures for people: where labels go, what is left untouched, and that heat lies where attention does."""
+"""Images for people: where labels go, what is left untouched, and that heat lies where attention does."""
 
 import time
 
@@ -20,12 +20,12 @@ from conditional_detr.inference.drawing import (
 
 
 def noise(width: int, height: int) -> Image.Image:
-    """A busy picture in which no two pixels are likely to be alike."""
+    """A busy image in which no two pixels are likely to be alike."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 def changed(before: Image.Image, after: Image.Image) -> np.ndarray:
-    """Where two pictures differ: (H, W) bool."""
+    """Where two images differ: (H, W) bool."""
     return (np.asarray(before) != np.asarray(after)).any(-1)
 
 
@@ -59,8 +59,8 @@ def test_each_class_has_its_own_colour():
 def test_text_reads_on_every_colour():
     """A label's text has the 4.5 to 1 of contrast that web pages are asked for."""
     for label in range(91):
-        picture = np.asarray(draw_boxes(Image.new("RGB", (200, 100)), [[20, 60, 180, 90]], [label], ["III"], [1]))
-        text = picture[44:58, 22:50]
+        image = np.asarray(draw_boxes(Image.new("RGB", (200, 100)), [[20, 60, 180, 90]], [label], ["III"], [1]))
+        text = image[44:58, 22:50]
         (ink,) = (value for value in (0, 255) if (text == value).all(-1).any())
         shares = np.array([(ink, ink, ink), class_colour(label)]) / 255
         linear = np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
@@ -81,7 +81,7 @@ SIZE = (60, 14)
         [(100 + 8 * i, 100 + 8 * i, 200 + 8 * i, 180 + 8 * i) for i in range(10)],
     ],
 )
-def test_labels_lie_in_the_picture_and_cover_none_where_there_is_room(boxes):
+def test_labels_lie_in_the_image_and_cover_none_where_there_is_room(boxes):
     places = place_labels(boxes, [SIZE] * len(boxes), (400, 300))
     assert len(places) == len(boxes)
     for i, (x0, y0, x1, y1) in enumerate(places):
@@ -171,7 +171,7 @@ def test_any_size_and_any_box(size):
     assert drawn.getpixel((0, height // 2)) == class_colour(0)
 
 
-def test_lines_and_type_grow_with_the_picture():
+def test_lines_and_type_grow_with_the_image():
     thickness, tallness = [], []
     for width, height in [(64, 64), (640, 480), (1333, 800), (6000, 4000)]:
         box = [width / 4, height / 2, 3 * width / 4, 7 * height / 8]

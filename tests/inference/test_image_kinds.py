@@ -1,4 +1,4 @@
-"""Everything a person would call a picture gives detections; everything else gives one error that names it."""
+"""Everything a person would call an image gives detections; everything else gives one error that names it."""
 
 import base64
 import io
@@ -117,7 +117,7 @@ def test_good_files_and_open_files(detector, tmp_path):
 
 
 def test_a_broken_exif_is_told(detector):
-    with pytest.warns(UserWarning, match=r"picture: its EXIF cannot be read .*; taken as upright"):
+    with pytest.warns(UserWarning, match=r"image: its EXIF cannot be read .*; taken as upright"):
         detector(GOOD["jpeg with broken EXIF"])
 
 
@@ -145,7 +145,7 @@ def corrupt(data: bytes) -> bytes:
 FILES = {
     "missing": (None, FileNotFoundError, "no such file"),
     "empty": (b"", ValueError, r"got an empty file \(0 bytes\)"),
-    "text": (b"hello, this is no picture", ValueError, "got a text file"),
+    "text": (b"hello, this is no image", ValueError, "got a text file"),
     "web page": (b"<!DOCTYPE html><html></html>", ValueError, "got a web page"),
     "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', ValueError, "got an SVG drawing"),
     "PDF": (b"%PDF-1.7\n%\xe2\xe3", ValueError, "got a PDF document"),
@@ -154,17 +154,17 @@ FILES = {
     "mkv": (b"\x1a\x45\xdf\xa3\x93\x42\x82", ValueError, r"got a video \(Matroska"),
     "avi": (b"RIFF\x00\x00\x00\x00AVI LIST", ValueError, r"got a video \(AVI"),
     "mpeg": (b"\x00\x00\x01\xb3\x16\x00\xf0\x15\xff" + bytes(40), ValueError, r"got a video \(MPEG"),
-    "heic": (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00", ValueError, "got a HEIC picture, which PIL opens once"),
+    "heic": (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00", ValueError, "got a HEIC image, which PIL opens once"),
     "zip": (b"PK\x03\x04\x14\x00", ValueError, "got a zip archive"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", ValueError, "got a Git LFS pointer"),
     "noise": (np.random.default_rng(0).bytes(500), ValueError, "got a file of a kind PIL does not know"),
     "half a jpeg": (GOOD["jpeg"][: len(GOOD["jpeg"]) // 2], OSError, "cannot be read: .*truncated"),
     "half a png": (GOOD["png"][: len(GOOD["png"]) // 2], OSError, "cannot be read: .*"),
     "corrupt png": (corrupt(GOOD["png"]), OSError, "cannot be read: .*"),
-    "half a gif": (GOOD["gif"][:100], (OSError, ValueError), "cannot be read|expected a picture"),
-    "half a webp": (GOOD["webp"][:100], (OSError, ValueError), "cannot be read|expected a picture"),
+    "half a gif": (GOOD["gif"][:100], (OSError, ValueError), "cannot be read|expected an image"),
+    "half a webp": (GOOD["webp"][:100], (OSError, ValueError), "cannot be read|expected an image"),
     "half a qoi": (b"qoif" + struct.pack(">IIBB", 64, 48, 3, 0) + bytes(20), OSError, "cannot be read"),
-    "half an avif": (GOOD["avif"][: len(GOOD["avif"]) // 2], ValueError, "got an AVIF picture that is truncated"),
+    "half an avif": (GOOD["avif"][: len(GOOD["avif"]) // 2], ValueError, "got an AVIF image that is truncated"),
     "swollen png": (swollen(), OSError, "cannot be read: Decompressed data too large"),
     "bomb": (bomb(), ValueError, "decompression bomb.*; PIL.Image.MAX_IMAGE_PIXELS sets the limit"),
 }
@@ -190,13 +190,13 @@ BAD = {
     "a number": (3, TypeError, "got int"),
     "a list in the list": ([IMAGE], TypeError, "got list"),
     "empty string": ("", ValueError, "got an empty string"),
-    "base64 of text": (base64.b64encode(b"no picture at all" * 30).decode(), ValueError, "none of them"),
+    "base64 of text": (base64.b64encode(b"no image at all" * 30).decode(), ValueError, "none of them"),
     "text": (io.StringIO("x"), TypeError, "binary mode"),
-    "empty PIL": (Image.new("RGB", (0, 5)), ValueError, "expected a picture with pixels, got 0 x 5"),
+    "empty PIL": (Image.new("RGB", (0, 5)), ValueError, "expected an image with pixels, got 0 x 5"),
     "truncated PIL": (Image.open(io.BytesIO(GOOD["jpeg"][:900])), OSError, "truncated"),
     "empty array": (RGB[:0], ValueError, r"got \(0, 64, 3\)"),
     "two channels": (RGB[..., :2], ValueError, r"got \(48, 64, 2\)"),
-    "a batch": (RGB[None], ValueError, "for a batch, pass a list of pictures"),
+    "a batch": (RGB[None], ValueError, "for a batch, pass a list of images"),
     "NaN": (np.full((4, 4, 3), np.nan), ValueError, r"expected floating point values in \[0, 1\], got nan"),
     "infinity": (np.full((4, 4, 3), np.inf), ValueError, r"expected floating point values in \[0, 1\], got inf"),
     "floats to 255": (RGB.astype(np.float32), ValueError, "0..255 is for uint8"),
@@ -209,21 +209,21 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_objects(detector, kind):
-    picture, error, message = BAD[kind]
+    image, error, message = BAD[kind]
     with pytest.raises(error, match=rf"^images\[2\]: .*{message}") as caught:
-        detector([IMAGE, RGB, picture])
+        detector([IMAGE, RGB, image])
     assert "\n" not in str(caught.value)
 
 
 def test_skipping(detector, tmp_path):
     """Same length, None in that place, one warning each."""
     (tmp_path / "text.jpg").write_text("hello")
-    pictures = [IMAGE, tmp_path / "text.jpg", RGB[:20], None, RGB]
+    images = [IMAGE, tmp_path / "text.jpg", RGB[:20], None, RGB]
     with pytest.warns(UserWarning, match="skipped: ") as told:
-        found = detector(pictures, threshold=0, top_k=2, on_error="skip")
+        found = detector(images, threshold=0, top_k=2, on_error="skip")
     assert [f is None for f in found] == [False, True, False, True, False]
     assert found[2].size == (20, 64)
     messages = [str(warning.message) for warning in told]
-    assert [m.split(":")[:2] for m in messages] == [["skipped", f" {pictures[1]}"], ["skipped", " images[3]"]]
-    with pytest.warns(UserWarning, match="skipped: picture: expected a file opened in binary mode"):
+    assert [m.split(":")[:2] for m in messages] == [["skipped", f" {images[1]}"], ["skipped", " images[3]"]]
+    with pytest.warns(UserWarning, match="skipped: image: expected a file opened in binary mode"):
         assert detector(io.StringIO(), on_error="skip") is None

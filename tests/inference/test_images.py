@@ -1,4 +1,4 @@
-"""Pictures of every kind become the pixels that transformers' own processor makes."""
+"""Images of every kind become the pixels that transformers' own processor makes."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from conditional_detr import Preprocessing
-from conditional_detr.inference.images import open_picture, resized_size, size_of, to_pixels
+from conditional_detr.inference.images import open_image, resized_size, size_of, to_pixels
 
 
 def transformers_pixels(image: Image.Image, **options) -> torch.Tensor:
@@ -16,8 +16,8 @@ def transformers_pixels(image: Image.Image, **options) -> torch.Tensor:
     return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
-def ours(picture, preprocessing=None) -> torch.Tensor:
-    return to_pixels(open_picture(picture, "picture"), preprocessing or Preprocessing())
+def ours(image, preprocessing=None) -> torch.Tensor:
+    return to_pixels(open_image(image, "image"), preprocessing or Preprocessing())
 
 
 def test_the_cats(shared):
@@ -57,23 +57,23 @@ RGB = np.random.default_rng(1).integers(0, 255, (24, 32, 3), dtype=np.uint8)
 SMALL = Preprocessing(shortest_edge=16, longest_edge=64)
 
 
-def test_every_form_of_one_picture_gives_the_same_pixels(tmp_path):
-    image = Image.fromarray(RGB)
-    path = tmp_path / "picture.png"
-    image.save(path)
+def test_every_form_of_one_image_gives_the_same_pixels(tmp_path):
+    opened = Image.fromarray(RGB)
+    path = tmp_path / "image.png"
+    opened.save(path)
     expected = ours(path, SMALL)
     sixteen_bits = RGB.astype(np.uint16) * 257
-    for picture in [
+    for image in [
         str(path),
-        image,
+        opened,
         RGB,
         RGB[:, ::-1][:, ::-1],
         torch.from_numpy(RGB).permute(2, 0, 1),
         sixteen_bits,
     ]:
-        torch.testing.assert_close(ours(picture, SMALL), expected, rtol=0, atol=0)
-    for picture in [RGB / 255, torch.from_numpy(RGB / 255).permute(2, 0, 1).half()]:
-        torch.testing.assert_close(ours(picture, SMALL), expected, rtol=0, atol=0.02)
+        torch.testing.assert_close(ours(image, SMALL), expected, rtol=0, atol=0)
+    for image in [RGB / 255, torch.from_numpy(RGB / 255).permute(2, 0, 1).half()]:
+        torch.testing.assert_close(ours(image, SMALL), expected, rtol=0, atol=0.02)
 
 
 MODES = ["L", "LA", "P", "1", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16", "PA", "RGBa", "La", "RGBX"]
@@ -106,7 +106,7 @@ def test_a_palette_with_transparency():
     image = Image.fromarray(RGB).quantize(8)
     image.info["transparency"] = bytes([0, 128] + [255] * 6)
     expected = np.asarray(image.convert("RGBA"))[..., :3]
-    assert np.array_equal(np.asarray(open_picture(image, "picture")), expected)
+    assert np.array_equal(np.asarray(open_image(image, "image")), expected)
 
 
 def test_exif_orientation_is_honoured(tmp_path):
@@ -114,18 +114,18 @@ def test_exif_orientation_is_honoured(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6  # the camera was turned: rows run from right to left
     image.save(tmp_path / "turned.png", exif=exif)
-    opened = open_picture(tmp_path / "turned.png", "picture")
+    opened = open_image(tmp_path / "turned.png", "image")
     assert size_of(opened) == (32, 24)
     assert np.array_equal(np.asarray(opened), np.rot90(RGB, -1))
 
 
 @pytest.mark.parametrize(
-    ("picture", "error", "message"),
+    ("image", "error", "message"),
     [
         ("no.jpg", FileNotFoundError, r"no\.jpg: no such file"),
-        (".", IsADirectoryError, "expected a picture file, got a folder"),
+        (".", IsADirectoryError, "expected an image file, got a folder"),
         (3, TypeError, r"images\[0\]: expected a path, address, base64, bytes, open file, PIL image, .*, got int"),
-        (b"x", ValueError, r"images\[0\]: expected a picture, got a text file"),
+        (b"x", ValueError, r"images\[0\]: expected an image, got a text file"),
         (None, TypeError, "got NoneType"),
         (np.zeros((4, 4, 5), np.uint8), ValueError, r"expected an array \(H, W, 3\), .* or \(H, W\), got \(4, 4, 5\)"),
         (np.zeros((3, 4, 5), np.uint8), ValueError, r"channels come last in an array: \.transpose\(1, 2, 0\)"),
@@ -140,26 +140,26 @@ def test_exif_orientation_is_honoured(tmp_path):
             ValueError,
             r"got \(5, 4, 3\); channels come first in a tensor",
         ),
-        (torch.zeros(1, 3, 4, 4), ValueError, r"got \(1, 3, 4, 4\); for a batch, pass a list of pictures"),
+        (torch.zeros(1, 3, 4, 4), ValueError, r"got \(1, 3, 4, 4\); for a batch, pass a list of images"),
         (torch.zeros(3, 4, 4, dtype=torch.int32), TypeError, "got int32"),
         (Image.fromarray(np.full((2, 2), 70000, np.int32)), ValueError, r"expected 16-bit values 0\.\.65535"),
     ],
 )
-def test_what_is_no_picture(picture, error, message):
+def test_what_is_no_image(image, error, message):
     with pytest.raises(error, match=message):
-        open_picture(picture, "images[0]")
+        open_image(image, "images[0]")
 
 
-def test_files_that_are_no_pictures(tmp_path):
+def test_files_that_are_no_images(tmp_path):
     Image.fromarray(np.tile(RGB, (9, 9, 1))).save(tmp_path / "whole.jpg")
     whole = (tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(OSError, match=r"half\.jpg: the picture cannot be read: .*truncated"):
-        open_picture(tmp_path / "half.jpg", "picture")
+    with pytest.raises(OSError, match=r"half\.jpg: the image cannot be read: .*truncated"):
+        open_image(tmp_path / "half.jpg", "image")
 
 
 def test_a_decompression_bomb(tmp_path, monkeypatch):
     Image.fromarray(RGB).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"bomb\.png: .*decompression bomb"):
-        open_picture(tmp_path / "bomb.png", "picture")
+        open_image(tmp_path / "bomb.png", "image")

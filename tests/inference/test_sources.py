@@ -1,4 +1,4 @@
-"""Pictures from addresses, base64, bytes and open files: what comes is what was there, or an error names it."""
+"""Images from addresses, base64, bytes and open files: what comes is what was there, or an error names it."""
 
 import base64
 import http.server
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conditional_detr.inference.images import open_picture
+from conditional_detr.inference.images import open_image
 from conditional_detr.inference.sources import Limits, bring, name_of
 
 RGB = np.random.default_rng(2).integers(0, 255, (24, 32, 3), dtype=np.uint8)
@@ -45,12 +45,12 @@ def server():
                 return
             if path == "moved.png":
                 self.send_response(302)
-                self.send_header("Location", "/picture.png")
+                self.send_header("Location", "/image.png")
                 self.end_headers()
                 return
-            known = path.split("?")[0] in ("picture.png", "a%20picture%20%C3%BC.png")
+            known = path.split("?")[0] in ("image.png", "an%20image%20%C3%BC.png")
             self.send_response(200 if known or path in ("trickle", "silent", "lies", "page", "endless") else 404)
-            body = b"<!doctype html><p>no picture" if path == "page" else PNG
+            body = b"<!doctype html><p>no image" if path == "page" else PNG
             if path != "endless":
                 self.send_header("Content-Length", str(len(body) + (path in ("lies", "trickle", "silent"))))
             self.end_headers()
@@ -79,17 +79,17 @@ def server():
     server.server_close()
 
 
-@pytest.mark.parametrize("path", ["picture.png", "moved.png", "a picture ü.png", "picture.png?size=1&x=%20"])
+@pytest.mark.parametrize("path", ["image.png", "moved.png", "an image ü.png", "image.png?size=1&x=%20"])
 def test_an_address(server, path):
-    assert bring(server + path, "picture") == PNG
-    assert np.array_equal(np.asarray(open_picture(server + path, "picture")), RGB)
+    assert bring(server + path, "image") == PNG
+    assert np.array_equal(np.asarray(open_image(server + path, "image")), RGB)
 
 
 @pytest.mark.parametrize(
     ("path", "limits", "error", "message"),
     [
         ("none.png", Limits(), OSError, "none.png: the address cannot be fetched: HTTP Error 404"),
-        ("picture.png", Limits(max_bytes=100), ValueError, "picture.png: expected at most 100 bytes, got"),
+        ("image.png", Limits(max_bytes=100), ValueError, "image.png: expected at most 100 bytes, got"),
         ("endless", Limits(max_bytes=10**6), ValueError, "endless: expected at most 1000000 bytes, got"),
         ("silent", Limits(timeout=0.2), OSError, "silent: the address cannot be fetched: .*timed out"),
         (
@@ -100,22 +100,22 @@ def test_an_address(server, path):
         ),
         ("headers", Limits(timeout=0.3), OSError, "headers: the address cannot be fetched: timed out after 0.3 s"),
         ("lies", Limits(), OSError, "lies: the address cannot be fetched: .*broke off after|IncompleteRead"),
-        ("page", Limits(), ValueError, "page: expected a picture, got a web page"),
+        ("page", Limits(), ValueError, "page: expected an image, got a web page"),
     ],
 )
-def test_an_address_that_gives_no_picture(server, path, limits, error, message):
+def test_an_address_that_gives_no_image(server, path, limits, error, message):
     start = time.monotonic()
     with pytest.raises(error, match=message) as caught:
-        open_picture(server + path, "picture", limits)
+        open_image(server + path, "image", limits)
     assert str(caught.value).startswith(server + path)
     assert time.monotonic() - start < 1.5
 
 
 def test_nobody_answers():
     with pytest.raises(OSError, match=r"http://127\.0\.0\.1:9/a\.jpg: the address cannot be fetched: .*refused"):
-        bring("http://127.0.0.1:9/a.jpg", "picture")
+        bring("http://127.0.0.1:9/a.jpg", "image")
     with pytest.raises(OSError, match=r"http://\[a\.jpg: the address cannot be fetched: "):
-        bring("http://[a.jpg", "picture")
+        bring("http://[a.jpg", "image")
 
 
 def test_base64_in_every_form():
@@ -124,24 +124,24 @@ def test_base64_in_every_form():
     forms = [text, wrapped, text.rstrip("="), base64.urlsafe_b64encode(PNG).decode(), f"data:image/png;base64,{text}"]
     forms += [f"data:image/png;base64,{wrapped}", f"DATA:;base64,{text}"]
     for form in forms:
-        assert bring(form, "picture") == PNG
+        assert bring(form, "image") == PNG
     jpeg = encoded("JPEG")
     assert base64.b64encode(jpeg).decode().startswith("/9j/"), "which looks like a path"
-    assert bring(base64.b64encode(jpeg).decode(), "picture") == jpeg
+    assert bring(base64.b64encode(jpeg).decode(), "image") == jpeg
 
 
 def test_bytes_and_open_files(tmp_path):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(PNG)
     for form in [PNG, bytearray(PNG), memoryview(PNG), io.BytesIO(PNG)]:
-        assert bring(form, "picture") == PNG
+        assert bring(form, "image") == PNG
     with path.open("rb") as file:
-        assert bring(file, "picture") == PNG
-    assert bring(str(path), "picture") == bring(path, "picture") == Path(path)
+        assert bring(file, "image") == PNG
+    assert bring(str(path), "image") == bring(path, "image") == Path(path)
 
 
 @pytest.mark.parametrize(
-    ("picture", "error", "message"),
+    ("image", "error", "message"),
     [
         ("", ValueError, r"images\[4\]: expected a path, address or base64, got an empty string"),
         (
@@ -149,49 +149,49 @@ def test_bytes_and_open_files(tmp_path):
             ValueError,
             "ftp://host/a.jpg: expected an http or https address, got .* 'ftp'",
         ),
-        ("A" * 4000, ValueError, r"images\[4\]: expected a path, address or base64 of a picture, got 4000 characters"),
+        ("A" * 4000, ValueError, r"images\[4\]: expected a path, address or base64 of an image, got 4000 characters"),
         ("data:image/png;base64", ValueError, r"images\[4\]: expected a data URI such as"),
         (
             io.StringIO("text"),
             TypeError,
             r"images\[4\]: expected a file opened in binary mode, got .* str",
         ),
-        (b"", ValueError, r"images\[4\]: expected a picture, got an empty file"),
-        (PNG[:200], OSError, r"images\[4\]: the picture cannot be read: .*truncated"),
-        (base64.b64encode(PNG[:200]).decode(), OSError, r"images\[4\]: the picture cannot be read"),
-        ("data:text/plain,hello", ValueError, r"images\[4\]: expected a picture, got a text file"),
+        (b"", ValueError, r"images\[4\]: expected an image, got an empty file"),
+        (PNG[:200], OSError, r"images\[4\]: the image cannot be read: .*truncated"),
+        (base64.b64encode(PNG[:200]).decode(), OSError, r"images\[4\]: the image cannot be read"),
+        ("data:text/plain,hello", ValueError, r"images\[4\]: expected an image, got a text file"),
     ],
 )
-def test_what_is_no_source(picture, error, message):
+def test_what_is_no_source(image, error, message):
     with pytest.raises(error, match=message):
-        open_picture(picture, "images[4]")
+        open_image(image, "images[4]")
 
 
 def test_files_that_cannot_be_read(tmp_path):
     closed = io.BytesIO(PNG)
     closed.close()
-    with pytest.raises(OSError, match="picture: the open file cannot be read: I/O operation on closed file"):
-        bring(closed, "picture")
+    with pytest.raises(OSError, match="image: the open file cannot be read: I/O operation on closed file"):
+        bring(closed, "image")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa" * 9)
     with (tmp_path / "latin.txt").open(encoding="utf-8") as text, pytest.raises(TypeError, match="binary mode"):
-        bring(text, "picture")
+        bring(text, "image")
 
 
 def test_a_short_path_is_no_base64():
-    """This is base64's alphabet, and its bytes are no picture."""
+    """This is base64's alphabet, and its bytes are no image."""
     path = "photographs/of/the/summer/holidays/beach"
-    assert bring(path, "picture") == Path(path)
+    assert bring(path, "image") == Path(path)
 
 
 def test_names():
     assert name_of("a.jpg", "images[0]") == name_of(Path("a.jpg"), "images[0]") == "a.jpg"
     assert name_of("http://host/a.jpg", "images[0]") == "http://host/a.jpg"
-    for picture in ["A" * 300, "data:,", b"", RGB, ""]:
-        assert name_of(picture, "images[0]") == "images[0]"
+    for image in ["A" * 300, "data:,", b"", RGB, ""]:
+        assert name_of(image, "images[0]") == "images[0]"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
 def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(ValueError, match=r"pipe\.jpg: expected a picture file, got a pipe or device"):
-        open_picture(tmp_path / "pipe.jpg", "picture")
+    with pytest.raises(ValueError, match=r"pipe\.jpg: expected an image file, got a pipe or device"):
+        open_image(tmp_path / "pipe.jpg", "image")

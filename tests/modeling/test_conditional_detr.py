@@ -9,7 +9,7 @@ import torch
 from conditional_detr import ConditionalDETR, Config
 from conditional_detr.checkpoints.meta_init import Skeleton
 from conditional_detr.modeling.positions import sine_of_map, sine_of_points
-from helpers.models import TINY, transformers_model, two_pictures
+from helpers.models import TINY, transformers_model, two_images
 from helpers.reference import IDLE, distance, rounding, transformers_output
 
 
@@ -25,7 +25,7 @@ def output_of(model, pixels, padding=None):
 
 def assert_equals_transformers(model, reference):
     """Every layer's logits and boxes within three times what float32 rounding does to transformers itself."""
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     expected = transformers_output(reference, pixels, padding)
     assert expected.logits[-1].std(dim=1).mean() > 0.02, "the queries are alike, so that nothing is tested"
     logits, boxes = distance(output_of(model, pixels, padding), expected)
@@ -66,13 +66,13 @@ def test_reference_points_beyond_the_bound_equal_transformers(tiny):
         reference.model.decoder.ref_point_head.layers[1].bias.copy_(torch.tensor([20.0, -20.0]))
         model.decoder.reference_point.layers[1].bias.copy_(torch.tensor([20.0, -20.0]))
     assert model.decoder.points(model.object_queries.weight)[0][:, 0].max() == 1
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     expected = transformers_output(reference, pixels, padding)
     assert distance(output_of(model, pixels, padding), expected)[1] < 1e-6
 
 
 def test_output_shapes_are_those_of_the_docstring(model):
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     features, cells = model.backbone(pixels, padding)
     memory, positions = model.encode(features, cells)
     f, s = model.decode(memory, positions, cells)
@@ -92,14 +92,14 @@ def test_output_shapes_are_those_of_the_docstring(model):
 
 
 def test_what_stands_under_the_padding_does_not_matter(model):
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     noisy = torch.where(padding[:, None], torch.tensor(float("nan")), pixels)
     a, b = output_of(model, pixels, padding), output_of(model, noisy, padding)
     assert distance(a, b) == (0, 0)
 
 
 def test_padding_of_nothing_equals_no_padding(model):
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     a, b = output_of(model, pixels), output_of(model, pixels, torch.zeros_like(padding))
     assert max(distance(a, b)) < 5e-6
 
@@ -107,13 +107,13 @@ def test_padding_of_nothing_equals_no_padding(model):
 def test_forward_is_the_same_in_train_and_eval_mode(tmp_path):
     transformers_model(**TINY, dropout=0.0).save_pretrained(tmp_path)
     model = ConditionalDETR.from_pretrained(tmp_path)
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     expected = output_of(model, pixels, padding)
     assert distance(output_of(model.train(), pixels, padding), expected) == (0, 0)
 
 
 def test_dropout_acts_while_training_only(model):
-    pixels, _ = two_pictures()
+    pixels, _ = two_images()
     torch.manual_seed(0)
     evaluated, again = output_of(model, pixels), output_of(model, pixels)
     trained = output_of(model.train(), pixels)
@@ -148,7 +148,7 @@ def test_attention_maps_are_those_the_model_uses(tiny, first):
     layer = 0 if first else 2
     reference = copy.deepcopy(tiny.transformers)
     reference.set_attn_implementation("eager")
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     with torch.no_grad():
         outputs = reference.model(pixels, pixel_mask=(~padding).long(), output_attentions=True)
         maps = ConditionalDETR.from_pretrained(tiny.folder).attention_maps(pixels, padding, layers=(layer,))
@@ -159,7 +159,7 @@ def test_attention_maps_are_those_the_model_uses(tiny, first):
 
 def test_attention_maps_multiply_to_the_combined_one(model):
     """exp(a + b) = exp(a) exp(b): the combined map is the normalised product of its parts."""
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     with torch.no_grad():
         maps = model.attention_maps(pixels, padding)
         both = model.attention_maps(pixels, padding, layers=(0, -1))
@@ -179,7 +179,7 @@ def test_attention_maps_of_a_layer_that_is_not_there(model, layers):
 
 def test_every_trainable_parameter_gets_a_gradient(tiny):
     model = ConditionalDETR.from_pretrained(tiny.folder)  # in eval mode: dropout would make them uneven
-    output = model(*two_pictures())
+    output = model(*two_images())
     (output.logits.square().sum() + output.boxes.square().sum()).backward()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moved = {name for name, p in trainable.items() if p.grad.abs().max() > 1e-5}
@@ -189,7 +189,7 @@ def test_every_trainable_parameter_gets_a_gradient(tiny):
 def test_gradients_against_finite_differences(tiny):
     """The whole network in float64, one direction in parameter space."""
     model = ConditionalDETR.from_pretrained(tiny.folder).double()
-    pixels, padding = two_pictures(64, 96)
+    pixels, padding = two_images(64, 96)
     parameters = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(0)
     direction = [torch.randn_like(p) for p in parameters]
@@ -250,7 +250,7 @@ def test_any_convolutional_backbone_at_any_stage(name, stage, channels, stride, 
             {"backbone": "resnet5O"},
             r"backbone: got 'resnet5O', expected the name of a timm model.*did you mean resnet",
         ),
-        ({"backbone": "swin_tiny_patch4_window7_224", "backbone_stage": 3}, "takes pictures of one size only"),
+        ({"backbone": "swin_tiny_patch4_window7_224", "backbone_stage": 3}, "takes images of one size only"),
         ({"backbone": "mambaout_femto", "backbone_stage": 3}, "channels-last"),
         ({"backbone_stage": 5}, "timm cannot give stage 5 of 'resnet50'"),
         ({"backbone": "resnet18", "backbone_stage": 1, "dilation": True}, "resnet18"),
@@ -286,7 +286,7 @@ def test_a_config_that_makes_no_sense(options, error, message):
 @pytest.mark.parametrize(
     ("pixels", "padding", "error", "message"),
     [
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), None, TypeError, "got torch.uint8; Detector takes pictures"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), None, TypeError, "got torch.uint8; Detector takes images"),
         ("street.jpg", None, TypeError, "pixels: expected a normalised floating point tensor .*, got str"),
         (torch.zeros(3, 8, 8), None, ValueError, r"pixels: expected \(B, 3, H, W\).*got \(3, 8, 8\)"),
         (torch.zeros(1, 8, 8, 3), None, ValueError, r"got \(1, 8, 8, 3\)"),
@@ -330,7 +330,7 @@ def test_parameters_and_flops_of_the_papers_table():
 
 
 def test_copy_pickle_state_dict_and_dtype(tiny, model, tmp_path):
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     expected = output_of(model, pixels, padding)
     twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     fresh = ConditionalDETR(model.config).eval()
@@ -350,7 +350,7 @@ def test_parts_are_replaced_and_frozen_as_in_any_module(model):
     model = copy.deepcopy(model)
     model.class_head = torch.nn.Linear(32, 2)
     model.encoder.requires_grad_(False)
-    output = model(*two_pictures())
+    output = model(*two_images())
     assert output.logits.shape == (3, 2, 11, 2)
     output.logits.sum().backward()
     assert all(p.grad is None for p in model.encoder.parameters())
@@ -358,8 +358,8 @@ def test_parts_are_replaced_and_frozen_as_in_any_module(model):
 
 
 def test_exported_equals_eager(model):
-    """For any number of pictures of any size."""
-    pixels, padding = two_pictures()
+    """For any number of images of any size."""
+    pixels, padding = two_images()
     batch, any_size = torch.export.Dim("batch", min=1, max=8), torch.export.Dim.AUTO
     program = torch.export.export(
         model,
@@ -367,14 +367,14 @@ def test_exported_equals_eager(model):
         dynamic_shapes=({0: batch, 2: any_size, 3: any_size}, {0: batch, 1: any_size, 2: any_size}),
         strict=False,
     )
-    for height, width, pictures in ((128, 160, 2), (90, 131, 1), (96, 128, 3)):
-        pixels, padding = (torch.cat([x, x])[:pictures] for x in two_pictures(height, width))
+    for height, width, images in ((128, 160, 2), (90, 131, 1), (96, 128, 3)):
+        pixels, padding = (torch.cat([x, x])[:images] for x in two_images(height, width))
         exported = program.module()(pixels, padding)
         assert max(distance(exported, output_of(model, pixels, padding))) < 5e-6
 
 
 def test_compiled_equals_eager(model):
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     for pad in (padding, None):
         assert max(distance(output_of(compiled, pixels, pad), output_of(model, pixels, pad))) < 5e-6

@@ -13,20 +13,20 @@ from conditional_detr import ConditionalDETR
 from conditional_detr.modeling import conditional_detr as model
 from conditional_detr.modeling import decoder, encoder
 from conditional_detr.modeling import positions as positions_module
-from helpers.models import two_pictures
+from helpers.models import two_images
 from helpers.reference import IDLE, distance, transformers_output
 
 VISIBLE = 1e-4  # logits; the parity tests allow 3e-5 at most
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    return two_pictures(96, 128)
+def images():
+    return two_images(96, 128)
 
 
 @pytest.fixture(scope="module")
-def expected(tiny, pictures):
-    return transformers_output(tiny.transformers, *pictures)
+def expected(tiny, images):
+    return transformers_output(tiny.transformers, *images)
 
 
 @pytest.fixture(scope="module")
@@ -41,30 +41,30 @@ def projections(network) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def visible(network, pictures, expected) -> bool:
-    logits, boxes = distance(network(*pictures), expected)
+def visible(network, images, expected) -> bool:
+    logits, boxes = distance(network(*images), expected)
     return max(logits, boxes) > VISIBLE
 
 
-def test_unchanged_it_passes(ours, pictures, expected):
-    assert max(distance(ours(*pictures), expected)) < 3e-5
+def test_unchanged_it_passes(ours, images, expected):
+    assert max(distance(ours(*images), expected)) < 3e-5
 
 
-def test_zeroing_any_one_parameter_shows(ours, pictures, expected):
+def test_zeroing_any_one_parameter_shows(ours, images, expected):
     unseen = []
     for name, parameter in ours.named_parameters():
         if name.startswith("backbone"):
             continue
         kept = parameter.data
         parameter.data = torch.zeros_like(kept)
-        if not visible(ours, pictures, expected):
+        if not visible(ours, images, expected):
             unseen.append(name)
         parameter.data = kept
     assert {name for name in unseen if not IDLE.search(name)} == set()
     assert {name for name in dict(ours.named_parameters()) if IDLE.search(name)} == set(unseen)
 
 
-def test_swapping_any_two_projections_shows(ours, pictures, expected):
+def test_swapping_any_two_projections_shows(ours, images, expected):
     unseen = []
     pairs = [
         (a, b)
@@ -74,7 +74,7 @@ def test_swapping_any_two_projections_shows(ours, pictures, expected):
     ]
     for (name, one), (other_name, other) in pairs:
         one.weight.data, other.weight.data = other.weight.data, one.weight.data
-        if not visible(ours, pictures, expected):
+        if not visible(ours, images, expected):
             unseen.append((name, other_name))
         one.weight.data, other.weight.data = other.weight.data, one.weight.data
     assert len(pairs) > 900
@@ -200,6 +200,6 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("owner", "name", "mutant"), MUTANTS, ids=lambda x: getattr(x, "__name__", str(x)))
-def test_dropping_any_term_of_the_paper_shows(ours, pictures, expected, monkeypatch, owner, name, mutant):
+def test_dropping_any_term_of_the_paper_shows(ours, images, expected, monkeypatch, owner, name, mutant):
     monkeypatch.setattr(owner, name, mutant)
-    assert visible(ours, pictures, expected)
+    assert visible(ours, images, expected)

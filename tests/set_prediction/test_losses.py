@@ -11,7 +11,7 @@ from conditional_detr import ConditionalDETR, HungarianMatcher, Output, SetLoss
 from conditional_detr.inference.postprocessing import Selection, select
 from conditional_detr.set_prediction.losses import focal_loss
 from conditional_detr.set_prediction.targets import move
-from helpers.models import two_pictures
+from helpers.models import two_images
 from helpers.set_prediction import OnDevice, predictions, targets_of, transformers_losses
 
 LOSSES = ("class", "l1", "giou")
@@ -52,7 +52,7 @@ def test_equals_transformers_at_the_size_of_coco():
 
 
 def test_by_hand():
-    """Two layers, one picture, two queries, two classes, one target; the second layer answers with the other query."""
+    """Two layers, one image, two queries, two classes, one target; the second layer answers with the other query."""
     logits = torch.tensor([[[[0.0, math.log(3)], [0.0, -math.log(3)]]], [[[0.0, -math.log(3)], [0.0, math.log(3)]]]])
     near, far = [0.7, 0.5, 0.4, 0.2], [0.1, 0.1, 0.1, 0.1]
     boxes = torch.tensor([[[[0.5, 0.5, 0.4, 0.4], far]], [[far, near]]])
@@ -69,7 +69,7 @@ def test_by_hand():
 
 
 def test_gradients_of_every_loss_equal_finite_differences():
-    """Each of the four, in float64; one picture has more targets than queries, one has none."""
+    """Each of the four, in float64; one image has more targets than queries, one has none."""
     output = predictions(L=2, B=3, N=4, C=2, dtype=torch.float64)
     targets = targets_of([2, 0, 6], C=2, dtype=torch.float64)
 
@@ -133,9 +133,9 @@ def test_alpha_gamma_and_matcher_count():
     matcher = HungarianMatcher(class_cost=0.5, alpha=0.6, gamma=1)
     found = SetLoss(alpha=0.4, gamma=3, matcher=matcher)(output, targets)
     wanted, l1 = torch.zeros_like(output.logits), 0
-    for picture, (queries, places) in enumerate(matcher(*output, targets)[0]):
-        wanted[0, picture, queries, targets[picture]["labels"][places]] = 1
-        l1 += (output.boxes[0, picture, queries] - targets[picture]["boxes"][places]).abs().sum()
+    for image, (queries, places) in enumerate(matcher(*output, targets)[0]):
+        wanted[0, image, queries, targets[image]["labels"][places]] = 1
+        l1 += (output.boxes[0, image, queries] - targets[image]["boxes"][places]).abs().sum()
     expected = sigmoid_focal_loss(output.logits, wanted, 0.4, 3, reduction="sum") / 9
     torch.testing.assert_close(found["class"], expected[None], rtol=1e-5, atol=0)
     torch.testing.assert_close(found["l1"], l1[None] / 9, rtol=1e-5, atol=0)
@@ -175,7 +175,7 @@ def test_half_precision_is_computed_in_float32(dtype):
         assert torch.equal(a, b.to(dtype))
 
 
-def test_more_targets_than_queries_and_pictures_of_none():
+def test_more_targets_than_queries_and_images_of_none():
     output = predictions(L=2, B=2, N=300)
     targets = targets_of([1000, 0])
     losses = SetLoss()(output, targets)
@@ -267,7 +267,7 @@ def test_losses_and_detections_from_one_forward_in_either_mode(tiny, training):
             module.p = 0.0
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
             module.dropout = 0.0
-    pixels, padding = two_pictures()
+    pixels, padding = two_images()
     with torch.no_grad():
         before = model(pixels, padding)
     output = model(pixels, padding)
@@ -325,7 +325,7 @@ class Heads(nn.Module):
 
 
 STATES = torch.randn(3, 5, 20, 16, generator=torch.Generator().manual_seed(1))
-SHARES = [slice(0, 3), slice(3, 5)]  # of five pictures: the processes have different numbers of pictures and of boxes
+SHARES = [slice(0, 3), slice(3, 5)]  # of five images: the processes have different numbers of images and of boxes
 COUNTS = [4, 0, 7, 1, 0]
 
 

@@ -15,7 +15,7 @@ from helpers.set_prediction import OnDevice, assert_same_pairs, predictions, tar
 @pytest.mark.parametrize("counts", [(3, 0, 5, 1), (0, 0, 0, 0), (20, 25, 40, 0)])
 @pytest.mark.parametrize("seed", range(4))
 def test_equals_transformers_at_every_layer(counts, seed):
-    """Empty pictures among them, and more targets than the 20 queries."""
+    """Empty images among them, and more targets than the 20 queries."""
     output, targets = predictions(seed=seed), targets_of(counts, seed=seed)
     found = HungarianMatcher()(*output, targets)
     assert_same_pairs(found, transformers_pairs(output, targets))
@@ -83,8 +83,8 @@ def test_the_least_of_all_assignments():
         assert sum(cost[t, q].item() for q, t in zip(*found, strict=True)) == pytest.approx(least, rel=1e-6)
 
 
-def test_pictures_are_never_compared_with_other_pictures_targets():
-    """The cost has one row a target, however many pictures: 100 pictures are 100 times one."""
+def test_images_are_never_compared_with_other_images_targets():
+    """The cost has one row a target, however many images: 100 images are 100 times one."""
     matcher = HungarianMatcher()
     one, many = predictions(L=2, B=1), predictions(L=2, B=100)
     alone = matcher.cost(*one, validate_targets(targets_of([4]), 1, 7))
@@ -93,14 +93,14 @@ def test_pictures_are_never_compared_with_other_pictures_targets():
     assert together.shape == (400, 2, 20)
 
 
-def test_a_thousand_boxes_in_one_picture():
+def test_a_thousand_boxes_in_one_image():
     output, targets = predictions(L=2, B=2, N=300), targets_of([1000, 3])
     found = HungarianMatcher()(*output, targets)
     assert_same_pairs(found, transformers_pairs(output, targets))
     assert len(found[0][0][0]) == 300
 
 
-def test_a_hundred_pictures_of_none():
+def test_a_hundred_images_of_none():
     output = predictions(L=2, B=100)
     found = HungarianMatcher()(*output, targets_of([0] * 100))
     assert [[(len(q), len(t)) for q, t in pairs] for pairs in found] == [[(0, 0)] * 100] * 2

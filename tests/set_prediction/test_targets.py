@@ -17,7 +17,7 @@ def target(boxes=(BOX,), labels=None):
 
 
 def second(wrong):
-    """A batch of two pictures whose second target is wrong."""
+    """A batch of two images whose second target is wrong."""
     return [target(), wrong]
 
 
@@ -25,10 +25,10 @@ WRONG = {
     "not a list": (
         target(),
         TypeError,
-        r"targets: expected a list of dicts, one a picture, got dict; for one picture",
+        r"targets: expected a list of dicts, one an image, got dict; for one image",
     ),
-    "a stacked tensor": (torch.zeros(2, 1, 4), TypeError, r"expected a list of dicts, one a picture, got Tensor"),
-    "too few": ([target()], ValueError, r"targets: expected one a picture, 2, got 1"),
+    "a stacked tensor": (torch.zeros(2, 1, 4), TypeError, r"expected a list of dicts, one an image, got Tensor"),
+    "too few": ([target()], ValueError, r"targets: expected one an image, 2, got 1"),
     "not a dict": (
         second(torch.zeros(1, 4)),
         TypeError,
@@ -121,7 +121,7 @@ WRONG = {
         ValueError,
         r'\["boxes"\]\[1\]: expected x0 = cx - w/2 in .*, got -0.35; .*; looks like x0 y0 x1 y1: torchvision',
     ),
-    "corners that end at the picture's": (
+    "corners that end at the image's": (
         second(target([[0.4, 0.4, 1.0, 1.0]])),
         ValueError,
         r"expected x0 = cx - w/2 in .*, got -0.1; .*; looks like x0 y0 x1 y1: ",
@@ -143,15 +143,15 @@ WRONG = {
         r"expected h in \(0, 1\], got -0.3; .*; a negative size: corners in the wrong order",
     ),
     "a row of zeros": (second(target([BOX, [0.0] * 4])), ValueError, r"\[1\]: .*; all zero looks like a padding row"),
-    "a box wider than its picture": (
+    "a box wider than its image": (
         second(target([[0.5, 0.5, 1.2, 0.5]])),
         ValueError,
-        r"expected w in \(0, 1\], got 1.2; .*; reaches outside the picture: clip",
+        r"expected w in \(0, 1\], got 1.2; .*; reaches outside the image: clip",
     ),
     "a centre outside": (
         second(target([[1.05, 0.5, 0.1, 0.1]])),
         ValueError,
-        r"expected cx in \[0, 1\], got 1.05; .*; reaches outside the picture: clip",
+        r"expected cx in \[0, 1\], got 1.05; .*; reaches outside the image: clip",
     ),
     "a corner outside": (
         second(target([[0.95, 0.5, 0.11, 0.1]])),
@@ -180,7 +180,7 @@ def test_loss_and_matcher_stop_before_any_kernel(targets, error, message):
 @pytest.mark.parametrize(
     "box",
     [
-        [0.5, 0.5, 1.0, 1.0],  # the whole picture
+        [0.5, 0.5, 1.0, 1.0],  # the whole image
         [0.0, 0.5, 0.002, 0.1],  # on the edge, a corner 1e-3 outside
         [0.95, 0.5, 0.102, 0.1],  # a corner 1e-3 outside on the other side
         [0.5, 0.5, 1e-6, 1e-6],
@@ -194,7 +194,7 @@ def test_joined_by_hand():
     targets = [target([BOX, BOX], torch.tensor([1, 0])), *targets_of([0]), target([[0.3, 0.3, 0.2, 0.2]])]
     joined = validate_targets(targets, 3, 2)
     assert joined.labels.tolist() == [1, 0, 0]
-    assert joined.pictures.tolist() == [0, 0, 2]
+    assert joined.images.tolist() == [0, 0, 2]
     assert joined.counts == (2, 0, 1)
     assert joined.boxes.tolist() == torch.tensor([BOX, BOX, [0.3, 0.3, 0.2, 0.2]]).tolist()
 

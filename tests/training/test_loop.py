@@ -44,7 +44,7 @@ def run(model, data, val=None, config=ONE_STEP, *, folder, **options):
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """A detector that knows four pictures by heart: 180 steps from random weights."""
+    """A detector that knows four images by heart: 180 steps from random weights."""
     config = TrainConfig(
         **{"epochs": 3, "batch_size": 4, "lr": 2e-3, "backbone_lr": 2e-3, "clip": 1.0, "warmup": 10},
         **{"schedule": "cosine", "ema": 0.9, "workers": 0},
@@ -58,7 +58,7 @@ def learned(tmp_path_factory):
 # ---- learning
 
 
-def test_learns_four_pictures_by_heart(learned):
+def test_learns_four_images_by_heart(learned):
     _, result, _ = learned
     losses = [entry["loss"] for entry in steps_of(result.folder)]
     assert len(losses) == result.steps == 180
@@ -116,7 +116,7 @@ def test_starts_below_20_with_all_classes_new_and_the_published_sizes():
     torch.manual_seed(0)
     model = ConditionalDETR(Config(width=64, heads=4, feedforward=64, backbone="resnet18", dropout=0.0)).eval()
     output = model(torch.randn(1, 3, 64, 64))
-    boxes = output.boxes[-1, 0].detach()  # half the picture wide and high
+    boxes = output.boxes[-1, 0].detach()  # half the image wide and high
     boxes = boxes[((boxes[:, :2] > 0.25) & (boxes[:, :2] < 0.75)).all(1)][:7]
     targets = [{"labels": torch.tensor([1, 1, 44, 90, 3, 3, 17]), "boxes": boxes}]
     total = SetLoss()(output, targets)["total"].item()
@@ -129,7 +129,7 @@ def test_starts_below_20_with_all_classes_new_and_the_published_sizes():
 def test_the_report_tells_a_learned_model_from_a_new_one(learned):
     model, result, data = learned
     look = look_at_first_epoch(model, data, HungarianMatcher(), 0.8)
-    assert (look.pictures, look.targets) == (64, 16 * sum(len(t["labels"]) for _, t in Rectangles(4).samples))
+    assert (look.images, look.targets) == (64, 16 * sum(len(t["labels"]) for _, t in Rectangles(4).samples))
     assert look.matched > 0.9
     assert look.best_iou > 0.8
     assert look.right_class > 0.9
@@ -139,8 +139,8 @@ def test_the_report_tells_a_learned_model_from_a_new_one(learned):
     new = look_at_first_epoch(small_model(), data, HungarianMatcher(), 0.0)
     assert new.top_score < 0.05
     assert "scores" in new.advice
-    assert result.first_epoch.pictures == 64
-    assert str(new).startswith("after the first epoch, on 64 training pictures with ")
+    assert result.first_epoch.images == 64
+    assert str(new).startswith("after the first epoch, on 64 training images with ")
 
 
 def test_the_report_finds_wrong_labels_and_wrong_boxes(learned):
@@ -476,7 +476,7 @@ def test_evaluates_every_few_epochs_and_at_the_end(tmp_path):
 # ---- data
 
 
-def test_draws_from_global_generators_follow_from_seed_epoch_and_picture():
+def test_draws_from_global_generators_follow_from_seed_epoch_and_image():
     """With any number of workers; the generators of the program stay where they were."""
     data, config = Rectangles(5, noise=1.0), replace(ONE_STEP, seed=3)
     torch.manual_seed(7)
@@ -545,7 +545,7 @@ def test_two_processes_of_accelerate_launch_train_as_one_with_the_joined_batch(t
 # ---- what stops it
 
 
-def test_a_loss_that_is_not_finite_names_step_pictures_and_checkpoint(tmp_path):
+def test_a_loss_that_is_not_finite_names_step_images_and_checkpoint(tmp_path):
     class Described(Rectangles):
         def describe(self, index):
             return f"{index}.jpg"
@@ -559,7 +559,7 @@ def test_a_loss_that_is_not_finite_names_step_pictures_and_checkpoint(tmp_path):
     config = TrainConfig(epochs=1, batch_size=2, save_every=1, workers=0)
     message = (
         r"^step 3: expected a finite loss, got inf; training diverged: lower the learning rate, clip gradients, or"
-        r" warm up; images\[0\] is picture \d, \d\.jpg, images\[1\] is picture \d, \d\.jpg;"
+        r" warm up; images\[0\] is image \d, \d\.jpg, images\[1\] is image \d, \d\.jpg;"
         rf" the last good checkpoint is {tmp_path / 'last'}, of step 2$"
     )
     with pytest.raises(ValueError, match=message):
@@ -585,9 +585,7 @@ def test_predictions_that_are_not_finite_and_targets_that_do_not_fit(tmp_path):
     model = small_model()
     with torch.no_grad():
         model.class_head.bias[0] = math.nan
-    message = (
-        r"^step 1: images\[0\]: expected finite predictions .*; images\[0\] is picture \d, images\[1\] is picture"
-    )
+    message = r"^step 1: images\[0\]: expected finite predictions .*; images\[0\] is image \d, images\[1\] is image"
     with pytest.raises(ValueError, match=message):
         run(model, Rectangles(4), folder=tmp_path)
     data = Rectangles(4)
@@ -626,7 +624,7 @@ def test_settings_out_of_range(changes, error, message):
 
 
 def test_presets():
-    """The paper's recipe is the default, but for the split of its 16 pictures a step."""
+    """The paper's recipe is the default, but for the split of its 16 images a step."""
     paper = TrainConfig.from_scratch()
     assert (paper.epochs, paper.lr, paper.backbone_lr, paper.weight_decay, paper.clip) == (50, 1e-4, 1e-5, 1e-4, 0.1)
     assert (paper.schedule, paper.drop_at * paper.epochs, paper.batch_size * paper.accumulation) == ("step", 40, 16)

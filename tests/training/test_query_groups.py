@@ -17,7 +17,7 @@ from helpers.training_runs import RESUMED, Rectangles, small_model, steps_of
 
 @pytest.fixture
 def grouped():
-    """Three groups, two pictures of which one is padded, and their targets."""
+    """Three groups, two images of which one is padded, and their targets."""
     data = Rectangles(2)
     samples = [data[0], (data[1][0][:, :, :48], data[1][1])]
     return QueryGroups(small_model(), 3, seed=5).eval(), *collate(samples)
@@ -108,5 +108,5 @@ def test_a_wrong_target_is_named_by_its_place_in_the_batch(tmp_path):
     data = Rectangles(4)
     data.samples[2][1]["labels"][0] = 7
     config = replace(RESUMED, query_groups=3, batch_size=4, accumulation=1, workers=0)
-    with pytest.raises(ValueError, match=r'targets\[[0-3]\]\["labels"\]\[0\].*images\[3\] is picture'):
+    with pytest.raises(ValueError, match=r'targets\[[0-3]\]\["labels"\]\[0\].*images\[3\] is image'):
         train(small_model(), data, None, config, folder=tmp_path, progress=False)

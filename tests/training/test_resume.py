@@ -98,7 +98,7 @@ def test_only_on_purpose_and_only_the_same_run(uninterrupted):
     changed = replace(RESUMED, lr=0.01, batch_size=4, workers=1, save_every=9)
     with pytest.raises(ValueError, match=message):
         train(small_model(), data, None, changed, folder=whole, resume=True, **QUIET)
-    with pytest.raises(ValueError, match="got pictures 10, not 11"):
+    with pytest.raises(ValueError, match="got images 10, not 11"):
         train(small_model(), Rectangles(10), None, RESUMED, folder=whole, resume=True, **QUIET)
     with pytest.raises(ValueError, match=r"got criterion 'SetLoss\(class_weight=1, .*, not 'SetLoss\(class_weight=2"):
         train(small_model(), data, folder=whole, config=RESUMED, resume=True, criterion=SetLoss(1), **QUIET)
