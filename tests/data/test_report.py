@@ -146,7 +146,7 @@ def test_every_class_is_on_the_sheet(tmp_path):
 def test_the_command_writes_the_sheet(tmp_path):
     path, images = coco.write(tmp_path)
     for name in ("sheet.jpg", "sheet.png"):
-        result = run("--data", path, "--images", images, "--sheet", tmp_path / name, "--images", 2)
+        result = run("--data", path, "--images", images, "--sheet", tmp_path / name, "--sheet-images", 2)
         assert result.exit_code == 0, result.output
         assert result.stdout.endswith(f"wrote {tmp_path / name}\n")
         with Image.open(tmp_path / name) as sheet:
