@@ -10,7 +10,7 @@ from conditional_detr.modeling.conditional_detr import ConditionalDETR, prior_bi
 from conditional_detr.modeling.metadata import HeadChanges, Metadata
 
 
-def change_heads(
+def replace_heads(
     model: ConditionalDETR,
     *,
     class_names: Sequence[str | None] | None = None,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conditional_detr.checkpoints.labels import COCO_NAMES, UNUSED
-from conditional_detr.checkpoints.meta_init import Skeleton
+from conditional_detr.checkpoints.meta_init import MetaInit
 from conditional_detr.modeling.backbone import Backbone
 from conditional_detr.modeling.conditional_detr import Config
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
@@ -243,7 +243,7 @@ def _full_stride(backbone: str, stage: int) -> int:
     """Return the stride of a backbone's stage without dilation; of the ResNets, without building one."""
     if backbone in _RESNETS.values():
         return int(2 ** (stage + 1))
-    with Skeleton():
+    with MetaInit():
         return Backbone(backbone, stage=stage, dilation=False).stride
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from conditional_detr.checkpoints.files import CONFIG, PREPROCESSOR, Checkpoint, open_checkpoint
-from conditional_detr.checkpoints.head_replacement import change_heads
+from conditional_detr.checkpoints.head_replacement import replace_heads
 from conditional_detr.checkpoints.hf_config import UNSEEN, default_metadata, read_arguments, read_config, read_metadata
 from conditional_detr.checkpoints.key_maps import Naming, Source, recognise, source_of
-from conditional_detr.checkpoints.meta_init import Skeleton
+from conditional_detr.checkpoints.meta_init import MetaInit
 from conditional_detr.checkpoints.tensor_checks import not_finite, some
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
 from conditional_detr.modeling.metadata import LoadReport, Metadata
@@ -79,11 +79,11 @@ def from_pretrained(
             f" {some(sorted(checkpoint.tensors))}" + (f" (config.json: model_type {said!r})" if said else "")
         )
     config, metadata = _describe(checkpoint, naming, config)
-    with Skeleton():
+    with MetaInit():
         model = ConditionalDETR(config, metadata)
     _fill(model, checkpoint, naming, device)
     _fill_unsaved_buffers(model, device)
-    heads = change_heads(model, class_names=class_names, num_classes=num_classes, num_queries=num_queries)
+    heads = replace_heads(model, class_names=class_names, num_classes=num_classes, num_queries=num_queries)
     model.load_report = LoadReport(
         str(checkpoint.weights), str(naming), _dtypes(checkpoint), checkpoint.weights.stat().st_size, heads
     )

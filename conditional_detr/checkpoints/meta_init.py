@@ -18,7 +18,7 @@ _DRAWS = frozenset(
 )
 
 
-class Skeleton(TorchFunctionMode):
+class MetaInit(TorchFunctionMode):
     """Within this context, modules are built on the meta device and nothing is drawn into them.
 
     The meta device alone would still go through every initialisation, which takes longer than reading the weights

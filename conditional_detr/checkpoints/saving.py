@@ -18,10 +18,10 @@ from torch import Tensor
 from conditional_detr.checkpoints.files import CONFIG, PREPROCESSOR, SAFETENSORS
 from conditional_detr.checkpoints.hf_config import default_metadata, write_arguments, write_config, write_preprocessor
 from conditional_detr.checkpoints.key_maps import NATIVE_BACKBONE, Family, Naming, source_of
-from conditional_detr.checkpoints.meta_init import Skeleton
+from conditional_detr.checkpoints.meta_init import MetaInit
 from conditional_detr.checkpoints.tensor_checks import not_finite, some
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
-from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.atomic_files import write_atomically
 
 _log = logging.getLogger(__name__)
 _AUTHORS_SUFFIX = ".pth"
@@ -119,7 +119,7 @@ def files_of(target: str | Path, family: Family) -> tuple[Path, ...]:
 
 def _checked_state(model: ConditionalDETR, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Return a model's tensors as they are to be stored, by native names; or name all that a file cannot hold."""
-    with Skeleton():
+    with MetaInit():
         described = ConditionalDETR(model.config, model.metadata).state_dict()
     state = model.state_dict()
     problems = [f"{name} is missing" for name in described if name not in state]
@@ -166,7 +166,7 @@ def _authors_backbone(config: Config) -> dict[str, torch.Size] | None:
     from torchvision.models import get_model
 
     try:
-        with Skeleton():
+        with MetaInit():
             backbone = get_model(config.backbone, replace_stride_with_dilation=[False, False, config.dilation])
     except (NotImplementedError, TypeError, ValueError):  # no such model, or it cannot be dilated
         return None
@@ -192,7 +192,7 @@ def write_tensors(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     from safetensors import SafetensorError
 
     try:
-        write_whole(writers)
+        write_atomically(writers)
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of an OSError
         weights = next(iter(writers))
         raise OSError(f"{weights}: cannot be written; is there room, and permission? ({error})") from error

@@ -8,7 +8,7 @@ import typer
 from conditional_detr.cli.console import AUTO, one_line_errors, out, pick_device
 from conditional_detr.inference.detector import PUBLISHED, Detector
 from conditional_detr.inference.listing import list_images
-from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.atomic_files import write_atomically
 
 
 def attention(
@@ -39,7 +39,7 @@ def attention(
         figure = detector.draw_attention(found, which - 1, layers=layers or (-1,))
         output.mkdir(parents=True, exist_ok=True)
         path = output / f"{name.name}-attention-{which}.png"
-        write_whole({path: lambda unfinished: figure.save(unfinished, "PNG")})
+        write_atomically({path: lambda unfinished: figure.save(unfinished, "PNG")})
     box, score, called = found[which - 1]
     place = " ".join(f"{value:.1f}" for value in box)
     out.print(f"{called} {score:.3f} at {place}; drawn in {path}", soft_wrap=True, highlight=False, markup=False)

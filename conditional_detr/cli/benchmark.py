@@ -24,7 +24,7 @@ from conditional_detr.benchmark.training import STEP, measure_training, peak_of_
 from conditional_detr.checkpoints.loading import checked_device, from_pretrained
 from conditional_detr.cli.console import AUTO, err, one_line_errors, out, pick_device, tell
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
-from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.atomic_files import write_atomically
 
 _GROWING = (REFERENCE, "plain", "optimised", "optimised bf16")
 
@@ -178,7 +178,7 @@ def _printable(one: Table) -> rich.table.Table:
 def _write(report: Report, folder: Path) -> None:
     """Write the report in words, in numbers and as an image."""
     text = json.dumps(report.to_dict(), indent=2) + "\n"
-    write_whole(
+    write_atomically(
         {
             folder / "benchmark.json": lambda path: path.write_text(text),
             folder / "benchmark.md": lambda path: path.write_text(report.markdown()),

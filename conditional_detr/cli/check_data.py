@@ -13,7 +13,7 @@ from conditional_detr.data.coco import read_annotations
 from conditional_detr.data.contact_sheet import draw_sheet
 from conditional_detr.data.report import Cases, DataReport
 from conditional_detr.data.report import check_data as check
-from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.progress import progress_bar
 
 SHOWN = 5  # cases of a kind on the screen; the json has all
@@ -43,7 +43,7 @@ def check_data(
         _show(report)
         if json_file is not None:
             text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
-            write_whole({json_file: lambda path: path.write_text(text, encoding="utf-8")})
+            write_atomically({json_file: lambda path: path.write_text(text, encoding="utf-8")})
             typer.echo(f"wrote {json_file}")
         if sheet is not None:
             drawn = draw_sheet(read_annotations(data, refused=[]), images, count=sheet_images)

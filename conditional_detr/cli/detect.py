@@ -29,13 +29,13 @@ from conditional_detr.cli.models import DEVICE, WEIGHTS, open_detector
 from conditional_detr.data.synthetic import draw_image, index_in
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.detector import IMAGE_ERRORS, PUBLISHED, Detector
-from conditional_detr.inference.drawing import font_at
+from conditional_detr.inference.drawing import load_font
 from conditional_detr.inference.listing import Input, Inputs, list_images
-from conditional_detr.inference.pipeline import prepare_ahead
-from conditional_detr.inference.postprocessing import Selection
+from conditional_detr.inference.pipeline import map_in_threads
+from conditional_detr.inference.postprocessing import Postprocessing
 from conditional_detr.inference.processes import join_processes
 from conditional_detr.inference.results import Format, Records, open_records
-from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.progress import progress_bar
 
 _LISTED = 20  # failures that are spelled out at the end
@@ -100,12 +100,12 @@ def detect(
         if max_pixels:
             # PIL refuses what has more than twice this
             Image.MAX_IMAGE_PIXELS = max_pixels // 2 if max_pixels % 2 == 0 else max_pixels / 2  # type: ignore[assignment]
-        font_at(font)  # at once, not at the first image
+        load_font(font)  # at once, not at the first image
         drawn = Input(str(output / _DEMO_IMAGE), _DEMO)
         found = Inputs([drawn], 0) if demo else list_images(images, output=output)
         default = shipped_folder(_DEMO_WEIGHTS) or _DEMO_WEIGHTS if demo else PUBLISHED
         detector = open_detector(str(weights or default), device)
-        selection = detector.selection(threshold=threshold, top_k=top_k, classes=classes)
+        postprocessing = detector.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
         records = open_records(format, output, process, resume=resume, overwrite=overwrite)
         share = found.images[process.rank :: process.size]
         todo = [which for which in share if not records.has(which)]
@@ -120,7 +120,7 @@ def detect(
         if demo:
             _draw_demo(output / _DEMO_IMAGE, overwrite=overwrite)
         work = _Work(todo, output if draw else None, font, records)
-        code = work.run(detector, selection, batch_size, show_progress=process.rank == 0)
+        code = work.run(detector, postprocessing, batch_size, show_progress=process.rank == 0)
         work.report(records.close() or [output])
         failures = process.sum(len(work.failures))
         code = code or (FAILED if failures else 0)
@@ -139,7 +139,7 @@ def _draw_demo(path: Path, *, overwrite: bool) -> None:
             f"{path}: it is there already, and another image; --overwrite replaces it, --output names another folder"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole({path: lambda unfinished: image.save(unfinished, "PNG")})
+    write_atomically({path: lambda unfinished: image.save(unfinished, "PNG")})
 
 
 class _Saved(NamedTuple):
@@ -163,10 +163,10 @@ class _Work:
     images: Counter[str] = field(default_factory=Counter)
     last: Detections | None = None
 
-    def run(self, detector: Detector, selection: Selection, batch_size: int, *, show_progress: bool) -> int:
+    def run(self, detector: Detector, postprocessing: Postprocessing, batch_size: int, *, show_progress: bool) -> int:
         """Go through all images, drawing beside the model; return the exit code of what stopped it, or 0."""
-        outcomes = detector.outcomes((which.image for which in self.inputs), selection, batch_size=batch_size)
-        saved = prepare_ahead(self._draw, zip(self.inputs, outcomes, strict=True), workers=2, depth=8)
+        outcomes = detector.outcomes((which.image for which in self.inputs), postprocessing, batch_size=batch_size)
+        saved = map_in_threads(self._draw, zip(self.inputs, outcomes, strict=True), workers=2, depth=8)
         bar = progress_bar(err, shown=show_progress and len(self.inputs) > 1)
         try:
             with bar, closing(outcomes), closing(saved):
@@ -196,7 +196,7 @@ class _Work:
 
         def write() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole({path: lambda unfinished: image.save(unfinished, kind, **options)})
+            write_atomically({path: lambda unfinished: image.save(unfinished, kind, **options)})
 
         return _Saved(which, _unless_too_long(write) or outcome)
 

@@ -14,7 +14,7 @@ from conditional_detr.evaluation.coco import MAX_DETECTIONS, CocoResult, evaluat
 from conditional_detr.evaluation.coco import evaluate as measure
 from conditional_detr.inference.detector import PUBLISHED
 from conditional_detr.inference.processes import join_processes
-from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.progress import progress_bar
 
 _MEANINGS = {
@@ -60,7 +60,7 @@ def evaluate(
                 result = _detect_and_evaluate(data, Path(images or ""), weights or PUBLISHED, device, batch_size, rank)
         if rank == 0 and json_file is not None:
             text = json.dumps(result.to_dict(), indent=2) + "\n"
-            write_whole({json_file: lambda path: path.write_text(text, encoding="utf-8")})
+            write_atomically({json_file: lambda path: path.write_text(text, encoding="utf-8")})
     if rank == 0:
         _show(result)
         if json_file is not None:

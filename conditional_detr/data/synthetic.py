@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.atomic_files import write_atomically
 
 CLASS_NAMES = ("disc", "square", "triangle", "star", "ring", "cross")
 SIZE = (192, 256)  # height and width of an image
@@ -126,7 +126,7 @@ def write_shapes(
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASS_NAMES)]
     text = json.dumps({"images": entries, "annotations": objects, "categories": categories})
     path = folder / f"instances_{split}.json"
-    write_whole({path: lambda unfinished: unfinished.write_text(text, encoding="utf-8")})
+    write_atomically({path: lambda unfinished: unfinished.write_text(text, encoding="utf-8")})
     return path
 
 

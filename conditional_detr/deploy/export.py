@@ -20,12 +20,12 @@ from conditional_detr.deploy.optimize import OptimizedDETR, check_dtype, check_m
 from conditional_detr.deploy.parity import TOLERANCES, check_parity, compare, parity_pixels
 from conditional_detr.inference.checksums import seal
 from conditional_detr.inference.exported import Description, ExportedModel
-from conditional_detr.inference.postprocessing import best, check_count, check_head, named_rows
+from conditional_detr.inference.postprocessing import check_count, check_head, named_rows, top_k_detections
 from conditional_detr.inference.runtimes import BOXES, DETECTED, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
-from conditional_detr.inference.sources import ImageSource, name_of
+from conditional_detr.inference.sources import ImageSource, source_name
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
-from conditional_detr.system.atomic_files import write_whole
-from conditional_detr.system.shutdown import StopRequest
+from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.system.shutdown import ShutdownRequest
 
 _TRACED = (2, 3, 160, 224)  # no size of any map in it is 1, or equal to another
 _NEEDS = {
@@ -84,7 +84,7 @@ def export(
     progress("tracing")
     write = writer_of(model, target.suffix, dtype=dtype, top_k=top_k)
     description = describe(model, target.suffix, precision=str(dtype).removeprefix("torch."), top_k=top_k)
-    named = "drawn" if image is None else name_of(image, "given")
+    named = "drawn" if image is None else source_name(image, "given")
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / target.name
         write(draft, description)
@@ -132,7 +132,7 @@ class Graph(nn.Module):
         logits, boxes = output.logits[-1], output.boxes[-1]
         if self.top_k is None or sizes is None:
             return logits, boxes
-        corners, scores, labels, _ = best(logits, boxes, sizes, self.rows, self.top_k)
+        corners, scores, labels, _ = top_k_detections(logits, boxes, sizes, self.rows, self.top_k)
         return logits, boxes, corners, scores, labels
 
 
@@ -200,9 +200,9 @@ def openvino_network(traced: Traced) -> Any:
     """Translate a graph to OpenVINO."""
     import openvino
 
-    with StopRequest() as stop:  # Ctrl-C in the middle of it would abort the process
+    with ShutdownRequest() as stop:  # Ctrl-C in the middle of it would abort the process
         network = openvino.convert_model(traced.program)
-    if stop.asked:
+    if stop.requested:
         raise KeyboardInterrupt
     for ports, names in ((network.inputs, traced.inputs), (network.outputs, traced.outputs)):
         for port, name in zip(ports, names, strict=True):
@@ -279,7 +279,7 @@ def move(draft: Path, target: Path) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    write_whole({target.with_name(file.name): _copier(file) for file in sorted(draft.parent.iterdir())})
+    write_atomically({target.with_name(file.name): _copier(file) for file in sorted(draft.parent.iterdir())})
 
 
 def _copier(file: Path) -> Callable[[Path], object]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from conditional_detr.checkpoints.meta_init import Skeleton
+from conditional_detr.checkpoints.meta_init import MetaInit
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
 from conditional_detr.modeling.metadata import LoadReport, Metadata
 
@@ -115,7 +115,7 @@ def count_flops(config: Config, height: int, width: int) -> int:
 
     if min(height, width) < 1:
         raise ValueError(f"size: expected at least 1 x 1, got {height} x {width}")
-    with Skeleton():
+    with MetaInit():
         model = ConditionalDETR(config).eval()
     # on the meta device nothing is computed; and on a CPU some versions of the counter miss the fused attention
     pixels = torch.empty(1, 3, height, width, device="meta")

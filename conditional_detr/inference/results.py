@@ -15,7 +15,7 @@ from typing import Any, Protocol, TextIO
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.listing import Input
 from conditional_detr.inference.processes import Process
-from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.atomic_files import write_atomically
 
 _LINES = "detections"
 _COLUMNS = ("image", "name", "score", "x0", "y0", "x1", "y1", "label")
@@ -116,7 +116,7 @@ class _FileEach:
     def write(self, which: Input, found: Detections) -> None:
         text = json.dumps(as_json(which, found), indent=2) + "\n"
         self._file(which).parent.mkdir(parents=True, exist_ok=True)
-        write_whole({self._file(which): lambda path: path.write_text(text, encoding="utf-8")})
+        write_atomically({self._file(which): lambda path: path.write_text(text, encoding="utf-8")})
 
     def close(self) -> list[Path]:
         return []
@@ -155,7 +155,7 @@ class _Lines:
             return parts
         table = self.path.with_name(f"{_LINES}.csv")
         if self.process.rank == 0:
-            write_whole({table: lambda path: self._write_table(path, parts)})
+            write_atomically({table: lambda path: self._write_table(path, parts)})
         return [table, *parts]
 
     @staticmethod

@@ -9,7 +9,7 @@ _UNFINISHED = ".unfinished"
 _number = count()
 
 
-def write_whole(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+def write_atomically(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     """Write files beside their places, and move them there when all are whole.
 
     A run that breaks off leaves what was there.

@@ -8,7 +8,7 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class StopRequest:
+class ShutdownRequest:
     """Listens for signals while it is entered, if that is in the main thread, where they arrive.
 
     Attributes:
@@ -16,10 +16,10 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "ShutdownRequest":
         if threading.current_thread() is threading.main_thread():
             self._before = {which: signal.signal(which, self._ask) for which in _SIGNALS}
         return self
@@ -31,6 +31,6 @@ class StopRequest:
             signal.signal(which, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True

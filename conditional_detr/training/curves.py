@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.atomic_files import write_atomically
 
 _POINTS = 200  # a smoothed curve shows about as many
 
@@ -36,7 +36,7 @@ def draw_curves(log: Path, target: Path) -> None:
         axis.set_title(", ".join(names) + (" of the last layer" if "l1" in names else ""))
         if len(names) > 1 and axis.lines:
             axis.legend()
-    write_whole({target: lambda path: figure.savefig(path, format="png", dpi=100)})
+    write_atomically({target: lambda path: figure.savefig(path, format="png", dpi=100)})
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.progress import progress_bar
 from conditional_detr.training.curves import draw_curves, read_log
 
@@ -89,4 +89,4 @@ def _forget(log: Path, step: int, epoch: int) -> None:
         return
     kept = [entry for entry in read_log(log) if entry["step"] <= step and ("loss" in entry or entry["epoch"] < epoch)]
     text = "".join(json.dumps(entry) + "\n" for entry in kept)
-    write_whole({log: lambda path: path.write_text(text, encoding="utf-8")})
+    write_atomically({log: lambda path: path.write_text(text, encoding="utf-8")})

@@ -20,7 +20,7 @@ from conditional_detr.data.dataset import batches
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.system.atomic_files import remove_unfinished
-from conditional_detr.system.shutdown import StopRequest
+from conditional_detr.system.shutdown import ShutdownRequest
 from conditional_detr.training.checkpoints import BEST, LAST, STATE, load_state, save_checkpoint
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.first_epoch import FirstEpoch, look_at_first_epoch
@@ -113,7 +113,7 @@ def train(
         norms_folded(model),
         linears_convolved(model),
         computed_twice(model, config.gradient_checkpointing),
-        StopRequest() as stop,
+        ShutdownRequest() as stop,
     ):
         run.go(stop)
     return run.finish()
@@ -184,7 +184,7 @@ class _Run:
         with Journal(self.folder, step=self.step, epoch=self.epoch, total=steps, shown=progress) as self.journal:
             yield
 
-    def go(self, stop: StopRequest) -> None:
+    def go(self, stop: ShutdownRequest) -> None:
         """Go through the epochs that are left; errors tell where to go on."""
         try:
             while self.epoch < self.config.epochs and not self.stopped_early:
@@ -217,7 +217,7 @@ class _Run:
         sharing = {"rank": self.accelerator.process_index, "processes": self.accelerator.num_processes}
         return batches(self.train_data, self.config.batch_size, seed=self.config.seed, epoch=epoch, **sharing)
 
-    def _train_epoch(self, stop: StopRequest) -> None:
+    def _train_epoch(self, stop: ShutdownRequest) -> None:
         """Do the steps of an epoch that are left."""
         self.began = time.monotonic()
         if hasattr(self.train_data, "set_epoch"):
@@ -236,9 +236,9 @@ class _Run:
                 self._save()
             self._stop_if_asked(stop)
 
-    def _stop_if_asked(self, stop: StopRequest) -> None:
+    def _stop_if_asked(self, stop: ShutdownRequest) -> None:
         """Save and raise KeyboardInterrupt if any process was asked to stop: all have to agree."""
-        asked = torch.tensor(float(stop.asked), device=self.accelerator.device)
+        asked = torch.tensor(float(stop.requested), device=self.accelerator.device)
         if self.accelerator.reduce(asked, reduction="mean").item() == 0:
             return
         if self.saved_step != self.step:

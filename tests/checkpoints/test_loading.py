@@ -50,9 +50,9 @@ def rewrite_json(folder: Path, file: str, **changes) -> Path:
 def test_names_are_those_of_the_reference_lists(shared):
     """The lists name and shape every tensor of the published ResNet-50 files."""
     from conditional_detr.checkpoints.key_maps import Naming, recognise, source_of
-    from conditional_detr.checkpoints.meta_init import Skeleton
+    from conditional_detr.checkpoints.meta_init import MetaInit
 
-    with Skeleton():
+    with MetaInit():
         state = ConditionalDETR(Config()).state_dict()
     for family, file in [("published", "published"), ("transformers 5", "transformers5"), ("original", "original")]:
         lines = (shared / "reference" / f"keys_{file}.txt").read_text().splitlines()
@@ -553,9 +553,9 @@ def test_heads_that_make_no_sense(tiny, options, error, message):
 
 def test_r101_variants_by_names_and_shapes():
     """DC5-R101 differs from R101 in nothing that is stored; its 62.4 M parameters are the table's 63."""
-    from conditional_detr.checkpoints.meta_init import Skeleton
+    from conditional_detr.checkpoints.meta_init import MetaInit
 
-    with Skeleton():
+    with MetaInit():
         plain, dilated = (ConditionalDETR(Config(backbone="resnet101", dilation=d)) for d in (False, True))
         reference = transformers_model_on_meta()
     assert {n: t.shape for n, t in plain.state_dict().items()} == {n: t.shape for n, t in dilated.state_dict().items()}

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from conditional_detr import ConditionalDETR, Config, Metadata, Preprocessing
 from conditional_detr.checkpoints.loading import from_pretrained
-from conditional_detr.checkpoints.meta_init import Skeleton
+from conditional_detr.checkpoints.meta_init import MetaInit
 from conditional_detr.cli import app
 from conditional_detr.deploy.summary import count_flops, summarise
 from helpers.models import TINY_CONFIG, assert_same
@@ -134,7 +134,7 @@ def test_info_of_the_papers_networks(r50):
     assert summary.size == (800, 1333)
     assert summary.multiply_adds / 1e9 == pytest.approx(105.96, abs=0.005)
     assert summary.flops == 2 * summary.multiply_adds
-    with Skeleton():
+    with MetaInit():
         deeper = ConditionalDETR(Config(backbone="resnet101"))
     assert summarise(deeper, (64, 64)).total == 62_358_305
     assert summarise(deeper, (64, 64)).load_report is None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conditional_detr import ConditionalDETR, Config
-from conditional_detr.checkpoints.meta_init import Skeleton
+from conditional_detr.checkpoints.meta_init import MetaInit
 from conditional_detr.modeling.positions import sine_of_map, sine_of_points
 from helpers.models import TINY, transformers_model, two_images
 from helpers.reference import IDLE, distance, rounding, transformers_output
@@ -320,7 +320,7 @@ def test_parameters_and_flops_of_the_papers_table():
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with Skeleton():
+    with MetaInit():
         model = ConditionalDETR(Config()).eval()
     assert sum(p.numel() for p in model.parameters()) == 43_418_401
     with FlopCounterMode(display=False) as counter:

@@ -183,13 +183,13 @@ def test_what_a_killed_process_left_unfinished_goes(tmp_path):
     code = """
 import os, signal, sys
 from pathlib import Path
-from conditional_detr.system.atomic_files import write_whole
+from conditional_detr.system.atomic_files import write_atomically
 
 def write(path):
     path.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
-write_whole({Path(sys.argv[1]) / "model.safetensors": write})
+write_atomically({Path(sys.argv[1]) / "model.safetensors": write})
 """
     folders = [tmp_path, tmp_path / "last", tmp_path / "best"]
     for folder in folders:
