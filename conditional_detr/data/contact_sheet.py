@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from conditional_detr.data.coco import Annotations, Id
-from conditional_detr.inference.drawing import READABLE, draw_boxes
+from conditional_detr.inference.drawing import MIN_FONT_SIZE, draw_boxes
 from conditional_detr.inference.images import open_image, to_pil
 
-CELL = (400, 300)  # an image is fitted into this width and height
+CELL_SIZE = (400, 300)  # an image is fitted into this width and height
 COLUMNS = 4
 GAP = 8
 
@@ -59,7 +59,7 @@ def _order(data: Annotations, seed: int) -> list[Id]:
 
 def _draw(data: Annotations, image_id: Id, image: Image.Image) -> Image.Image:
     """Draw an image, as large as a cell, with its boxes, the small ones on top."""
-    scale = min(CELL[0] / image.width, CELL[1] / image.height)
+    scale = min(CELL_SIZE[0] / image.width, CELL_SIZE[1] / image.height)
     size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
     objects = [entry for entry in data.objects if entry["image_id"] == image_id]
     objects.sort(key=lambda entry: entry["bbox"][2] * entry["bbox"][3])
@@ -74,14 +74,14 @@ def _draw(data: Annotations, image_id: Id, image: Image.Image) -> Image.Image:
 def _lay_out(cells: list[tuple[str, Image.Image]]) -> Image.Image:
     """Lay images out in rows, with their names below."""
     columns = min(COLUMNS, len(cells))
-    line = READABLE + 6
-    step_x, step_y = CELL[0] + GAP, CELL[1] + line + GAP
+    line = MIN_FONT_SIZE + 6
+    step_x, step_y = CELL_SIZE[0] + GAP, CELL_SIZE[1] + line + GAP
     rows = math.ceil(len(cells) / columns)
     sheet = Image.new("RGB", (columns * step_x + GAP, rows * step_y + GAP), "white")
     canvas = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(READABLE)
+    font = ImageFont.load_default(MIN_FONT_SIZE)
     for i, (name, image) in enumerate(cells):
         x, y = GAP + i % columns * step_x, GAP + i // columns * step_y
-        sheet.paste(image, (x + (CELL[0] - image.width) // 2, y + (CELL[1] - image.height) // 2))
-        canvas.text((x + CELL[0] / 2, y + CELL[1] + line / 2), name[-60:], "black", font, "mm")
+        sheet.paste(image, (x + (CELL_SIZE[0] - image.width) // 2, y + (CELL_SIZE[1] - image.height) // 2))
+        canvas.text((x + CELL_SIZE[0] / 2, y + CELL_SIZE[1] + line / 2), name[-60:], "black", font, "mm")
     return sheet

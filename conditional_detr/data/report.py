@@ -14,7 +14,7 @@ from PIL import Image
 from conditional_detr.data.annotations import clip_objects, misread, name_object, repeated
 from conditional_detr.data.coco import Annotations, Id, read_annotations, said_size
 from conditional_detr.inference.images import open_image, size_of
-from conditional_detr.inference.pipeline import prepare_ahead
+from conditional_detr.inference.pipeline import map_in_threads
 
 SMALL, LARGE = 32**2, 96**2  # pixels: COCO's bounds of small, medium and large boxes
 TINY = 2.0  # pixels: a side that nothing can be seen on
@@ -121,7 +121,7 @@ def _open_all(data: Annotations, folder: Path, progress: Callable[[int, int], No
     """Open each image that has a file_name."""
     names = _file_names(data)
     workers = os.cpu_count() or 1
-    results = prepare_ahead(_open, (folder / name for name in names.values()), workers=workers, depth=2 * workers)
+    results = map_in_threads(_open, (folder / name for name in names.values()), workers=workers, depth=2 * workers)
     opened = {}
     for done, (image, result) in enumerate(zip(names, results, strict=True), start=1):
         opened[image] = result

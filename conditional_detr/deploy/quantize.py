@@ -29,7 +29,7 @@ from conditional_detr.inference.exported import Description, ExportedModel
 from conditional_detr.inference.images import open_image, to_pixels
 from conditional_detr.inference.postprocessing import check_count
 from conditional_detr.inference.runtimes import SIZES, feeds
-from conditional_detr.inference.sources import ImageSource, name_of
+from conditional_detr.inference.sources import ImageSource, source_name
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.metadata import Preprocessing
 
@@ -94,7 +94,7 @@ def quantize(
     described = describe(model, ".xml", precision="int8", top_k=top_k)
     versions = {**described.versions, "nncf": version_of("nncf")}
     measured: dict[str, Any] = {"calibration": {"images": len(images), "also in float": sorted(keep)}}
-    named = name_of(images[0], "given")
+    named = source_name(images[0], "given")
     described = replace(described, versions=versions, image=named, measured=measured)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / target.name

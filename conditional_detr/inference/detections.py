@@ -14,7 +14,7 @@ from torchvision.ops import box_area, box_convert
 
 from conditional_detr.inference.drawing import draw_boxes
 from conditional_detr.inference.images import open_image, to_pil
-from conditional_detr.inference.sources import Local
+from conditional_detr.inference.sources import ReadableSource
 
 Detection: TypeAlias = tuple[list[float], float, str]
 """Box [x0, y0, x1, y1] in pixels, score, class name."""
@@ -48,7 +48,7 @@ class Detections:
     category_ids: tuple[int, ...]
     queries: Tensor
     size: tuple[int, int]
-    source: Local
+    source: ReadableSource
 
     def __len__(self) -> int:
         return len(self.names)

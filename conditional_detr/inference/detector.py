@@ -15,10 +15,25 @@ from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.drawing import draw_attention
 from conditional_detr.inference.exported import ExportedModel
 from conditional_detr.inference.images import normalise, open_image, resize, size_of, to_pil
-from conditional_detr.inference.pipeline import prepare_ahead, run_together
-from conditional_detr.inference.postprocessing import Selection, check_count, check_head, choose, select
-from conditional_detr.inference.sources import LIMITS, ImageSource, Limits, Local, bring, is_one_image, name_of
+from conditional_detr.inference.pipeline import map_in_batches, map_in_threads
+from conditional_detr.inference.postprocessing import (
+    Postprocessing,
+    check_count,
+    check_head,
+    make_postprocessing,
+    postprocess,
+)
+from conditional_detr.inference.sources import (
+    DEFAULT_LIMITS,
+    ImageSource,
+    Limits,
+    ReadableSource,
+    is_single_image,
+    resolve_source,
+    source_name,
+)
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_model import DetectionModel
 from conditional_detr.modeling.layers import evaluation_mode
 
 if TYPE_CHECKING:
@@ -44,7 +59,7 @@ class _Prepared(NamedTuple):
     """An image ready for the model."""
 
     name: str
-    source: Local
+    source: ReadableSource
     size: tuple[int, int]
     values: Tensor  # (3, H, W), resized and not yet normalised
 
@@ -62,8 +77,8 @@ class Detector:
         TypeError: neither a ConditionalDETR nor an ExportedModel.
     """
 
-    def __init__(self, model: ConditionalDETR | ExportedModel, *, limits: Limits = LIMITS) -> None:
-        if not isinstance(model, ConditionalDETR | ExportedModel):
+    def __init__(self, model: DetectionModel, *, limits: Limits = DEFAULT_LIMITS) -> None:
+        if not isinstance(model, DetectionModel):
             raise TypeError(f"model: expected a ConditionalDETR or an ExportedModel, got {type(model).__name__}")
         self.model = model
         self.limits = limits
@@ -140,33 +155,33 @@ class Detector:
         """
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
-        one = is_one_image(images)
+        one = is_single_image(images)
         if not one and (not isinstance(images, Iterable) or isinstance(images, Mapping | Set)):
             raise TypeError(f"images: expected an image, or a list or iterator of them, got {type(images).__name__}")
         check_count("batch_size", batch_size)
-        selection = self.selection(threshold=threshold, top_k=top_k, classes=classes)
+        postprocessing = self.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
         if one:
-            return self._settle(self._detect_one(images, selection), on_error)  # type: ignore[arg-type]
-        outcomes = self.outcomes(images, selection, batch_size=batch_size)  # type: ignore[arg-type]
+            return self._settle(self._detect_one(images, postprocessing), on_error)  # type: ignore[arg-type]
+        outcomes = self.outcomes(images, postprocessing, batch_size=batch_size)  # type: ignore[arg-type]
         if not isinstance(images, Sequence):
             return (self._settle(outcome, on_error) for outcome in outcomes)
         with closing(outcomes):  # an error that the caller keeps would keep the threads
             return [self._settle(outcome, on_error) for outcome in outcomes]
 
-    def selection(
+    def postprocessing(
         self, *, threshold: float = 0.5, top_k: int = 100, classes: Iterable[str | int] | None = None
-    ) -> Selection:
+    ) -> Postprocessing:
         """Check what is to be reported against the model's classes; arguments and errors as of a call."""
-        return choose(self.model.metadata.class_names, threshold=threshold, top_k=top_k, classes=classes)
+        return make_postprocessing(self.model.metadata.class_names, threshold=threshold, top_k=top_k, classes=classes)
 
     def outcomes(
-        self, images: Iterable[ImageSource], selection: Selection, *, batch_size: int = 8
+        self, images: Iterable[ImageSource], postprocessing: Postprocessing, *, batch_size: int = 8
     ) -> Generator[Detections | Exception, None, None]:
         """Detect objects on many images, in order and in bounded memory; errors of images are given, not raised.
 
         Args:
             images: drawn from a few batches ahead.
-            selection: what to report.
+            postprocessing: what to report.
             batch_size: the most images that run together.
 
         Returns:
@@ -174,7 +189,7 @@ class Detector:
         """
         workers = min(4, os.cpu_count() or 1)
         numbered = ((image, f"images[{place}]") for place, image in enumerate(images))
-        prepared = prepare_ahead(self._prepare, numbered, workers=workers, depth=batch_size + workers)
+        prepared = map_in_threads(self._prepare, numbered, workers=workers, depth=batch_size + workers)
 
         def key(item: _Prepared | Exception) -> tuple[Any, ...] | None:
             return (item.values.shape, item.values.dtype) if isinstance(item, _Prepared) else None
@@ -182,10 +197,10 @@ class Detector:
         def run(items: list[_Prepared | Exception]) -> list[Detections | Exception]:
             if isinstance(items[0], Exception):
                 return [items[0]]
-            return [*self._run([item for item in items if isinstance(item, _Prepared)], selection)]
+            return [*self._run([item for item in items if isinstance(item, _Prepared)], postprocessing)]
 
         with closing(prepared):
-            yield from run_together(prepared, key, run, size=batch_size, window=_WINDOW * batch_size)
+            yield from map_in_batches(prepared, key, run, size=batch_size, window=_WINDOW * batch_size)
 
     def draw_attention(self, found: Detections, which: int = 0, *, layers: Sequence[int] = (-1,)) -> Image.Image:
         """Draw where the query of one detection looks: the paper's figure 1.
@@ -204,14 +219,11 @@ class Detector:
             OSError: the image's file is gone.
             ValueError: no layer, or one that the decoder does not have; an exported file, which has no maps.
         """
-        if isinstance(self.model, ExportedModel):
-            raise ValueError("attention maps: an exported file has none; ask the model that it was made from")
         box, score, name = found[which]
         opened = open_image(found.source, "image")
         preprocessing = self.model.metadata.preprocessing
         pixels = normalise(resize(opened, preprocessing), preprocessing)[None]
-        model = self.model
-        maps = self._evaluate(lambda x: model.attention_maps(x, layers=layers), pixels)
+        maps = self._evaluate(lambda x: self.model.attention_maps(x, layers=layers), pixels)
         query = int(found.queries[which])
         return draw_attention(
             to_pil(opened),
@@ -230,34 +242,33 @@ class Detector:
         warnings.warn(f"skipped: {outcome}", stacklevel=3)
         return None
 
-    def _detect_one(self, image: ImageSource, selection: Selection) -> Detections | Exception:
+    def _detect_one(self, image: ImageSource, postprocessing: Postprocessing) -> Detections | Exception:
         """Detect objects on a single image, without threads."""
         prepared = self._prepare((image, "image"))
-        return prepared if isinstance(prepared, Exception) else next(self._run([prepared], selection))
+        return prepared if isinstance(prepared, Exception) else next(self._run([prepared], postprocessing))
 
     def _prepare(self, named: tuple[ImageSource, str]) -> _Prepared | Exception:
         """Open and resize an image, or return the error of it."""
         image, place = named
-        name = name_of(image, place)
+        name = source_name(image, place)
         try:
-            source = bring(image, name, self.limits)
+            source = resolve_source(image, name, self.limits)
             opened = open_image(source, name)
             return _Prepared(name, source, size_of(opened), resize(opened, self.model.metadata.preprocessing))
         except IMAGE_ERRORS as error:
             return error
 
-    def _run(self, group: list[_Prepared], selection: Selection) -> Iterator[Detections]:
+    def _run(self, group: list[_Prepared], postprocessing: Postprocessing) -> Iterator[Detections]:
         """Run images of one shape through the model."""
         metadata = self.model.metadata
-        device, _ = self._place()
-        values = torch.stack([image.values for image in group]).to(device)  # (B, 3, H, W)
+        values = torch.stack([image.values for image in group]).to(self.model.device)  # (B, 3, H, W)
         output = self._evaluate(self.model, normalise(values, metadata.preprocessing))
         logits, boxes = (x[-1].float().cpu() for x in output)  # (B, N, C), (B, N, 4)
         check_head(logits.shape[-1], metadata.class_names)
         for image, its_logits, its_boxes in zip(group, logits, boxes, strict=True):
             if not (its_logits.isfinite().all() and its_boxes.isfinite().all()):
                 raise ValueError(f"{image.name}: the model gave logits or boxes that are not finite")
-            chosen, scores, labels, queries = select(its_logits, its_boxes, image.size, selection)
+            chosen, scores, labels, queries = postprocess(its_logits, its_boxes, image.size, postprocessing)
             rows = labels.tolist()
             yield Detections(
                 boxes=chosen,
@@ -274,11 +285,4 @@ class Detector:
     def _evaluate(self, function: Any, pixels: Tensor) -> Any:
         """Apply the model or a part of it in eval mode, where it is, and leave its mode as it was."""
         with evaluation_mode(self.model):
-            return function(pixels.to(*self._place()))
-
-    def _place(self) -> tuple[torch.device, torch.dtype]:
-        """Return where the model takes pixels, and in what precision."""
-        if isinstance(self.model, ExportedModel):
-            return self.model.device, torch.float32
-        weight = self.model.projection.weight
-        return weight.device, weight.dtype
+            return function(pixels.to(self.model.device, self.model.dtype))

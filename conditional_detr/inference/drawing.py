@@ -16,8 +16,8 @@ Colour: TypeAlias = tuple[int, int, int]
 Rectangle: TypeAlias = tuple[int, int, int, int]  # x0 y0 x1 y1 in whole pixels; x1 and y1 are the first outside
 Font: TypeAlias = ImageFont.FreeTypeFont
 
-HALO = 150  # opacity of the thin line around lines and labels, 0..255
-READABLE = 11  # pixels: the smallest type that is read without effort
+HALO_OPACITY = 150  # opacity of the thin line around lines and labels, 0..255
+MIN_FONT_SIZE = 11  # pixels: the smallest type that is read without effort
 # One hexadecimal digit each of red, green and blue, for the 91 classes of the published checkpoint. After seven of
 # plainly different hue, each is the vivid colour that eyes (OKLab) tell best from all before, the last six above all.
 COLOURS = (
@@ -26,11 +26,11 @@ COLOURS = (
     "7cf f26 96a e9f bc8 b85 e4c 681 08a 846 a8c 7dc fba c54 f7d 9b4 949 b5f 78e 3fe a22 d8b 9e6 b48 074 65e 0bf 4a6 "
     "268 d98 d58 a25 a6d aec 0c6"
 )
-CELL = (240, 300)  # attention: a photograph is fitted into this width and height
+CELL_SIZE = (240, 300)  # attention: a photograph is fitted into this width and height
 COLUMNS = 8  # attention: heads side by side; more go on below, as those of several layers do
-BOX = (64, 224, 255)  # attention: a colour that neither grey nor heat has
+BOX_COLOUR = (64, 224, 255)  # attention: a colour that neither grey nor heat has
 GAP = 6  # attention: pixels between photographs
-HEAT = np.array([(24, 14, 68), (98, 24, 138), (188, 42, 116), (238, 104, 62), (252, 182, 68), (255, 250, 204)])
+HEAT_COLOURS = np.array([(24, 14, 68), (98, 24, 138), (188, 42, 116), (238, 104, 62), (252, 182, 68), (255, 250, 204)])
 
 
 def draw_boxes(
@@ -63,7 +63,7 @@ def draw_boxes(
     counts = [len(boxes), len(labels), len(names), len(scored)]
     if len(set(counts)) > 1:
         raise ValueError(f"expected as many boxes as labels, names and scores, got {counts}")
-    sized = font_at(font)
+    sized = load_font(font)
     drawn = image.convert("RGB")
     line = math.ceil(math.sqrt(drawn.width * drawn.height) / 350)
     frames = [_frame(box, line, drawn.size) for box in boxes]
@@ -74,7 +74,7 @@ def draw_boxes(
         _outline(canvas, frame, colour, line)
     for (text, size, (x0, y0, x1, y1)), colour in reversed(list(zip(tags, colours, strict=True))):
         if text:
-            canvas.rectangle((x0, y0, x1 - 1, y1 - 1), fill=colour, outline=(*_contrast(colour), HALO))
+            canvas.rectangle((x0, y0, x1 - 1, y1 - 1), fill=colour, outline=(*_contrast(colour), HALO_OPACITY))
             baseline = y0 + 1 + sized(size).getmetrics()[0]
             canvas.text(((x0 + x1) / 2, baseline), text, _contrast(colour), sized(size), "ms")
     return drawn
@@ -95,10 +95,10 @@ def fit_label(
     """
     name = " ".join(name.split())
     text = name if score is None else f"{name} {score:.2f}".strip()
-    for smaller in range(size, READABLE - 1, -1):
+    for smaller in range(size, MIN_FONT_SIZE - 1, -1):
         if measure(text, smaller) <= room:
             return text, smaller
-    return _cut(name, room, lambda part: measure(part, READABLE)), READABLE
+    return _cut(name, room, lambda part: measure(part, MIN_FONT_SIZE)), MIN_FONT_SIZE
 
 
 def place_labels(
@@ -157,18 +157,18 @@ def draw_attention(
             raise ValueError(f"{name}: expected (M, h, w), not empty, the same for all three, got {tuple(maps.shape)}")
         if not bool(torch.isfinite(maps).all()) or float(maps.min()) < 0:
             raise ValueError(f"{name}: expected finite values of at least 0, got {maps.min()}..{maps.max()}")
-    scale = min(CELL[0] / image.width, CELL[1] / image.height)
+    scale = min(CELL_SIZE[0] / image.width, CELL_SIZE[1] / image.height)
     width, height = (max(round(scale * side), 1) for side in image.size)
     photo = image.convert("RGB").resize((width, height), reducing_gap=3)
-    cells = {name: [heat_over(photo, attention) for attention in maps] for name, maps in rows.items()}
+    cells = {name: [overlay_heat(photo, attention) for attention in maps] for name, maps in rows.items()}
     if box is not None:
         frame = _frame([scale * side for side in box], 2, photo.size)
         for cell in (cell for row in cells.values() for cell in row):
-            _outline(ImageDraw.Draw(cell, "RGBA"), frame, BOX, 2)
-    return _sheet(cells, title, font_at(font)(16))
+            _outline(ImageDraw.Draw(cell, "RGBA"), frame, BOX_COLOUR, 2)
+    return _sheet(cells, title, load_font(font)(16))
 
 
-def heat_over(photo: Image.Image, attention: Tensor) -> Image.Image:
+def overlay_heat(photo: Image.Image, attention: Tensor) -> Image.Image:
     """Lay a map (h, w) over a dimmed photograph as heat: clear where it is zero, pale yellow at its own maximum."""
     values = attention.detach().float().cpu()[None, None]
     heat = F.interpolate(values, photo.size[::-1], mode="bilinear", align_corners=False)[0, 0].numpy()
@@ -180,13 +180,13 @@ def heat_over(photo: Image.Image, attention: Tensor) -> Image.Image:
 
 def heat_colours(values: np.ndarray) -> np.ndarray:
     """Colour values in [0, 1]: (...) becomes (..., 3) in 0..255, from dark violet to pale yellow, ever lighter."""
-    return np.stack([np.interp(values, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], axis=-1)
+    return np.stack([np.interp(values, np.linspace(0, 1, len(HEAT_COLOURS)), channel) for channel in HEAT_COLOURS.T], axis=-1)
 
 
-def font_at(font: str | Path | None) -> Callable[[int], Font]:
+def load_font(font: str | Path | None) -> Callable[[int], Font]:
     """Return what gives a font, PIL's built-in one or a file's, at a size in pixels."""
     try:
-        face = cast(Font, ImageFont.load_default(READABLE)) if font is None else ImageFont.truetype(font)
+        face = cast(Font, ImageFont.load_default(MIN_FONT_SIZE)) if font is None else ImageFont.truetype(font)
     except OSError as error:
         raise OSError(f"{font}: expected a TrueType font file that can be read, got: {error}") from error
     return cache(lambda size: face.font_variant(size=size))
@@ -206,7 +206,7 @@ def _outline(canvas: ImageDraw.ImageDraw, frame: Rectangle, colour: Colour, line
     x0, y0, x1, y1 = frame
     halo = max(line // 3, 1)
     outer = (x0 - halo, y0 - halo, x1 - 1 + halo, y1 - 1 + halo)
-    canvas.rectangle(outer, outline=(*_contrast(colour), HALO), width=line + 2 * halo)
+    canvas.rectangle(outer, outline=(*_contrast(colour), HALO_OPACITY), width=line + 2 * halo)
     canvas.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=line)
 
 
@@ -224,8 +224,8 @@ def _arrange(
     def height(size: int) -> int:
         return sum(sized(size).getmetrics()) + 2
 
-    largest = max(round(math.sqrt(image[0] * image[1]) / 44), READABLE + 1)
-    for size in (max(round(share * largest), READABLE) for share in (1, 0.85, 0.7)):
+    largest = max(round(math.sqrt(image[0] * image[1]) / 44), MIN_FONT_SIZE + 1)
+    for size in (max(round(share * largest), MIN_FONT_SIZE) for share in (1, 0.85, 0.7)):
         titles = [fit_label(name, score, image[0], size, width) for name, score in named]
         titles = [(text if height(small) <= image[1] else "", small) for text, small in titles]
         sizes = [(width(text, small), height(small)) if text else (0, 0) for text, small in titles]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from conditional_detr.inference.sources import LIMITS, ImageSource, Limits, bring, name_of
+from conditional_detr.inference.sources import DEFAULT_LIMITS, ImageSource, Limits, resolve_source, source_name
 from conditional_detr.modeling.metadata import Preprocessing
 
 # What people hand over in place of images: where a file of that kind says so, how, and what to call it.
@@ -35,7 +35,7 @@ _KINDS = (
 _DOCUMENTS = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}  # PIL's names; it would run ghostscript on the first
 
 
-def open_image(image: ImageSource, name: str, limits: Limits = LIMITS) -> Image.Image | Tensor:
+def open_image(image: ImageSource, name: str, limits: Limits = DEFAULT_LIMITS) -> Image.Image | Tensor:
     """Open an image of any kind.
 
     Args:
@@ -52,8 +52,8 @@ def open_image(image: ImageSource, name: str, limits: Limits = LIMITS) -> Image.
         TypeError: a kind of image, or a dtype, that is not known.
         ValueError: a file that is no image, a shape that is none of an image, values out of range, too many pixels.
     """
-    name = name_of(image, name)
-    local = bring(image, name, limits)
+    name = source_name(image, name)
+    local = resolve_source(image, name, limits)
     if isinstance(local, Path | bytes):
         return _open_file(local, name)
     if isinstance(local, Image.Image):

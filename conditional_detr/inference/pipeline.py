@@ -11,7 +11,7 @@ Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 
 
-def prepare_ahead(
+def map_in_threads(
     prepare: Callable[[Item], Prepared], items: Iterable[Item], *, workers: int, depth: int
 ) -> Generator[Prepared, None, None]:
     """Apply a function to items in threads, so that the next ones are ready when the caller comes back for them.
@@ -51,7 +51,7 @@ def prepare_ahead(
         raise failure
 
 
-def run_together(
+def map_in_batches(
     items: Iterable[Item],
     key: Callable[[Item], Hashable | None],
     run: Callable[[list[Item]], Iterable[Result]],

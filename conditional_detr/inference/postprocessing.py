@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 
-class Selection(NamedTuple):
+class Postprocessing(NamedTuple):
     """Which of all query-class pairs are objects to report.
 
     Attributes:
@@ -22,9 +22,9 @@ class Selection(NamedTuple):
     top_k: int
 
 
-def choose(
+def make_postprocessing(
     names: Sequence[str | None], *, threshold: float, top_k: int, classes: Iterable[str | int] | None
-) -> Selection:
+) -> Postprocessing:
     """Check what is to be reported.
 
     Args:
@@ -40,11 +40,11 @@ def choose(
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold: expected 0..1, got {threshold}")
     check_count("top_k", top_k)
-    return Selection(_rows(names, classes), threshold, top_k)
+    return Postprocessing(_rows(names, classes), threshold, top_k)
 
 
-def select(
-    logits: Tensor, boxes: Tensor, size: tuple[int, int], selection: Selection
+def postprocess(
+    logits: Tensor, boxes: Tensor, size: tuple[int, int], postprocessing: Postprocessing
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose the best query-class pairs of one image.
 
@@ -52,18 +52,18 @@ def select(
         logits: (N, C).
         boxes: (N, 4) cx cy w h in [0, 1].
         size: (height, width) of the image in pixels.
-        selection: what to choose.
+        postprocessing: what to choose.
 
     Returns:
         boxes (K, 4) x0 y0 x1 y1 in pixels, inside the image; scores (K,); labels (K,); queries (K,); best first.
     """
-    found = best(logits[None], boxes[None], torch.tensor([size]), selection.rows, selection.top_k)
+    found = top_k_detections(logits[None], boxes[None], torch.tensor([size]), postprocessing.rows, postprocessing.top_k)
     corners, scores, labels, queries = (x[0] for x in found)
-    kept = scores > selection.threshold
+    kept = scores > postprocessing.threshold
     return corners[kept], scores[kept], labels[kept], queries[kept]
 
 
-def best(
+def top_k_detections(
     logits: Tensor, boxes: Tensor, sizes: Tensor, rows: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose the query-class pairs of several images that score highest.

@@ -28,7 +28,7 @@ mode; an array (H, W, 3), (H, W, 4) or (H, W); a tensor (3, H, W), (4, H, W) or 
 Arrays and tensors are RGB, RGBA or grey: uint8, uint16, or floating point in [0, 1].
 """
 
-Local: TypeAlias = Path | bytes | Image.Image | np.ndarray | Tensor
+ReadableSource: TypeAlias = Path | bytes | Image.Image | np.ndarray | Tensor
 """An image that can be opened any number of times, without a network."""
 
 _CHUNK = 1 << 16
@@ -48,18 +48,18 @@ class Limits(NamedTuple):
     max_bytes: int = 64 * 2**20
 
 
-LIMITS = Limits()
+DEFAULT_LIMITS = Limits()
 """What holds unless said otherwise."""
 
 
-def is_one_image(images: object) -> bool:
+def is_single_image(images: object) -> bool:
     """Tell an image from a collection of images."""
     # a runtime check takes no os.PathLike[str]
     one = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | Tensor  # type: ignore[type-arg]
     return isinstance(images, one) or hasattr(images, "read")
 
 
-def name_of(image: object, place: str) -> str:
+def source_name(image: object, place: str) -> str:
     """Return what messages call an image: its path or address, else its place among the images."""
     if isinstance(image, os.PathLike):
         return str(image)
@@ -68,7 +68,7 @@ def name_of(image: object, place: str) -> str:
     return place
 
 
-def bring(image: ImageSource, name: str, limits: Limits = LIMITS) -> Local:
+def resolve_source(image: ImageSource, name: str, limits: Limits = DEFAULT_LIMITS) -> ReadableSource:
     """Bring an image here, whatever it comes as.
 
     Args:
@@ -81,11 +81,11 @@ def bring(image: ImageSource, name: str, limits: Limits = LIMITS) -> Local:
         TypeError: not a kind of image.
         ValueError: an address or base64 that is none, or a file above the limit.
     """
-    name = name_of(image, name)
+    name = source_name(image, name)
     if isinstance(image, Image.Image | np.ndarray | Tensor):
         return image
     if isinstance(image, str):
-        return _bring_string(image, name, limits)
+        return _resolve_string(image, name, limits)
     if isinstance(image, os.PathLike):
         return Path(image)
     if isinstance(image, bytes | bytearray | memoryview):
@@ -98,13 +98,13 @@ def bring(image: ImageSource, name: str, limits: Limits = LIMITS) -> Local:
     )
 
 
-def _bring_string(text: str, name: str, limits: Limits) -> Path | bytes:
+def _resolve_string(text: str, name: str, limits: Limits) -> Path | bytes:
     """Tell apart what a string may be: an address, a data URI, a path, base64."""
     if not text:
         raise ValueError(f"{name}: expected a path, address or base64, got an empty string")
     start = text[:16].lower()
     if start.startswith(("http://", "https://")):
-        return _fetch(text, name, limits)
+        return _fetch_url(text, name, limits)
     if start.startswith("data:"):
         return _decode_data_uri(text, name)
     if _exists(text):
@@ -168,7 +168,7 @@ def _read(file: IO[bytes], name: str) -> bytes:
     return content
 
 
-def _fetch(url: str, name: str, limits: Limits) -> bytes:
+def _fetch_url(url: str, name: str, limits: Limits) -> bytes:
     """Fetch an address within the limits, however slowly its server goes on or wrong it tells a length.
 
     A thread does it, and is left to itself at the deadline: only so are slow headers and redirects cut short, too.

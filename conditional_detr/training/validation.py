@@ -10,13 +10,13 @@ from torchvision.ops import box_convert
 from conditional_detr.data.dataset import Sample, batches, collate
 from conditional_detr.evaluation.coco import MAX_DETECTIONS, evaluate, evaluate_detections
 from conditional_detr.inference.detector import Detector
-from conditional_detr.inference.postprocessing import Selection, select
+from conditional_detr.inference.postprocessing import Postprocessing, postprocess
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.layers import evaluation_mode
-from conditional_detr.training.loader import Samples
+from conditional_detr.training.loader import SampleDataset
 
 
-def measure(model: ConditionalDETR, data: Samples, batch_size: int) -> dict[str, float]:
+def measure(model: ConditionalDETR, data: SampleDataset, batch_size: int) -> dict[str, float]:
     """Return COCO's twelve numbers.
 
     Of a data set in COCO's form, which has ``annotations`` and ``images``, they are those of the original images,
@@ -36,7 +36,7 @@ def measure(model: ConditionalDETR, data: Samples, batch_size: int) -> dict[str,
     rank, processes = 0, 1
     if distributed.is_available() and distributed.is_initialized():
         rank, processes = distributed.get_rank(), distributed.get_world_size()
-    selection = Selection(torch.arange(model.config.num_classes), 0.0, MAX_DETECTIONS)
+    postprocessing = Postprocessing(torch.arange(model.config.num_classes), 0.0, MAX_DETECTIONS)
     for indices in batches(data, batch_size, seed=0, epoch=0, shuffle=False, rank=rank, processes=processes):
         samples = [data[index] for index in indices]
         logits, boxes = predict(model, samples)
@@ -46,7 +46,7 @@ def measure(model: ConditionalDETR, data: Samples, batch_size: int) -> dict[str,
             scale = torch.tensor([width, height, width, height])
             wanted = box_convert(target["boxes"].float(), "cxcywh", "xyxy") * scale
             objects += _entries(index, wanted, target["labels"])
-            found, scores, labels, _ = select(logits[i], boxes[i], (height, width), selection)
+            found, scores, labels, _ = postprocess(logits[i], boxes[i], (height, width), postprocessing)
             results += _entries(index, found, labels, score=scores)
     shares: list[Any] = [(entries, objects)]
     if processes > 1:
@@ -59,10 +59,9 @@ def measure(model: ConditionalDETR, data: Samples, batch_size: int) -> dict[str,
 def predict(model: ConditionalDETR, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
     """Return the last layer's logits (B, N, C) and boxes (B, N, 4) of samples, on the host; the model's modes stay."""
     pixels, padding, _ = collate(samples)
-    weight = model.projection.weight
-    masks = None if padding is None else padding.to(weight.device)
+    masks = None if padding is None else padding.to(model.device)
     with evaluation_mode(model):
-        output = model(pixels.to(weight.device, weight.dtype), masks)
+        output = model(pixels.to(model.device, model.dtype), masks)
     return output.logits[-1].float().cpu(), output.boxes[-1].float().cpu()
 
 

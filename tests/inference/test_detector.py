@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from conditional_detr import ConditionalDETR, Detections, Detector, Metadata, Preprocessing
-from conditional_detr.inference.postprocessing import Selection, select
+from conditional_detr.inference.postprocessing import Postprocessing, postprocess
 from helpers.models import assert_same_objects
 
 
@@ -50,13 +50,13 @@ def test_selection_by_hand():
     logits = torch.tensor([[9.0, 0.0, 2.0], [9.0, 1.0, -3.0]])
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.9, 0.1, 0.4, 0.4]])
     rows = torch.tensor([1, 2])
-    found, scores, labels, queries = select(logits, boxes, (100, 200), Selection(rows, 0.5, 10))
+    found, scores, labels, queries = postprocess(logits, boxes, (100, 200), Postprocessing(rows, 0.5, 10))
     assert labels.tolist() == [2, 1]
     assert queries.tolist() == [0, 1]
     torch.testing.assert_close(scores, torch.tensor([2.0, 1.0]).sigmoid())
     expected = torch.tensor([[80.0, 30, 120, 70], [140, 0, 200, 30]])  # the second reaches beyond and is cut
     torch.testing.assert_close(found, expected)
-    assert len(select(logits, boxes, (100, 200), Selection(rows, 0.0, 3))[0]) == 3
+    assert len(postprocess(logits, boxes, (100, 200), Postprocessing(rows, 0.0, 3))[0]) == 3
 
 
 def test_a_list_gives_what_its_images_give(detector, photograph):

@@ -8,13 +8,13 @@ import torch
 from PIL import Image, ImageCms, ImageFont
 
 from conditional_detr.inference.drawing import (
-    BOX,
+    BOX_COLOUR,
     class_colour,
     draw_attention,
     draw_boxes,
     fit_label,
     heat_colours,
-    heat_over,
+    overlay_heat,
     place_labels,
 )
 
@@ -240,7 +240,7 @@ def test_boxes_that_are_none():
 def test_heat_lies_where_the_map_does(peak):
     attention = torch.full((10, 16), 0.001)
     attention[peak] = 0.5
-    heat = np.asarray(heat_over(noise(160, 100), attention)).astype(int)
+    heat = np.asarray(overlay_heat(noise(160, 100), attention)).astype(int)
     warmth = heat[..., 0] - heat[..., 2]  # the grey photograph has none
     y, x = np.unravel_index(heat.sum(-1).argmax(), warmth.shape)
     assert (y // 10, x // 10) == peak
@@ -251,9 +251,9 @@ def test_heat_lies_where_the_map_does(peak):
 
 def test_each_map_is_scaled_by_its_own_maximum():
     photo, attention = noise(80, 60), torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
-    assert heat_over(photo, attention) == heat_over(photo, attention / 512)
-    assert heat_over(photo, attention.bfloat16().requires_grad_()).size == (80, 60)
-    nothing = np.asarray(heat_over(photo, torch.zeros(6, 8)))
+    assert overlay_heat(photo, attention) == overlay_heat(photo, attention / 512)
+    assert overlay_heat(photo, attention.bfloat16().requires_grad_()).size == (80, 60)
+    nothing = np.asarray(overlay_heat(photo, torch.zeros(6, 8)))
     assert (nothing == nothing[..., :1]).all()  # grey
 
 
@@ -282,7 +282,7 @@ def test_rows_are_the_parts_and_columns_the_heads(heads, columns):
 
     def places(head):
         """Where the head's three cells lie: (3, 2), x y each."""
-        return np.array([find(heat_over(image, part[head]), sheet) for part in maps])
+        return np.array([find(overlay_heat(image, part[head]), sheet) for part in maps])
 
     first = places(0)
     assert (first - first[0]).tolist() == [[0, 0], [0, 66], [0, 132]]
@@ -298,7 +298,7 @@ def test_the_box_is_outlined_on_each_map():
     without = draw_attention(image, *maps)
     sheet = draw_attention(image, *maps, box=[100, 100, 300, 200])
     assert sheet.size == without.size
-    here = (np.asarray(sheet) == BOX).all(-1)
+    here = (np.asarray(sheet) == BOX_COLOUR).all(-1)
     # a line of two pixels around 100 x 50, on six cells
     assert here.sum() == 6 * (104 * 54 - 100 * 50)
     assert changed(without, sheet).sum() == 6 * (106 * 56 - 98 * 48)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from conditional_detr.inference.pipeline import prepare_ahead, run_together
+from conditional_detr.inference.pipeline import map_in_batches, map_in_threads
 
 
 def test_prepared_in_order_and_no_further_ahead_than_said():
@@ -22,7 +22,7 @@ def test_prepared_in_order_and_no_further_ahead_than_said():
         return i * i
 
     results = []
-    for result in prepare_ahead(prepare, numbers(), workers=3, depth=5):
+    for result in map_in_threads(prepare, numbers(), workers=3, depth=5):
         results.append(result)
         assert len(drawn) <= len(results) - 1 + 5
     assert results == [i * i for i in range(20)]
@@ -34,7 +34,7 @@ def test_an_error_comes_at_its_items_turn_and_stops_the_threads():
     def prepare(i):
         return 6 // (3 - i)
 
-    ahead = prepare_ahead(prepare, range(9), workers=2, depth=4)
+    ahead = map_in_threads(prepare, range(9), workers=2, depth=4)
     assert [next(ahead), next(ahead), next(ahead)] == [2, 3, 6]
     with pytest.raises(ZeroDivisionError):
         next(ahead)
@@ -42,7 +42,7 @@ def test_an_error_comes_at_its_items_turn_and_stops_the_threads():
 
 
 def test_leaving_early_stops_the_threads():
-    ahead = prepare_ahead(lambda i: i, iter(range(1000)), workers=2, depth=4)
+    ahead = map_in_threads(lambda i: i, iter(range(1000)), workers=2, depth=4)
     assert next(ahead) == 0
     ahead.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("conditional_detr")]
@@ -66,7 +66,7 @@ def test_results_keep_the_items_order(keys, size, window):
         return [place for place, _ in group]
 
     results = []
-    for result in run_together(items(), lambda item: item[1].strip("-") or None, run, size=size, window=window):
+    for result in map_in_batches(items(), lambda item: item[1].strip("-") or None, run, size=size, window=window):
         results.append(result)
         held -= 1
         assert held <= window
@@ -84,7 +84,7 @@ def test_full_groups_where_the_keys_allow():
         runs.append("".join(group))
         return group
 
-    list(run_together(keys, lambda key: key, run, size=4, window=8))
+    list(map_in_batches(keys, lambda key: key, run, size=4, window=8))
     assert runs == ["aaaa", "bbbb"]
 
 
@@ -93,8 +93,8 @@ def test_what_the_callers_iterator_raises_comes_after_all_that_was_drawn():
         yield from range(5)
         raise KeyError("camera")
 
-    ahead = prepare_ahead(lambda i: 10 * i, broken(), workers=2, depth=4)
-    together = run_together(ahead, lambda item: item % 20, list, size=4, window=16)
+    ahead = map_in_threads(lambda i: 10 * i, broken(), workers=2, depth=4)
+    together = map_in_batches(ahead, lambda item: item % 20, list, size=4, window=16)
     assert [next(together) for _ in range(5)] == [0, 10, 20, 30, 40]
     with pytest.raises(KeyError, match="camera"):
         next(together)

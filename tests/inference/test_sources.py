@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from conditional_detr.inference.images import open_image
-from conditional_detr.inference.sources import Limits, bring, name_of
+from conditional_detr.inference.sources import Limits, resolve_source, source_name
 
 RGB = np.random.default_rng(2).integers(0, 255, (24, 32, 3), dtype=np.uint8)
 
@@ -81,7 +81,7 @@ def server():
 
 @pytest.mark.parametrize("path", ["image.png", "moved.png", "an image ü.png", "image.png?size=1&x=%20"])
 def test_an_address(server, path):
-    assert bring(server + path, "image") == PNG
+    assert resolve_source(server + path, "image") == PNG
     assert np.array_equal(np.asarray(open_image(server + path, "image")), RGB)
 
 
@@ -113,9 +113,9 @@ def test_an_address_that_gives_no_image(server, path, limits, error, message):
 
 def test_nobody_answers():
     with pytest.raises(OSError, match=r"http://127\.0\.0\.1:9/a\.jpg: the address cannot be fetched: .*refused"):
-        bring("http://127.0.0.1:9/a.jpg", "image")
+        resolve_source("http://127.0.0.1:9/a.jpg", "image")
     with pytest.raises(OSError, match=r"http://\[a\.jpg: the address cannot be fetched: "):
-        bring("http://[a.jpg", "image")
+        resolve_source("http://[a.jpg", "image")
 
 
 def test_base64_in_every_form():
@@ -124,20 +124,20 @@ def test_base64_in_every_form():
     forms = [text, wrapped, text.rstrip("="), base64.urlsafe_b64encode(PNG).decode(), f"data:image/png;base64,{text}"]
     forms += [f"data:image/png;base64,{wrapped}", f"DATA:;base64,{text}"]
     for form in forms:
-        assert bring(form, "image") == PNG
+        assert resolve_source(form, "image") == PNG
     jpeg = encoded("JPEG")
     assert base64.b64encode(jpeg).decode().startswith("/9j/"), "which looks like a path"
-    assert bring(base64.b64encode(jpeg).decode(), "image") == jpeg
+    assert resolve_source(base64.b64encode(jpeg).decode(), "image") == jpeg
 
 
 def test_bytes_and_open_files(tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(PNG)
     for form in [PNG, bytearray(PNG), memoryview(PNG), io.BytesIO(PNG)]:
-        assert bring(form, "image") == PNG
+        assert resolve_source(form, "image") == PNG
     with path.open("rb") as file:
-        assert bring(file, "image") == PNG
-    assert bring(str(path), "image") == bring(path, "image") == Path(path)
+        assert resolve_source(file, "image") == PNG
+    assert resolve_source(str(path), "image") == resolve_source(path, "image") == Path(path)
 
 
 @pytest.mark.parametrize(
@@ -171,23 +171,23 @@ def test_files_that_cannot_be_read(tmp_path):
     closed = io.BytesIO(PNG)
     closed.close()
     with pytest.raises(OSError, match="image: the open file cannot be read: I/O operation on closed file"):
-        bring(closed, "image")
+        resolve_source(closed, "image")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa" * 9)
     with (tmp_path / "latin.txt").open(encoding="utf-8") as text, pytest.raises(TypeError, match="binary mode"):
-        bring(text, "image")
+        resolve_source(text, "image")
 
 
 def test_a_short_path_is_no_base64():
     """This is base64's alphabet, and its bytes are no image."""
     path = "photographs/of/the/summer/holidays/beach"
-    assert bring(path, "image") == Path(path)
+    assert resolve_source(path, "image") == Path(path)
 
 
 def test_names():
-    assert name_of("a.jpg", "images[0]") == name_of(Path("a.jpg"), "images[0]") == "a.jpg"
-    assert name_of("http://host/a.jpg", "images[0]") == "http://host/a.jpg"
+    assert source_name("a.jpg", "images[0]") == source_name(Path("a.jpg"), "images[0]") == "a.jpg"
+    assert source_name("http://host/a.jpg", "images[0]") == "http://host/a.jpg"
     for image in ["A" * 300, "data:,", b"", RGB, ""]:
-        assert name_of(image, "images[0]") == "images[0]"
+        assert source_name(image, "images[0]") == "images[0]"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")

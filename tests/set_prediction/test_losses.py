@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from conditional_detr import ConditionalDETR, HungarianMatcher, Output, SetLoss
-from conditional_detr.inference.postprocessing import Selection, select
+from conditional_detr.inference.postprocessing import Postprocessing, postprocess
 from conditional_detr.set_prediction.losses import focal_loss
 from conditional_detr.set_prediction.targets import move
 from helpers.models import two_images
@@ -277,7 +277,7 @@ def test_losses_and_detections_from_one_forward_in_either_mode(tiny, training):
     losses["total"].backward()
     assert all(torch.equal(a, b) for a, b in zip(output, before, strict=True))
     logits, boxes = (x[-1, 0].detach() for x in output)
-    boxes, scores, *_ = select(logits, boxes, (160, 224), Selection(torch.arange(7), 0.0, 5))
+    boxes, scores, *_ = postprocess(logits, boxes, (160, 224), Postprocessing(torch.arange(7), 0.0, 5))
     torch.testing.assert_close(scores, before.logits[-1, 0].sigmoid().flatten().topk(5).values, rtol=0, atol=0)
     assert boxes.shape == (5, 4)
     for name, parameter in model.named_parameters():
