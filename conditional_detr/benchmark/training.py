@@ -16,7 +16,7 @@ from conditional_detr.benchmark.measure import check
 from conditional_detr.benchmark.timing import WARM_UP, Timing, check_rounds, in_turn, process_peak, warm_up
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output
 from conditional_detr.set_prediction.losses import SetLoss
-from conditional_detr.training.optimizer import linears_convolved, norms_folded
+from conditional_detr.training.optimizer import folded_batch_norm, linear_as_convolution
 
 OURS = "this library"
 STEP, CRITERION = "step", "criterion"
@@ -27,7 +27,7 @@ Targets: TypeAlias = list[dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingReading(Timing):
+class TrainingMeasurement(Timing):
     """What was measured of one side, besides its :class:`Timing`.
 
     Attributes:
@@ -64,7 +64,7 @@ def measure_training(
     rounds: int = 7,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
-) -> list[TrainingReading]:
+) -> list[TrainingMeasurement]:
     """Time a training step and the criterion alone, of transformers and of this library, on the model's device.
 
     Ours is the step as ``train`` does it, without AdamW. Both start from the model's weights, with its dropout and
@@ -85,7 +85,7 @@ def measure_training(
         ValueError: a device that neither is made for; no rounds.
         ModuleNotFoundError: transformers is not installed.
     """
-    device = model.projection.weight.device
+    device = model.device
     check(REFERENCE, device.type)
     check_rounds(rounds, tuple(_STEPS))
     generator = torch.Generator().manual_seed(seed)
@@ -97,9 +97,9 @@ def measure_training(
             progress(f"training step, {name}: getting ready")
             steps[name] = stack.enter_context(make(copy.deepcopy(model), Path(folder), pixels, targets))
         of = f"{size[0]} x {size[1]}, {batch} at a time"
-        readings = _readings(STEP, of, steps, device, rounds, progress)
+        measurements = _measurements(STEP, of, steps, device, rounds, progress)
     of = f"{IMAGES} images, {QUERIES} queries, {CLASSES} classes, {LAYERS} layers, {OBJECTS} boxes an image"
-    return readings + _readings(CRITERION, of, criteria, device, rounds, progress)
+    return measurements + _measurements(CRITERION, of, criteria, device, rounds, progress)
 
 
 def peak_of_step(model: ConditionalDETR, name: str, *, size: tuple[int, int] = (512, 512), batch: int = 2) -> float:
@@ -125,9 +125,9 @@ def peak_of_step(model: ConditionalDETR, name: str, *, size: tuple[int, int] = (
     return process_peak()
 
 
-def _readings(
+def _measurements(
     work: str, of: str, works: dict[str, Work], device: torch.device, rounds: int, progress: Callable[[str], None]
-) -> list[TrainingReading]:
+) -> list[TrainingMeasurement]:
     """Warm up, and time in turn."""
     warm = {}
     for name, one in works.items():
@@ -135,18 +135,18 @@ def _readings(
         warm[name] = warm_up(one.call, device)
     calls = {name: one.call for name, one in works.items()}
     times = in_turn(calls, device, rounds=rounds, progress=lambda text: progress(f"{work} of {of}: {text}"))
-    readings = []
+    measurements = []
     for name, (loss, megabytes) in warm.items():
         same: dict[str, Any] = {"work": work, "of": of, "threads": torch.get_num_threads(), "megabytes": megabytes}
-        readings.append(TrainingReading(engine=name, loss=loss, trained=works[name].trained, **same, **times[name]))
-    return readings
+        measurements.append(TrainingMeasurement(engine=name, loss=loss, trained=works[name].trained, **same, **times[name]))
+    return measurements
 
 
 def _images(
     model: ConditionalDETR, size: tuple[int, int], batch: int, generator: torch.Generator
 ) -> tuple[Tensor, Targets]:
     """Draw pixels (B, 3, H, W) on the model's device, and their targets."""
-    pixels = torch.randn(batch, 3, *size, generator=generator).to(model.projection.weight.device)
+    pixels = torch.randn(batch, 3, *size, generator=generator).to(model.device)
     return pixels, _targets(batch, model.config.num_classes, generator)
 
 
@@ -192,7 +192,7 @@ def _our_step(model: ConditionalDETR, _: Path, pixels: Tensor, targets: Targets)
     model.backbone.to(memory_format=torch.channels_last)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     criterion = _criterion()
-    with norms_folded(model), linears_convolved(model):
+    with folded_batch_norm(model), linear_as_convolution(model):
         yield _work(model.parameters(), lambda: criterion(model(pixels), targets)["total"])
 
 

@@ -18,7 +18,7 @@ from conditional_detr.modeling.conditional_detr import ConditionalDETR
 LAST = "last"
 BEST = "best"
 STATE = "training_state.pt"
-FREE = ("workers", "save_every", "epochs", "patience", "evaluate_every", "gradient_checkpointing")
+CHANGEABLE = ("workers", "save_every", "epochs", "patience", "evaluate_every", "gradient_checkpointing")
 """Settings that a run may change when it goes on; all others would change what follows from what was done."""
 
 
@@ -36,7 +36,7 @@ def save_checkpoint(model: ConditionalDETR, folder: Path, state: Mapping[str, An
     write_tensors(writers)
 
 
-def load_state(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def load_training_state(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read the state that a run left, and check that it is to go on in the same way.
 
     Args:
@@ -62,10 +62,10 @@ def load_state(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | No
     if not isinstance(state, dict) or "settings" not in state:
         raise ValueError(f"{path}: expected the state of a training run, got {type(state).__name__}")
     before = state["settings"]
-    changed = [name for name in before if name not in FREE and settings.get(name) != before[name]]
+    changed = [name for name in before if name not in CHANGEABLE and settings.get(name) != before[name]]
     if changed:
         got = ", ".join(f"{name} {settings.get(name)!r}, not {before[name]!r}" for name in changed)
         raise ValueError(
-            f"{path}: expected the settings that this run began with, got {got}; only {', '.join(FREE)} may change"
+            f"{path}: expected the settings that this run began with, got {got}; only {', '.join(CHANGEABLE)} may change"
         )
     return state

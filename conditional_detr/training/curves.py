@@ -12,7 +12,7 @@ from conditional_detr.system.atomic_files import write_atomically
 _POINTS = 200  # a smoothed curve shows about as many
 
 
-def draw_curves(log: Path, target: Path) -> None:
+def plot_curves(log: Path, target: Path) -> None:
     """Draw losses, AP and learning rates of a run's log.
 
     Args:

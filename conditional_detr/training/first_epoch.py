@@ -10,7 +10,7 @@ from torchvision.ops import box_convert, box_iou
 from conditional_detr.data.dataset import Sample
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.set_prediction.matcher import HungarianMatcher
-from conditional_detr.training.loader import Samples
+from conditional_detr.training.loader import SampleDataset
 from conditional_detr.training.validation import predict
 
 IMAGES = 64  # looked at, spread over the data set
@@ -21,7 +21,7 @@ _FEW = 0.1  # matched share
 
 
 @dataclass(frozen=True)
-class FirstEpoch:
+class FirstEpochReport:
     """What the model makes of training images after the first epoch.
 
     Attributes:
@@ -50,9 +50,9 @@ class FirstEpoch:
         )
 
 
-def look_at_first_epoch(
-    model: ConditionalDETR, data: Samples, matcher: HungarianMatcher, ap: float | None = None
-) -> FirstEpoch:
+def check_first_epoch(
+    model: ConditionalDETR, data: SampleDataset, matcher: HungarianMatcher, ap: float | None = None
+) -> FirstEpochReport:
     """Compare what the model finds on some images with their targets.
 
     Args:
@@ -66,7 +66,7 @@ def look_at_first_epoch(
     best, matched, right = (torch.cat([part[k] for part in found]) for k in range(3))
     top_score = max(float(part[3]) for part in found)
     near = matched > _NEAR
-    look = FirstEpoch(
+    look = FirstEpochReport(
         images=count,
         targets=len(best),
         matched=float(near.float().mean()) if len(best) else 0.0,
@@ -90,7 +90,7 @@ def _look(model: ConditionalDETR, sample: Sample, matcher: HungarianMatcher) -> 
     return best, iou[queries, places], right, logits.sigmoid().max()
 
 
-def _advice(look: FirstEpoch, ap: float | None) -> str:
+def _advice(look: FirstEpochReport, ap: float | None) -> str:
     """Say what the numbers suggest."""
     if not look.targets:
         return "No object on any of them: there is nothing to learn. conditional-detr check-data looks at a data set."

@@ -17,7 +17,7 @@ from conditional_detr.training.config import TrainConfig
 Batch: TypeAlias = tuple[Tensor, Tensor | None, list[dict[str, Any]]]
 
 
-class Samples(Protocol):
+class SampleDataset(Protocol):
     """A data set to train on: any map-style one.
 
     Its samples are an image's pixels (3, H, W), normalised, and its target {"labels", "boxes"}. If it has a method
@@ -31,32 +31,32 @@ class Samples(Protocol):
         """Return an image and its target."""
 
 
-class _Drawn(Dataset[Any]):
+class _SeededDataset(Dataset[Any]):
     """A data set whose draws follow from seed, epoch and index, also those from the global generators.
 
     What cannot be read comes back as its error, so that the message is not buried in that of a worker.
     """
 
-    def __init__(self, data: Samples, seed: int, epoch: int) -> None:
+    def __init__(self, data: SampleDataset, seed: int, epoch: int) -> None:
         self.data = data
         self.seed = seed
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> Sample | Exception:
-        with _global_generators(seed_of(self.seed, self.epoch, index)):
+        with _global_generators(derive_seed(self.seed, self.epoch, index)):
             try:
                 return self.data[index]
             except (OSError, TypeError, ValueError) as error:
                 return error
 
 
-def seed_of(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """Return a seed for one of many things to draw, well mixed: neighbours have nothing in common."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def feed(
-    data: Samples, batches: Sequence[list[int]], config: TrainConfig, epoch: int, *, pin: bool
+def load_batches(
+    data: SampleDataset, batches: Sequence[list[int]], config: TrainConfig, epoch: int, *, pin: bool
 ) -> Iterator[Batch]:
     """Give batches of images, prepared in the workers ahead of their turn.
 
@@ -71,7 +71,7 @@ def feed(
         OSError, TypeError, ValueError: what the data set raises.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Drawn(data, config.seed, epoch),
+        _SeededDataset(data, config.seed, epoch),
         batch_sampler=batches,
         num_workers=min(config.workers, len(batches)),
         collate_fn=_collate,

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.progress import progress_bar
-from conditional_detr.training.curves import draw_curves, read_log
+from conditional_detr.training.curves import plot_curves, read_log
 
 LOG = "log.jsonl"
 CURVES = "curves.png"
 
 
-class Journal:
+class RunLogger:
     """Writes down each step and each epoch; a context manager.
 
     ``log.jsonl`` has a line a step with step, epoch, loss, class, l1, giou, norm and lr, and a line an epoch with its
@@ -42,7 +42,7 @@ class Journal:
         self._bar = progress_bar(self._console, shown=shown)
         self._task = self._bar.add_task("training", total=total, completed=step)
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "RunLogger":
         self._bar.start()
         return self
 
@@ -53,24 +53,24 @@ class Journal:
         self._log.close()
         self._board.close()
         if kind is None or issubclass(kind, KeyboardInterrupt):
-            draw_curves(self.folder / LOG, self.folder / CURVES)
+            plot_curves(self.folder / LOG, self.folder / CURVES)
 
-    def step(self, entry: Mapping[str, Any]) -> None:
+    def log_step(self, entry: Mapping[str, Any]) -> None:
         """Write down a step."""
         self._write(entry, "train")
         losses = "  ".join(f"{name} {entry[name]:.3f}" for name in ("loss", "class", "l1", "giou"))
         self._bar.update(self._task, completed=entry["step"], description=f"epoch {entry['epoch'] + 1}  {losses}")
 
-    def epoch(self, entry: Mapping[str, Any], *, epochs: int, best: float | None) -> None:
+    def log_epoch(self, entry: Mapping[str, Any], *, epochs: int, best: float | None) -> None:
         """Write down an epoch, and show a line of it."""
         self._write(entry, "val")
         ap = f"  AP {entry['AP']:.3f}  AP50 {entry['AP50']:.3f}  best {best:.3f}" if "AP" in entry else ""
-        self.say(
+        self.report(
             f"epoch {entry['epoch'] + 1}/{epochs}  step {entry['step']}  mean loss {entry['mean_loss']:.3f}{ap}"
             f"  {entry['seconds']:.0f} s"
         )
 
-    def say(self, text: str) -> None:
+    def report(self, text: str) -> None:
         """Show a text above the bar."""
         self._console.print(text, markup=False)
 

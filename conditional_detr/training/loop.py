@@ -21,12 +21,12 @@ from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.system.atomic_files import remove_unfinished
 from conditional_detr.system.shutdown import ShutdownRequest
-from conditional_detr.training.checkpoints import BEST, LAST, STATE, load_state, save_checkpoint
+from conditional_detr.training.checkpoints import BEST, LAST, STATE, load_training_state, save_checkpoint
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.first_epoch import FirstEpoch, look_at_first_epoch
-from conditional_detr.training.loader import Samples, feed
-from conditional_detr.training.logging import Journal
-from conditional_detr.training.optimizer import computed_twice, linears_convolved, norms_folded
+from conditional_detr.training.first_epoch import FirstEpochReport, check_first_epoch
+from conditional_detr.training.loader import SampleDataset, load_batches
+from conditional_detr.training.logging import RunLogger
+from conditional_detr.training.optimizer import folded_batch_norm, gradient_checkpointing, linear_as_convolution
 from conditional_detr.training.steps import Stepper
 from conditional_detr.training.validation import measure
 
@@ -55,14 +55,14 @@ class TrainResult:
     best_ap: float | None
     steps: int
     history: tuple[dict[str, Any], ...]
-    first_epoch: FirstEpoch | None
+    first_epoch: FirstEpochReport | None
     stopped_early: bool
 
 
 def train(
     model: ConditionalDETR,
-    train_data: Samples,
-    val_data: Samples | None = None,
+    train_data: SampleDataset,
+    val_data: SampleDataset | None = None,
     config: TrainConfig | None = None,
     *,
     folder: str | Path,
@@ -110,9 +110,9 @@ def train(
     run.begin(resume)
     with (
         run.telling(progress),
-        norms_folded(model),
-        linears_convolved(model),
-        computed_twice(model, config.gradient_checkpointing),
+        folded_batch_norm(model),
+        linear_as_convolution(model),
+        gradient_checkpointing(model, config.gradient_checkpointing),
         ShutdownRequest() as stop,
     ):
         run.go(stop)
@@ -125,8 +125,8 @@ class _Run:
     def __init__(
         self,
         model: ConditionalDETR,
-        train_data: Samples,
-        val_data: Samples | None,
+        train_data: SampleDataset,
+        val_data: SampleDataset | None,
         config: TrainConfig,
         folder: Path,
         criterion: SetLoss,
@@ -139,8 +139,8 @@ class _Run:
         self.stale = 0  # evaluations since the best
         self.history: list[dict[str, Any]] = []
         self.losses: list[float] = []  # of the present epoch
-        self.first_epoch: FirstEpoch | None = None
-        self.journal: Journal | None = None
+        self.first_epoch: FirstEpochReport | None = None
+        self.logger: RunLogger | None = None
         self.saved_step: int | None = None
         self.saved_at = self.began = time.monotonic()
 
@@ -163,7 +163,7 @@ class _Run:
             raise FileExistsError(
                 f"{self.folder}: holds the checkpoint of a run: expected resume to go on with it, or another folder"
             )
-        state = load_state(self.folder, self.settings) if resume else None
+        state = load_training_state(self.folder, self.settings) if resume else None
         if state is not None:
             self.stepper.load_state_dict(state)
             for name in _PLACE:
@@ -181,7 +181,7 @@ class _Run:
             yield
             return
         steps = math.ceil(len(self._batches(0)) / self.config.accumulation) * self.config.epochs
-        with Journal(self.folder, step=self.step, epoch=self.epoch, total=steps, shown=progress) as self.journal:
+        with RunLogger(self.folder, step=self.step, epoch=self.epoch, total=steps, shown=progress) as self.logger:
             yield
 
     def go(self, stop: ShutdownRequest) -> None:
@@ -224,14 +224,14 @@ class _Run:
             self.train_data.set_epoch(self.epoch)
         plan = self._batches(self.epoch)
         left = plan[self.batch :]
-        fed = feed(self.train_data, left, self.config, self.epoch, pin=self.accelerator.device.type == "cuda")
+        fed = load_batches(self.train_data, left, self.config, self.epoch, pin=self.accelerator.device.type == "cuda")
         named = zip(left, fed, strict=True)
         while group := list(islice(named, self.config.accumulation)):
-            numbers = self.stepper.take(group, step=self.step, epochs=self.epoch + self.batch / len(plan))
+            numbers = self.stepper.train_step(group, step=self.step, epochs=self.epoch + self.batch / len(plan))
             self.step, self.batch = self.step + 1, self.batch + len(group)
             self.losses.append(numbers["loss"])
-            if self.journal is not None:
-                self.journal.step({"step": self.step, "epoch": self.epoch, **numbers})
+            if self.logger is not None:
+                self.logger.log_step({"step": self.step, "epoch": self.epoch, **numbers})
             if self.step % self.config.save_every == 0:
                 self._save()
             self._stop_if_asked(stop)
@@ -243,7 +243,7 @@ class _Run:
             return
         if self.saved_step != self.step:
             self._save()
-        self._say(f"stopped after step {self.step}; resume goes on from {self.folder / LAST}")
+        self._report(f"stopped after step {self.step}; resume goes on from {self.folder / LAST}")
         raise KeyboardInterrupt
 
     def _describe(self, index: int) -> str:
@@ -261,33 +261,33 @@ class _Run:
         if self.val_data is not None and evaluate:
             if time.monotonic() - self.saved_at > _UNSAVED:
                 self._save()
-            entry |= measure(self.stepper.best_guess, self.val_data, self.config.batch_size)
+            entry |= measure(self.stepper.eval_model, self.val_data, self.config.batch_size)
             better = self.best is None or entry["AP"] > self.best
             self.best, self.stale = (entry["AP"], 0) if better else (self.best, self.stale + 1)
         entry["seconds"] = time.monotonic() - self.began
         self.history.append(entry)
         if number == 0 and self.accelerator.is_main_process:
-            self.first_epoch = look_at_first_epoch(
+            self.first_epoch = check_first_epoch(
                 self.stepper.model, self.train_data, self.stepper.criterion.matcher, entry.get("AP")
             )
-            self._say(str(self.first_epoch))
-        if self.journal is not None:
-            self.journal.epoch(entry, epochs=self.config.epochs, best=self.best)
+            self._report(str(self.first_epoch))
+        if self.logger is not None:
+            self.logger.log_epoch(entry, epochs=self.config.epochs, best=self.best)
         self.epoch, self.batch, self.losses = number + 1, 0, []
         if better and self.accelerator.is_main_process:
-            save_checkpoint(self.stepper.best_guess, self.folder / BEST)
+            save_checkpoint(self.stepper.eval_model, self.folder / BEST)
         self._save()
 
     def _save(self) -> None:
         """Write the last checkpoint, in the first process."""
         if self.accelerator.is_main_process:
             state = self.stepper.state_dict() | {name: getattr(self, name) for name in (*_PLACE, "settings")}
-            save_checkpoint(self.stepper.best_guess, self.folder / LAST, state)
+            save_checkpoint(self.stepper.eval_model, self.folder / LAST, state)
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
-    def _say(self, text: str) -> None:
-        if self.journal is not None:
-            self.journal.say(text)
+    def _report(self, text: str) -> None:
+        if self.logger is not None:
+            self.logger.report(text)
 
 
 def _accelerator() -> Any:

@@ -78,7 +78,7 @@ def moving_average(model: ConditionalDETR, decay: float) -> AveragedModel:
 
 
 @contextmanager
-def computed_twice(model: ConditionalDETR, wanted: bool) -> Iterator[None]:
+def gradient_checkpointing(model: ConditionalDETR, wanted: bool) -> Iterator[None]:
     """Keep only the inputs of layers and backbone stages that train, and compute them again in the backward pass."""
     parts = [*model.encoder.layers, *model.decoder.layers, *model.backbone.body.children()] if wanted else []
     parts = [part for part in parts if any(parameter.requires_grad for parameter in part.parameters())]
@@ -87,7 +87,7 @@ def computed_twice(model: ConditionalDETR, wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def norms_folded(model: ConditionalDETR) -> Iterator[None]:
+def folded_batch_norm(model: ConditionalDETR) -> Iterator[None]:
     """Let convolutions of the backbone do what the frozen BatchNorm behind them does: the maps are gone through once.
 
     Statistics do not train, so scaling the weights, which is cheap, has the same gradients as scaling the maps. Under
@@ -107,7 +107,7 @@ def norms_folded(model: ConditionalDETR) -> Iterator[None]:
 
 
 @contextmanager
-def linears_convolved(model: nn.Module) -> Iterator[None]:
+def linear_as_convolution(model: nn.Module) -> Iterator[None]:
     """Let oneDNN, which computes convolutions, compute the linear layers too, as convolutions of a map one cell wide.
 
     Matrix products in float32 go to another library, which on some CPUs takes twice as long, forwards and backwards.

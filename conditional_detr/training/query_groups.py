@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output
-from conditional_detr.training.loader import seed_of
+from conditional_detr.training.loader import derive_seed
 
 
 class QueryGroups(nn.Module):
@@ -29,7 +29,7 @@ class QueryGroups(nn.Module):
         self.groups = groups
         queries = model.object_queries
         self.others = nn.Embedding((groups - 1) * queries.num_embeddings, queries.embedding_dim)
-        nn.init.normal_(self.others.weight, generator=torch.Generator().manual_seed(seed_of(seed, groups)))
+        nn.init.normal_(self.others.weight, generator=torch.Generator().manual_seed(derive_seed(seed, groups)))
         self.others.to(queries.weight).requires_grad_(queries.weight.requires_grad)
 
     def forward(self, pixels: Tensor, padding: Tensor | None = None) -> Output:

@@ -11,11 +11,11 @@ from torch import Tensor
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output
 from conditional_detr.set_prediction.losses import SetLoss, boxes_per_process
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.loader import Batch, seed_of
+from conditional_detr.training.loader import Batch, derive_seed
 from conditional_detr.training.optimizer import moving_average, parameter_groups, rate_factor
 from conditional_detr.training.query_groups import QueryGroups
 
-Group: TypeAlias = Sequence[tuple[list[int], Batch]]
+MicroBatches: TypeAlias = Sequence[tuple[list[int], Batch]]
 """The batches of one step, each with the places of its images in the data set."""
 
 _NUMBERS = ("loss", "class", "l1", "giou", "norm")
@@ -63,7 +63,7 @@ class Stepper:
         self._wrapped: Any = None
 
     @property
-    def best_guess(self) -> ConditionalDETR:
+    def eval_model(self) -> ConditionalDETR:
         """The model to evaluate and to save: the moving average, or where there is none the model itself."""
         return self.model if self.average is None else cast(ConditionalDETR, self.average.module)
 
@@ -91,7 +91,7 @@ class Stepper:
         """Get ready for steps, once the weights are what they shall be: all processes take the first one's."""
         self._wrapped = self.accelerator.prepare_model(self.grouped or self.model)
 
-    def take(self, group: Group, *, step: int, epochs: float) -> dict[str, float]:
+    def train_step(self, group: MicroBatches, *, step: int, epochs: float) -> dict[str, float]:
         """Do a step on the joined batch of a group, of all processes.
 
         Args:
@@ -107,7 +107,7 @@ class Stepper:
             ValueError: a loss or gradients that are not finite, before they reach the weights; targets that do not
                 fit. The message names step and images.
         """
-        torch.manual_seed(seed_of(self.config.seed, step, self.accelerator.process_index))
+        torch.manual_seed(derive_seed(self.config.seed, step, self.accelerator.process_index))
         factor = rate_factor(self.config, step, epochs)
         for settings in self.optimizer.param_groups:
             settings["lr"] = settings["initial_lr"] * factor
@@ -125,7 +125,7 @@ class Stepper:
             self.average.update_parameters(self.model)
         return {**numbers, "lr": self.config.lr * factor}
 
-    def _backward(self, group: Group, step: int) -> Tensor:
+    def _backward(self, group: MicroBatches, step: int) -> Tensor:
         """Compute the gradients of the joined batch; returns its loss, and class, L1 and GIoU of the last layer (4,).
 
         A loss is divided by its batch's number of boxes, that of the joined batch by all: so each counts by its share.
@@ -176,7 +176,7 @@ class Stepper:
         joined, each = (boxes_per_process(n, self.device) for n in (groups * count, count))
         return {name: loss * (joined / (groups * each)) for name, loss in losses.items()}
 
-    def _check_finite(self, numbers: dict[str, float], group: Group, step: int) -> None:
+    def _check_finite(self, numbers: dict[str, float], group: MicroBatches, step: int) -> None:
         """Raise ValueError unless loss and gradients are finite; float16's scaler passes over gradients by itself."""
         names = {"loss": "loss", "norm": "norm of the gradients"}
         if self.scaler.is_enabled():

@@ -13,7 +13,7 @@ from conditional_detr import ConditionalDETR, Detector
 from conditional_detr.cli import app
 from conditional_detr.cli.train import Augment, Preset, _augmentation, _with_dropout
 from conditional_detr.data.synthetic import CLASS_NAMES, write_shapes
-from conditional_detr.training.logging import Journal
+from conditional_detr.training.logging import RunLogger
 from helpers.models import assert_same
 from helpers.training_runs import steps_of
 
@@ -134,13 +134,13 @@ def test_another_dropout_and_the_same_weights(small):
 def test_interrupted(shapes, small, tmp_path, monkeypatch):
     import signal
 
-    plain = Journal.step
+    plain = RunLogger.log_step
 
     def step_and_interrupt(self, entry):
         plain(self, entry)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Journal, "step", step_and_interrupt)
+    monkeypatch.setattr(RunLogger, "log_step", step_and_interrupt)
     result = run("train", *data_of(shapes, val=False), *SHORT, "--weights", small, "--output", tmp_path)
     assert result.exit_code == 130
     assert f"interrupted; --resume goes on from {tmp_path / 'last'}" in result.stderr

@@ -12,7 +12,7 @@ import torch
 
 from conditional_detr import ConditionalDETR, Config, Metadata
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.logging import Journal
+from conditional_detr.training.logging import RunLogger
 from conditional_detr.training.loop import train
 
 COLOURS = torch.tensor([[2.0, -2.0, 0.0], [-2.0, 0.0, 2.0]])
@@ -108,14 +108,14 @@ def resumable(folder, *, workers, resume=False):
 def killed_at(folder, step, workers, threads):
     """Run in a process of its own, which ends as by kill -9 in the middle of a step's bookkeeping."""
     torch.set_num_threads(threads)
-    plain = Journal.step
+    plain = RunLogger.log_step
 
     def step_and_die(self, entry):
         plain(self, entry)
         if entry["step"] == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Journal.step = step_and_die
+    RunLogger.log_step = step_and_die
     resumable(Path(folder), workers=workers)
 
 

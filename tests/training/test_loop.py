@@ -18,14 +18,14 @@ from torch import nn
 from conditional_detr import ConditionalDETR, Config, HungarianMatcher, SetLoss
 from conditional_detr.data.dataset import collate
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.first_epoch import look_at_first_epoch
-from conditional_detr.training.loader import feed, seed_of
+from conditional_detr.training.first_epoch import check_first_epoch
+from conditional_detr.training.loader import derive_seed, load_batches
 from conditional_detr.training.loop import train
 from conditional_detr.training.optimizer import (
-    computed_twice,
-    linears_convolved,
+    folded_batch_norm,
+    gradient_checkpointing,
+    linear_as_convolution,
     moving_average,
-    norms_folded,
     parameter_groups,
     rate_factor,
 )
@@ -128,15 +128,15 @@ def test_starts_below_20_with_all_classes_new_and_the_published_sizes():
 
 def test_the_report_tells_a_learned_model_from_a_new_one(learned):
     model, result, data = learned
-    look = look_at_first_epoch(model, data, HungarianMatcher(), 0.8)
+    look = check_first_epoch(model, data, HungarianMatcher(), 0.8)
     assert (look.images, look.targets) == (64, 16 * sum(len(t["labels"]) for _, t in Rectangles(4).samples))
     assert look.matched > 0.9
     assert look.best_iou > 0.8
     assert look.right_class > 0.9
     assert look.top_score > 0.5
     assert look.advice == "Nothing looks wrong."
-    assert "the validation AP is 0" in look_at_first_epoch(model, data, HungarianMatcher(), 0.0).advice
-    new = look_at_first_epoch(small_model(), data, HungarianMatcher(), 0.0)
+    assert "the validation AP is 0" in check_first_epoch(model, data, HungarianMatcher(), 0.0).advice
+    new = check_first_epoch(small_model(), data, HungarianMatcher(), 0.0)
     assert new.top_score < 0.05
     assert "scores" in new.advice
     assert result.first_epoch.images == 64
@@ -150,7 +150,7 @@ def test_the_report_finds_wrong_labels_and_wrong_boxes(learned):
         swapped.samples[i][1]["labels"] = 1 - swapped.samples[i][1]["labels"]
         moved.samples[i][1]["boxes"] = moved.samples[i][1]["boxes"] * 0.1 + torch.tensor([0.01, 0.8, 0, 0])
     empty.samples[0] = (empty.samples[0][0], {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)})
-    looks = [look_at_first_epoch(model, data, HungarianMatcher()) for data in (swapped, moved, empty)]
+    looks = [check_first_epoch(model, data, HungarianMatcher()) for data in (swapped, moved, empty)]
     assert looks[0].right_class < 0.5
     assert looks[0].advice.startswith("Boxes are right, classes are not")
     assert looks[1].advice.startswith("Scores rise, but boxes are elsewhere")
@@ -170,7 +170,7 @@ def test_the_report_by_hand():
     torch.manual_seed(0)
     fixed = Fixed(replace(small_model().config, num_queries=2))
     fixed.forward = lambda pixels, padding=None: _Output(*Fixed.forward(fixed, pixels))
-    look = look_at_first_epoch(fixed, [(torch.zeros(3, 64, 64), target)], HungarianMatcher())
+    look = check_first_epoch(fixed, [(torch.zeros(3, 64, 64), target)], HungarianMatcher())
     assert (look.matched, look.right_class) == (0.5, 1.0)
     assert look.best_iou == pytest.approx((1 + 1 / 3) / 2)
     assert look.top_score == pytest.approx(1 / (1 + math.exp(-2)))
@@ -313,7 +313,7 @@ def test_accumulation_is_the_joined_batch():
         stepper = Stepper(models[-1], ONE_STEP, SetLoss(), Accelerator(), str)
         stepper.join_processes()
         group = [(indices, collate([data[i] for i in indices])) for indices in split]
-        numbers.append([stepper.take(group, step=step, epochs=0.0) for step in range(2)])
+        numbers.append([stepper.train_step(group, step=step, epochs=0.0) for step in range(2)])
     for joined, parts in zip(*numbers, strict=True):
         assert joined == pytest.approx(parts, rel=1e-5)
     _assert_same_weights(*models)
@@ -350,7 +350,7 @@ def test_folded_norms_give_the_same_loss_and_gradients(backbone, folded_norms):
         return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 
     plain = gradients()
-    with norms_folded(model):
+    with folded_batch_norm(model):
         changed = [m for m in model.backbone.modules() if "forward" in vars(m)]
         folded = gradients()
     assert len(changed) == 2 * folded_norms  # each convolution, and the norm behind it
@@ -376,7 +376,7 @@ def test_linear_layers_as_convolutions_give_the_same_loss_and_gradients():
             return gradients()
 
     plain, plain_half = gradients(), half()
-    with linears_convolved(model):
+    with linear_as_convolution(model):
         with torch.profiler.profile() as profile:
             convolved = gradients()
         assert all(map(torch.equal, half(), plain_half))
@@ -393,7 +393,7 @@ def test_linear_layers_as_convolutions_give_the_same_loss_and_gradients():
 def test_scaled_convolutions_keep_no_scaled_weights():
     """What autograd holds of the backbone with folded norms is no larger than without."""
     model, kept = small_model(dropout=0.0).train(), []
-    for manager in (nullcontext, lambda: norms_folded(model)):
+    for manager in (nullcontext, lambda: folded_batch_norm(model)):
         sizes = {}
 
         def keep(tensor, sizes=sizes):
@@ -410,7 +410,7 @@ def test_scaled_convolutions_keep_no_scaled_weights():
 def test_folding_and_checkpointing_leave_no_trace():
     """Also where both want the same modules, as the convolutions that lie openly in a VGG."""
     model = small_model(backbone="vgg11_bn", backbone_stage=2)
-    with norms_folded(model), computed_twice(model, True):
+    with folded_batch_norm(model), gradient_checkpointing(model, True):
         assert any("forward" in vars(module) for module in model.modules())
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -438,7 +438,7 @@ def test_gradient_checkpointing_keeps_less():
             sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
-        with computed_twice(model, wanted), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with gradient_checkpointing(model, wanted), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             output = model(torch.randn(2, 3, 96, 96))
         kept.append(sum(sizes.values()))
         del output
@@ -483,7 +483,7 @@ def test_draws_from_global_generators_follow_from_seed_epoch_and_image():
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     plan = [[0, 1], [4]]
     one, two, other = (
-        [pixels for pixels, *_ in feed(data, plan, replace(config, workers=workers), epoch, pin=False)]
+        [pixels for pixels, *_ in load_batches(data, plan, replace(config, workers=workers), epoch, pin=False)]
         for workers, epoch in ((0, 2), (2, 2), (0, 3))
     )
     assert torch.equal(torch.get_rng_state(), state)
@@ -491,12 +491,12 @@ def test_draws_from_global_generators_follow_from_seed_epoch_and_image():
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert not torch.equal(one[0], other[0])
     assert not torch.equal(one[0][0], one[0][1])
-    (last,) = feed(data, [[4]], config, 2, pin=False)
+    (last,) = load_batches(data, [[4]], config, 2, pin=False)
     assert torch.equal(last[0], one[1])
 
 
 def test_seeds_are_apart():
-    seeds = {seed_of(*numbers) for numbers in np.ndindex(8, 8, 8)}
+    seeds = {derive_seed(*numbers) for numbers in np.ndindex(8, 8, 8)}
     assert len(seeds) == 512
     assert max(seeds) < 2**63
 

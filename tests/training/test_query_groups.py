@@ -73,7 +73,7 @@ def test_a_batch_without_objects_counts_once_however_many_groups():
             stepper.join_processes()
             empty, other = (pixels.repeat(2, 1, 1, 1), None, [nothing] * 2), (pixels[None], None, [target])
             group = [([0, 1], empty), ([2], other)][:batches]
-            losses[groups].append(stepper.take(group, step=0, epochs=0)["loss"])
+            losses[groups].append(stepper.train_step(group, step=0, epochs=0)["loss"])
     assert losses[3] == pytest.approx(losses[1], rel=1e-4)
 
 

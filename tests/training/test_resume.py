@@ -16,7 +16,7 @@ import torch
 from conditional_detr import ConditionalDETR, SetLoss
 from conditional_detr.training import checkpoints
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.logging import Journal
+from conditional_detr.training.logging import RunLogger
 from conditional_detr.training.loop import train
 from helpers.models import assert_same
 from helpers.training_runs import RESUMED, Rectangles, resumable, small_model, steps_of
@@ -122,7 +122,7 @@ def test_interrupted_saves_and_goes_on(tmp_path, monkeypatch, which):
     """Ctrl-C in the middle of a step: the step is finished, saved, and the handlers are those of before."""
     config = TrainConfig(epochs=1, batch_size=2, workers=0, save_every=100)
     before = signal.getsignal(which)
-    plain = Journal.step
+    plain = RunLogger.log_step
 
     def step_and_interrupt(self, entry):
         plain(self, entry)
@@ -130,7 +130,7 @@ def test_interrupted_saves_and_goes_on(tmp_path, monkeypatch, which):
             os.kill(os.getpid(), which)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "step", step_and_interrupt)
+        patch.setattr(RunLogger, "log_step", step_and_interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(small_model(), Rectangles(8), None, config, folder=tmp_path, **QUIET)
     assert signal.getsignal(which) is before
@@ -213,7 +213,7 @@ def test_log_of_a_killed_process(tmp_path):
     numbers = dict.fromkeys(("loss", "class", "l1", "giou", "norm", "lr"), 1.0)
     lines = [json.dumps({"step": step, "epoch": 0, **numbers}) for step in (1, 2, 3)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "ep')
-    with Journal(tmp_path, step=2, epoch=0, total=9, shown=False):
+    with RunLogger(tmp_path, step=2, epoch=0, total=9, shown=False):
         pass
     assert [entry["step"] for entry in steps_of(tmp_path)] == [1, 2]
     assert re.match(r"\x89PNG", (tmp_path / "curves.png").read_bytes()[:4].decode("latin1"))
