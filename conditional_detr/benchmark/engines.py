@@ -39,7 +39,7 @@ class Engine:
     write: Callable[[ConditionalDETR, Path, Tensor], object] | None = None
 
     @property
-    def missing(self) -> list[str]:
+    def missing_packages(self) -> list[str]:
         """The packages that are not installed."""
         return [package for package in self.needs if find_spec(package) is None]
 

@@ -1,11 +1,11 @@
-"""The report as an image: bars for every engine and for training, and lines for growth."""
+"""The report as an image: bars for every engine and for training, and lines for scaling."""
 
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conditional_detr.benchmark.measure import Reading
+from conditional_detr.benchmark.measure import Measurement
 from conditional_detr.benchmark.report import Report
 from conditional_detr.benchmark.timing import Timing
 from conditional_detr.benchmark.training import CRITERION, STEP
@@ -18,24 +18,24 @@ def draw(report: Report, target: Path) -> None:
     """Draw the seconds of every engine and of training; below, how they grow, if that was measured.
 
     Args:
-        report: with readings.
+        report: with measurements.
         target: the png.
     """
     from matplotlib.figure import Figure
 
     works = list(dict.fromkeys(one.work for one in report.training))
-    heights = [max(0.35 * len(report.readings) + 1.6, 1.8 * len(works)), *([3.5] if report.growth else [])]
-    figure = Figure(figsize=(11 if works or report.growth else 7, sum(heights)), layout="constrained")
+    heights = [max(0.35 * len(report.measurements) + 1.6, 1.8 * len(works)), *([3.5] if report.scaling else [])]
+    figure = Figure(figsize=(11 if works or report.scaling else 7, sum(heights)), layout="constrained")
     figure.suptitle(report.title)
     above, *below = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     left, *right = above.subfigures(1, 2 if works else 1, squeeze=False, width_ratios=[3, 2] if works else None)[0]
-    _bars(left.subplots(), report.readings, "seconds")
+    _bars(left.subplots(), report.measurements, "seconds")
     for part in right:
         for axes, work in zip(part.subplots(len(works), squeeze=False)[:, 0], works, strict=True):
             own = [one for one in report.training if one.work == work]
             _bars(axes, own, f"seconds of {_WORKS[work]}")
     for part in below:
-        _lines(part, report.growth)
+        _lines(part, report.scaling)
     figure.savefig(target, format="png", dpi=100)
 
 
@@ -50,26 +50,26 @@ def _bars(axes: Any, timings: Sequence[Timing], label: str) -> None:
     axes.set_xlabel(label)
 
 
-def _lines(figure: Any, growth: Sequence[Reading]) -> None:
+def _lines(figure: Any, scaling: Sequence[Measurement]) -> None:
     """Draw a panel for each thing that grows, and a line for each engine in it."""
-    fewest, most = min(one.batch for one in growth), max(one.threads for one in growth)
-    height, width = statistics.mode((one.height, one.width) for one in growth)
-    single = [one for one in growth if one.batch == fewest]
-    common = [one for one in growth if (one.height, one.width) == (height, width)]
+    fewest, most = min(one.batch for one in scaling), max(one.threads for one in scaling)
+    height, width = statistics.mode((one.height, one.width) for one in scaling)
+    single = [one for one in scaling if one.batch == fewest]
+    common = [one for one in scaling if (one.height, one.width) == (height, width)]
     panels = [
         ("height", [one for one in single if one.threads == most], "height; width is 4/3 of it"),
         ("batch", [one for one in common if one.threads == most], f"images of {height} x {width}"),
         ("threads", [one for one in common if one.batch == fewest], f"threads; an image of {height} x {width}"),
     ]
-    if all(one.threads == most for one in growth):  # on a GPU, or on a single thread
+    if all(one.threads == most for one in scaling):  # on a GPU, or on a single thread
         panels.pop()
     axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
-    for panel, (grows, readings, label) in zip(axes, panels, strict=True):
-        for name in dict.fromkeys(one.engine for one in readings):
-            own = sorted((one for one in readings if one.engine == name), key=lambda one: getattr(one, grows))
+    for panel, (grows, measurements, label) in zip(axes, panels, strict=True):
+        for name in dict.fromkeys(one.engine for one in measurements):
+            own = sorted((one for one in measurements if one.engine == name), key=lambda one: getattr(one, grows))
             panel.plot([getattr(one, grows) for one in own], [one.median for one in own], marker=".", label=name)
         if grows != "height":  # there is no half of an image or of a thread
-            panel.set_xticks(sorted({getattr(one, grows) for one in readings}))
+            panel.set_xticks(sorted({getattr(one, grows) for one in measurements}))
         panel.set_ylim(bottom=0)
         panel.set_xlabel(label)
     axes[0].set_ylabel("seconds")

@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from conditional_detr.benchmark.measure import Reading, measure
+from conditional_detr.benchmark.measure import Measurement, measure
 from conditional_detr.benchmark.timing import threads_set
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 HEIGHTS, BATCHES, COMMON = (400, 600, 800, 1000, 1333), (1, 2, 4), 800
 
 
-def measure_growth(
+def measure_scaling(
     model: ConditionalDETR,
     names: Sequence[str],
     *,
@@ -21,8 +21,8 @@ def measure_growth(
     common: int = COMMON,
     rounds: int = 7,
     progress: Callable[[str], None] = lambda _: None,
-    missing: Callable[[str], None] | None = None,
-) -> list[Reading]:
+    on_failure: Callable[[str], None] | None = None,
+) -> list[Measurement]:
     """Time engines on images of several sizes, on several of them, and on a CPU with 1, 2, 4, ... threads.
 
     One thing grows at a time: other than that it is one image, of the common height, and all threads that torch
@@ -36,26 +36,26 @@ def measure_growth(
         common: the height at which batches and threads grow, in pixels.
         rounds: how often each is timed.
         progress: told what is being done.
-        missing: see :func:`~conditional_detr.benchmark.measure.measure`.
+        on_failure: see :func:`~conditional_detr.benchmark.measure.measure`.
 
     Returns:
-        Readings of every case, the engines of a case together.
+        Measurements of every case, the engines of a case together.
 
     Raises:
         OSError, ValueError, ModuleNotFoundError: see :func:`~conditional_detr.benchmark.measure.measure`.
     """
     most = torch.get_num_threads()
-    counts = thread_counts(most) if model.projection.weight.device.type == "cpu" else []
+    counts = thread_counts(most) if model.device.type == "cpu" else []
     cases = [(height, 1, most) for height in heights]
     cases += [(common, batch, most) for batch in batches]
     cases += [(common, 1, threads) for threads in counts]
-    readings = []
+    measurements = []
     for height, batch, threads in dict.fromkeys(cases):  # what is a case of all three is timed once
         with threads_set(threads):
             size = height, round(height * 4 / 3)
-            how: dict[str, Any] = {"rounds": rounds, "progress": progress, "missing": missing}
-            readings += measure(model, names, size=size, batch=batch, **how)
-    return readings
+            how: dict[str, Any] = {"rounds": rounds, "progress": progress, "on_failure": on_failure}
+            measurements += measure(model, names, size=size, batch=batch, **how)
+    return measurements
 
 
 def thread_counts(most: int) -> list[int]:

@@ -15,7 +15,7 @@ from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(Timing):
+class Measurement(Timing):
     """What was measured of one engine, besides its :class:`Timing`.
 
     Attributes:
@@ -42,8 +42,8 @@ def measure(
     rounds: int = 7,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
-    missing: Callable[[str], None] | None = None,
-) -> list[Reading]:
+    on_failure: Callable[[str], None] | None = None,
+) -> list[Measurement]:
     """Time engines on the same pixels, each in a process of its own and in turn with the first, on the model's device.
 
     Args:
@@ -54,16 +54,16 @@ def measure(
         rounds: how often each is timed.
         seed: of the pixels.
         progress: told what is being done.
-        missing: told of an engine whose process failed, or whose files could not be written, and which is then left
+        on_failure: told of an engine whose process failed, or whose files could not be written, and which is then left
             out; None: that is an error.
 
     Raises:
-        OSError: the process of an engine failed, or its files could not be written; with ``missing``, only if it is
+        OSError: the process of an engine failed, or its files could not be written; with ``on_failure``, only if it is
             the first.
         ValueError: an engine that does not exist, or does not run on the device; no rounds.
         ModuleNotFoundError: a package that one of them needs is not installed.
     """
-    device, threads = model.projection.weight.device, torch.get_num_threads()
+    device, threads = model.device, torch.get_num_threads()
     for name in names:
         check(name, device.type)
     check_rounds(rounds, names)
@@ -71,8 +71,8 @@ def measure(
     case: dict[str, Any] = {"height": size[0], "width": size[1], "batch": batch, "threads": threads}
     with tempfile.TemporaryDirectory() as folder:
         tasks = [Task(name, folder, str(device), threads, size, batch, seed) for name in names]
-        tasks = _prepared(model, tasks, lambda text: progress(f"{what}: {text}"), missing)
-        readings = []
+        tasks = _prepared(model, tasks, lambda text: progress(f"{what}: {text}"), on_failure)
+        measurements = []
         with Worker(tasks[0]) as first:
             progress(f"{what}: {names[0]}")
             first.ready()
@@ -80,14 +80,14 @@ def measure(
             for task in tasks[1:]:
                 progress(f"{what}: {task.engine}")
                 try:
-                    readings.append(_compare(task, first, rounds, case))
+                    measurements.append(_compare(task, first, rounds, case))
                 except OSError as error:
-                    if missing is None or first.ended:
+                    if on_failure is None or first.ended:
                         raise
-                    missing(str(error))
+                    on_failure(str(error))
             first.finish()
         ratios = (1.0,) * rounds
-        return [Reading(engine=names[0], **case, seconds=tuple(seconds), ratios=ratios, **first.found), *readings]
+        return [Measurement(engine=names[0], **case, seconds=tuple(seconds), ratios=ratios, **first.found), *measurements]
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def _prepared(
     model: ConditionalDETR,
     tasks: Sequence[Task],
     progress: Callable[[str], None],
-    missing: Callable[[str], None] | None,
+    on_failure: Callable[[str], None] | None,
 ) -> list[Task]:
     """Write what the processes read: the model, what it gives, and files of engines; return what can be run."""
     folder, pixels = Path(tasks[0].folder), tasks[0].pixels()
@@ -113,20 +113,20 @@ def _prepared(
         except Exception as error:  # of many kinds, from exporters of several packages
             why = next(iter(str(error).strip().splitlines()), "")  # exporters tell much more than that
             told = f"{task.engine}: its files could not be written: {type(error).__name__}: {why}"
-            if missing is None or task is tasks[0]:
+            if on_failure is None or task is tasks[0]:
                 raise OSError(told) from error
-            missing(told)
+            on_failure(told)
     return ready
 
 
-def _compare(task: Task, first: Worker, rounds: int, case: Mapping[str, Any]) -> Reading:
+def _compare(task: Task, first: Worker, rounds: int, case: Mapping[str, Any]) -> Measurement:
     """Time an engine in turn with the first."""
     with Worker(task) as worker:
         worker.ready()
         pairs = [(first.seconds(), worker.seconds()) for _ in range(rounds)]
         worker.finish()
     ratios = tuple(theirs / own for theirs, own in pairs)
-    return Reading(engine=task.engine, **case, seconds=tuple(own for _, own in pairs), ratios=ratios, **worker.found)
+    return Measurement(engine=task.engine, **case, seconds=tuple(own for _, own in pairs), ratios=ratios, **worker.found)
 
 
 def check(name: str, device: str) -> None:
@@ -136,10 +136,10 @@ def check(name: str, device: str) -> None:
     engine = ENGINES[name]
     if device not in engine.devices:
         raise ValueError(f"{name}: runs on {' and '.join(engine.devices)}, got {device}")
-    if engine.missing:
-        raise ModuleNotFoundError(f"{name}: needs packages that are not installed: {', '.join(engine.missing)}")
+    if engine.missing_packages:
+        raise ModuleNotFoundError(f"{name}: needs packages that are not installed: {', '.join(engine.missing_packages)}")
 
 
 def available(device: str) -> list[str]:
     """Return the names of the engines that can run here, the reference first if it can."""
-    return [name for name, engine in ENGINES.items() if device in engine.devices and not engine.missing]
+    return [name for name, engine in ENGINES.items() if device in engine.devices and not engine.missing_packages]

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conditional_detr.benchmark.measure import Reading
+from conditional_detr.benchmark.measure import Measurement
 from conditional_detr.benchmark.timing import Timing
-from conditional_detr.benchmark.training import TrainingReading
+from conditional_detr.benchmark.training import TrainingMeasurement
 
 _TIMES = ("ms", "times as fast", "least to most", "peak MB")
 HEAD = ("engine", *_TIMES, "logits", "boxes")
@@ -40,20 +40,20 @@ class Report:
     Attributes:
         title: size and number of the images, and the machine.
         rates: of a plain matrix product, in GFLOP/s, by dtype.
-        readings: of every engine, of one size and batch.
-        growth: of some engines, of several sizes, batches and numbers of threads.
+        measurements: of every engine, of one size and batch.
+        scaling: of some engines, of several sizes, batches and numbers of threads.
         training: of the step and of the criterion.
     """
 
     title: str
     rates: Mapping[str, float]
-    readings: Sequence[Reading]
-    growth: Sequence[Reading] = ()
-    training: Sequence[TrainingReading] = ()
+    measurements: Sequence[Measurement]
+    scaling: Sequence[Measurement] = ()
+    training: Sequence[TrainingMeasurement] = ()
 
     def tables(self) -> list[Table]:
         """Return the table of the engines, and that of training if it was measured."""
-        tables = [table(self.readings, self.title)]
+        tables = [table(self.measurements, self.title)]
         return [*tables, training_table(self.training)] if self.training else tables
 
     def markdown(self) -> str:
@@ -62,22 +62,22 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, for json."""
-        parts = {"readings": self.readings, "growth": self.growth, "training": self.training}
+        parts = {"measurements": self.measurements, "scaling": self.scaling, "training": self.training}
         told = {name: [one.to_dict() for one in part] for name, part in parts.items()}
         return {"machine": self.title, "GFLOP/s": dict(self.rates), **told}
 
 
-def table(readings: Sequence[Reading], title: str = "") -> Table:
+def table(measurements: Sequence[Measurement], title: str = "") -> Table:
     """Return a table of engines, all of one size and batch."""
     return Table(
-        title, HEAD, [(one.engine, *_times(one), f"{one.logits:.0e}", f"{one.boxes:.0e}") for one in readings]
+        title, HEAD, [(one.engine, *_times(one), f"{one.logits:.0e}", f"{one.boxes:.0e}") for one in measurements]
     )
 
 
-def training_table(readings: Sequence[TrainingReading]) -> Table:
+def training_table(measurements: Sequence[TrainingMeasurement]) -> Table:
     """Return a table of the sides of each work."""
-    title = f"Training: {'; '.join(dict.fromkeys(f'{one.work} of {one.of}' for one in readings))}"
-    rows = [(f"{one.work}, {one.engine}", *_times(one), f"{one.loss:.1f}") for one in readings]
+    title = f"Training: {'; '.join(dict.fromkeys(f'{one.work} of {one.of}' for one in measurements))}"
+    rows = [(f"{one.work}, {one.engine}", *_times(one), f"{one.loss:.1f}") for one in measurements]
     return Table(title, TRAINING_HEAD, rows)
 
 

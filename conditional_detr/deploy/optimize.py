@@ -46,7 +46,7 @@ def optimize(model: ConditionalDETR, *, dtype: torch.dtype = torch.float32, comp
     """
     check_model(model)
     check_dtype(dtype, DTYPES)
-    computation = Computation(dtype, has_kernels(model.projection.weight.device, dtype), compile)
+    computation = Computation(dtype, has_kernels(model.device, dtype), compile)
     with torch.no_grad():
         return OptimizedDETR(model, computation)
 
@@ -68,11 +68,7 @@ def check_dtype(dtype: torch.dtype, expected: Sequence[torch.dtype]) -> None:
 
 
 class OptimizedDETR(ConditionalDETR):
-    """What :func:`optimize` makes.
-
-    Attributes:
-        dtype: what it computes in.
-    """
+    """What :func:`optimize` makes."""
 
     projection: Any
     decoder: Any
@@ -81,7 +77,6 @@ class OptimizedDETR(ConditionalDETR):
         nn.Module.__init__(self)
         self.config, self.metadata, self.load_report = model.config, model.metadata, model.load_report
         dtype, kernels, compile = computation
-        self.dtype = dtype
         self.backbone = copy.copy(model.backbone)
         self.backbone._modules = {"body": FastBackbone(model.backbone.body, computation)}
         projection: Any = copy.deepcopy(model.projection).to(dtype).to(memory_format=torch.channels_last)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conditional_detr.inference.postprocessing import check_count
 from conditional_detr.inference.runtimes import SUFFIXES, Opened, open_file
-from conditional_detr.modeling.conditional_detr import Config, Output, check_input
+from conditional_detr.modeling.conditional_detr import AttentionMaps, Config, Output, check_input
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
 
 FORMAT = 1  # of a description; another number means that older versions of this library cannot read it
@@ -137,7 +137,7 @@ class ExportedModel(nn.Module):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         self.config, self.metadata = self.description.config, self.description.metadata
-        self.device = self._opened.device
+        self.device, self.dtype = self._opened.device, torch.float32
         self.eval()
 
     def forward(self, pixels: Tensor, padding: Tensor | None = None) -> Output:
@@ -160,6 +160,10 @@ class ExportedModel(nn.Module):
         pixels = pixels.detach().to(self.device, torch.float32)
         logits, boxes = self._opened.run(pixels.contiguous())
         return Output(logits[None], boxes[None])
+
+    def attention_maps(self, *_: Any, **__: Any) -> AttentionMaps:
+        """Raise ValueError: the file does not hold them."""
+        raise ValueError("attention maps: an exported model has none; use the model it was exported from")
 
     def train(self, mode: bool = True) -> "ExportedModel":
         """Raise if it is to train."""

@@ -150,6 +150,16 @@ class ConditionalDETR(nn.Module):
         for parameter in self.box_head.layers[-1].parameters():
             nn.init.zeros_(parameter)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights; pixels must be on it."""
+        return self.projection.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights; pixels must have it."""
+        return self.projection.weight.dtype
+
     def forward(self, pixels: Tensor, padding: Tensor | None = None) -> Output:
         """Detect objects.
 

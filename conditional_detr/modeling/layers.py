@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -102,13 +103,18 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
+class _HasModules(Protocol):
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and in the end each of its parts back into the mode that it was in."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
+def evaluation_mode(model: _HasModules) -> Iterator[None]:
+    """Set all modules of a model to eval mode, and each back to its former mode in the end."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for part in training:  # each by itself: a part may have been set to eval mode on purpose
-            part.training = True
+        for module in training:  # not train(): a part may have been set to eval mode on purpose
+            module.training = True

@@ -540,7 +540,7 @@ def test_what_an_exported_file_cannot_do(path, exported, plain, photograph):
         (lambda: exported.to("cpu"), ValueError, "stays on its device and in its precision"),
         (lambda: exported.state_dict(), ValueError, "has no weights to save"),
         (lambda: copy.deepcopy(exported), ValueError, "an exported file is not copied; open it again"),
-        (lambda: Detector(exported).draw_attention(found), ValueError, "attention maps: an exported file has none"),
+        (lambda: Detector(exported).draw_attention(found), ValueError, "attention maps: an exported model has none"),
         (lambda: export(exported, path), TypeError, "expected a ConditionalDETR, got ExportedModel"),
     ]
     for do, error, message in refusals:
