@@ -19,6 +19,7 @@ from conditional_detr.data.annotations import clip_objects, misread, name_rows, 
 from conditional_detr.data.augmentation import Augmentation as Augmentation
 from conditional_detr.data.augmentation import scene_of
 from conditional_detr.data.coco import Id, check_size, image_paths, read_annotations, said_size
+from conditional_detr.data.seeds import derive_seed
 from conditional_detr.inference.images import normalise, open_image, resized_size, size_of, size_of_file
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
 
@@ -125,8 +126,8 @@ class CocoData(Dataset[Sample]):
         path = self._paths[image_id]
         image = open_image(path, str(path))
         check_size(self.annotations.images[image_id], size_of(image), path, self.annotations.name)
-        state = np.random.SeedSequence((self.seed, int(self._epoch), index % len(self))).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(state[0]))
+        seed = derive_seed(self.seed, int(self._epoch), index % len(self))
+        generator = torch.Generator().manual_seed(seed)
         scene = scene_of(image, self._boxes[image_id], self._labels[image_id])
         scene = self.augmentation(scene, self.preprocessing, generator)
         target = {"labels": scene.labels, "boxes": _fractions(scene.boxes, scene.size), "image_id": image_id}
