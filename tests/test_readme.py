@@ -112,7 +112,7 @@ def test_example_benchmarks_own_model(small, tmp_path):
     *table, rate = run_example("benchmarks/own_model", *little, folder=tmp_path)
     assert [line.split(" | ")[0] for line in table] == ["| engine", "| ---", "| plain", "| optimised"]
     assert re.match(r"\| plain \| [\d.]+ \| 1\.00 \| 1\.00 to 1\.00 \| \d+ \| 0e\+00", table[2])
-    assert re.fullmatch(r"(plain|optimised): \d+\.\d images a second", rate)
+    assert re.fullmatch(r"(plain|optimised): \d+\.\d images per second", rate)
     assert len((ROOT / "examples" / "benchmarks" / "own_model.py").read_text().splitlines()) <= 40
 
 

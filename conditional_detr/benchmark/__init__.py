@@ -1,1 +1,1 @@
-"""How fast this library is, against the peer that loads the same weights: what is timed, how, and the report."""
+"""Benchmark of inference and training against transformers, which loads the same weights."""

@@ -1,4 +1,4 @@
-"""What is timed: one function each that takes pixels and gives logits and boxes of the last decoder layer."""
+"""Engines: each is a function from pixels to logits and boxes of the last decoder layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ class Engine:
     """A way to run a model.
 
     Attributes:
-        name: what the report calls it.
-        make: from the model, the folder of files, and an example of the pixels, the function to time.
-        needs: packages beyond this library's own.
-        devices: kinds of devices that it runs on.
-        write: of the same three, writes into the folder the files that ``make`` reads instead of the model's weights,
-            unless they are there; None: ``make`` reads the model.
+        name: its name in the report.
+        make: a function that returns the function to time, from the model, the folder of files and example pixels.
+        needs: required packages that are not dependencies of this library.
+        devices: device types that it supports.
+        write: a function of the same arguments that writes the files which ``make`` reads instead of the model, unless
+            they exist; None: ``make`` uses the model.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Engine:
 
     @property
     def missing_packages(self) -> list[str]:
-        """The packages that are not installed."""
+        """Return the required packages that are not installed."""
         return [package for package in self.needs if find_spec(package) is None]
 
 
@@ -63,43 +63,43 @@ def _write_file(model: ConditionalDETR, folder: Path, _: Tensor, *, name: str, d
 
 
 def _file(_: ConditionalDETR, folder: Path, example: Tensor, *, name: str, dtype: torch.dtype | None) -> Run:
-    threads = None if name.endswith(".pt2") else torch.get_num_threads()  # a .pt2 uses torch's anyway
+    threads = None if name.endswith(".pt2") else torch.get_num_threads()  # a .pt2 runs with the threads of torch
     exported = ExportedModel(folder / name, device=str(example.device), threads=threads, dtype=dtype)
     return lambda pixels: _last(exported(pixels))
 
 
 def write_weights(model: ConditionalDETR, folder: Path, _: Tensor | None = None) -> None:
-    """Write a model's weights in the published format into a folder, unless they are there."""
+    """Write a model's checkpoint into a folder, unless it exists."""
     path = folder / WEIGHTS
     if not path.exists():
         model.save_pretrained(path)
 
 
 def transformers_network(folder: Path) -> Any:
-    """Return transformers' network with the weights that :func:`write_weights` has written into a folder."""
+    """Return the transformers model with the weights that :func:`write_weights` has written into a folder."""
     from transformers import ConditionalDetrForObjectDetection
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # there is one of ours
+    logging.disable_progress_bar()  # the benchmark has its own
     return ConditionalDetrForObjectDetection.from_pretrained(folder / WEIGHTS).eval()
 
 
-class _Theirs(nn.Module):
-    """transformers' network, from pixels to logits and boxes."""
+class _TransformersModel(nn.Module):
+    """The transformers model as a function from pixels to logits and boxes."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.network = transformers_network(folder)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """As it is called with the output of its own processor, which always has a mask."""
+        """Run it as with the output of its own image processor, which always includes a mask."""
         mask = torch.ones((pixels.shape[0], *pixels.shape[2:]), dtype=torch.long, device=pixels.device)
         output = self.network(pixel_values=pixels, pixel_mask=mask)
         return output.logits, output.pred_boxes
 
 
 def _transformers(_: ConditionalDETR, folder: Path, example: Tensor, *, dtype: Any, compile: bool) -> Run:
-    network: Any = _Theirs(folder).to(example.device, dtype)
+    network: Any = _TransformersModel(folder).to(example.device, dtype)
     run = torch.compile(network) if compile else network
 
     def call(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,30 +109,30 @@ def _transformers(_: ConditionalDETR, folder: Path, example: Tensor, *, dtype: A
     return call
 
 
-def _their_file(folder: Path, example: Tensor) -> Path:
+def _transformers_file(folder: Path, example: Tensor) -> Path:
     return folder / f"transformers {'x'.join(map(str, example.shape))}.onnx"
 
 
-def _write_their_file(model: ConditionalDETR, folder: Path, example: Tensor) -> None:
-    """Export transformers' network to ONNX for pixels of the example's shape, once."""
-    path = _their_file(folder, example)
+def _write_transformers_file(model: ConditionalDETR, folder: Path, example: Tensor) -> None:
+    """Export the transformers model to ONNX for pixels of the example's shape, unless the file exists."""
+    path = _transformers_file(folder, example)
     if not path.exists():
         write_weights(model, folder)
-        program = torch.onnx.export(_Theirs(folder).eval(), (example,), dynamo=True, verbose=False)
-        assert program is not None  # as it is only without dynamo
-        draft = path.with_name("draft.onnx")  # half a file must not be taken for a whole one
+        program = torch.onnx.export(_TransformersModel(folder).eval(), (example,), dynamo=True, verbose=False)
+        assert program is not None  # None only without dynamo
+        draft = path.with_name("draft.onnx")  # an incomplete file must not be mistaken for the exported model
         program.save(str(draft))
         draft.replace(path)
 
 
-def _their_onnx_runtime(_: ConditionalDETR, folder: Path, example: Tensor) -> Run:
+def _transformers_onnx_runtime(_: ConditionalDETR, folder: Path, example: Tensor) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    path = _their_file(folder, example)
+    path = _transformers_file(folder, example)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    (name,) = (of.name for of in session.get_inputs())
+    (name,) = (port.name for port in session.get_inputs())
 
     def call(pixels: Tensor) -> tuple[Tensor, Tensor]:
         logits, boxes = session.run(None, {name: pixels.numpy()})
@@ -141,20 +141,20 @@ def _their_onnx_runtime(_: ConditionalDETR, folder: Path, example: Tensor) -> Ru
     return call
 
 
-def _their_openvino(_: ConditionalDETR, folder: Path, example: Tensor, *, precision: str) -> Run:
+def _transformers_openvino(_: ConditionalDETR, folder: Path, example: Tensor, *, precision: str) -> Run:
     core = openvino_core()
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = core.compile_model(core.read_model(_their_file(folder, example)), "CPU", settings)
+    compiled = core.compile_model(core.read_model(_transformers_file(folder, example)), "CPU", settings)
 
     def call(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        found = compiled(pixels.numpy())
-        logits, boxes = (torch.from_numpy(found[output].copy()) for output in compiled.outputs)
+        outputs = compiled(pixels.numpy())
+        logits, boxes = (torch.from_numpy(outputs[port].copy()) for port in compiled.outputs)
         return logits, boxes
 
     return call
 
 
-def _ours(dtype: torch.dtype, *, compile: bool = False) -> Callable[[ConditionalDETR, Path, Tensor], Run]:
+def _optimised_in(dtype: torch.dtype, *, compile: bool = False) -> Callable[[ConditionalDETR, Path, Tensor], Run]:
     return partial(_optimised, dtype=dtype, compile=compile)
 
 
@@ -167,39 +167,39 @@ def _exported(
     dtype: torch.dtype = torch.float32,
     computed: torch.dtype | None = None,
 ) -> Engine:
-    """Return the engine of a file that :func:`conditional_detr.export` writes.
+    """Return the engine of an exported model.
 
     Args:
-        name: of the engine.
-        file: what the file is called; engines of the same file share it.
+        name: name of the engine.
+        file: name of the file; engines may share one.
         needs: see :class:`Engine`.
-        devices: likewise.
-        dtype: what the file is exported in.
-        computed: what OpenVINO computes in instead.
+        devices: see :class:`Engine`.
+        dtype: dtype of the exported model.
+        computed: dtype that OpenVINO computes in; None: that of the exported model.
     """
     write = partial(_write_file, name=file, dtype=dtype)
     return Engine(name, partial(_file, name=file, dtype=computed), needs, devices, write)
 
 
 def _write_int8(model: ConditionalDETR, folder: Path, example: Tensor) -> None:
-    """Quantise a model, once; ranges measured on noise will do for speed."""
+    """Quantise a model, unless the file exists. It is calibrated on noise, which does not change its speed."""
     path = folder / _INT8
     if not path.exists():
         generator = np.random.default_rng(0)
         quantize(model, path, [generator.integers(0, 256, (*example.shape[2:], 3), dtype=np.uint8) for _ in range(2)])
 
 
-def _peer(
+def _transformers_engine(
     name: str, dtype: torch.dtype = torch.float32, *, compile: bool = False, devices: tuple[str, ...] = ("cpu", "cuda")
 ) -> Engine:
-    """Return the engine of transformers' network."""
+    """Return the engine of the transformers model."""
     make = partial(_transformers, dtype=dtype, compile=compile)
     return Engine(name, make, ("transformers",), devices, write_weights)
 
 
-def _exported_peer(name: str, make: Callable[[ConditionalDETR, Path, Tensor], Run], runtime: str) -> Engine:
-    """Return the engine of a file of transformers' network."""
-    return Engine(name, make, ("transformers", *_ONNX, runtime), ("cpu",), _write_their_file)
+def _transformers_exported(name: str, make: Callable[[ConditionalDETR, Path, Tensor], Run], runtime: str) -> Engine:
+    """Return the engine of the transformers model, exported to ONNX."""
+    return Engine(name, make, ("transformers", *_ONNX, runtime), ("cpu",), _write_transformers_file)
 
 
 WEIGHTS = "weights"
@@ -209,17 +209,19 @@ REFERENCE = "transformers"
 ENGINES = {
     engine.name: engine
     for engine in (
-        _peer(REFERENCE),
-        _peer("transformers compiled", compile=True),
-        _peer("transformers bf16 compiled", torch.bfloat16, compile=True, devices=("cuda",)),
-        _exported_peer("transformers ONNX Runtime", _their_onnx_runtime, "onnxruntime"),
-        _exported_peer("transformers OpenVINO", partial(_their_openvino, precision="f32"), "openvino"),
-        _exported_peer("transformers OpenVINO bf16", partial(_their_openvino, precision="bf16"), "openvino"),
+        _transformers_engine(REFERENCE),
+        _transformers_engine("transformers compiled", compile=True),
+        _transformers_engine("transformers bf16 compiled", torch.bfloat16, compile=True, devices=("cuda",)),
+        _transformers_exported("transformers ONNX Runtime", _transformers_onnx_runtime, "onnxruntime"),
+        _transformers_exported("transformers OpenVINO", partial(_transformers_openvino, precision="f32"), "openvino"),
+        _transformers_exported(
+            "transformers OpenVINO bf16", partial(_transformers_openvino, precision="bf16"), "openvino"
+        ),
         Engine("plain", _plain),
-        Engine("optimised", _ours(torch.float32)),
-        Engine("optimised compiled", _ours(torch.float32, compile=True)),
-        Engine("optimised bf16", _ours(torch.bfloat16)),
-        Engine("optimised bf16 compiled", _ours(torch.bfloat16, compile=True)),
+        Engine("optimised", _optimised_in(torch.float32)),
+        Engine("optimised compiled", _optimised_in(torch.float32, compile=True)),
+        Engine("optimised bf16", _optimised_in(torch.bfloat16)),
+        Engine("optimised bf16 compiled", _optimised_in(torch.bfloat16, compile=True)),
         _exported("torch.export", "model.pt2", devices=("cpu", "cuda")),
         _exported("torch.export fp16", "half.pt2", devices=("cuda",), dtype=torch.float16),
         _exported("ONNX Runtime", "model.onnx", (*_ONNX, "onnxruntime")),
@@ -228,4 +230,4 @@ ENGINES = {
         Engine("OpenVINO int8", partial(_file, name=_INT8, dtype=None), ("openvino", "nncf"), ("cpu",), _write_int8),
     )
 }
-"""By name. What an engine computes in is float32 where its name says nothing else."""
+"""Engines by name. An engine computes in float32 unless its name gives another dtype."""

@@ -1,4 +1,4 @@
-"""How time grows with the size of an image and the number of them, and how it falls with threads of the CPU."""
+"""Scaling of the time with image size, batch size and CPU threads."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from conditional_detr.benchmark.measure import Measurement, measure
-from conditional_detr.benchmark.timing import threads_set
+from conditional_detr.benchmark.timing import torch_threads
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 HEIGHTS, BATCHES, COMMON = (400, 600, 800, 1000, 1333), (1, 2, 4), 800
@@ -23,23 +23,23 @@ def measure_scaling(
     progress: Callable[[str], None] = lambda _: None,
     on_failure: Callable[[str], None] | None = None,
 ) -> list[Measurement]:
-    """Time engines on images of several sizes, on several of them, and on a CPU with 1, 2, 4, ... threads.
+    """Time engines at several image sizes, batch sizes and, on a CPU, thread counts 1, 2, 4, ...
 
-    One thing grows at a time: other than that it is one image, of the common height, and all threads that torch
-    uses now. It uses as many afterwards.
+    One quantity varies at a time. The others are one image, the common height, and the current thread count of
+    torch, which is restored afterwards.
 
     Args:
         model: see :func:`~conditional_detr.benchmark.measure.measure`.
-        names: likewise.
-        heights: of the images, in pixels; their width is 4/3 of it.
-        batches: images a call, of the common height.
-        common: the height at which batches and threads grow, in pixels.
-        rounds: how often each is timed.
-        progress: told what is being done.
+        names: see :func:`~conditional_detr.benchmark.measure.measure`.
+        heights: image heights in pixels; the width is 4/3 of the height.
+        batches: batch sizes, at the common height.
+        common: image height in pixels for varying batch sizes and thread counts.
+        rounds: number of timed calls per engine.
+        progress: called with a description of the current step.
         on_failure: see :func:`~conditional_detr.benchmark.measure.measure`.
 
     Returns:
-        Measurements of every case, the engines of a case together.
+        Measurements of all cases, case by case.
 
     Raises:
         OSError, ValueError, ModuleNotFoundError: see :func:`~conditional_detr.benchmark.measure.measure`.
@@ -50,14 +50,14 @@ def measure_scaling(
     cases += [(common, batch, most) for batch in batches]
     cases += [(common, 1, threads) for threads in counts]
     measurements = []
-    for height, batch, threads in dict.fromkeys(cases):  # what is a case of all three is timed once
-        with threads_set(threads):
+    for height, batch, threads in dict.fromkeys(cases):  # the common case occurs in all three and is timed once
+        with torch_threads(threads):
             size = height, round(height * 4 / 3)
-            how: dict[str, Any] = {"rounds": rounds, "progress": progress, "on_failure": on_failure}
-            measurements += measure(model, names, size=size, batch=batch, **how)
+            options: dict[str, Any] = {"rounds": rounds, "progress": progress, "on_failure": on_failure}
+            measurements += measure(model, names, size=size, batch=batch, **options)
     return measurements
 
 
 def thread_counts(most: int) -> list[int]:
-    """Return 1, 2, 4, ... and the most."""
+    """Return the powers of two below a number, and the number."""
     return [*(2**i for i in range((most - 1).bit_length())), most]

@@ -1,4 +1,4 @@
-"""What the engines are measured by: time, memory, and how far they are from the plain model."""
+"""Measure engines: time, memory, and differences from the plain model."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,14 @@ from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement(Timing):
-    """What was measured of one engine, besides its :class:`Timing`.
+    """Measurement of one engine: its :class:`Timing` and its differences from the plain model.
 
     Attributes:
-        height: of the images, in pixels.
-        width: of the images, in pixels.
-        batch: images a call.
-        logits: largest difference of logits from the plain model's.
-        boxes: largest difference of boxes, which lie in [0, 1].
+        height: image height in pixels.
+        width: image width in pixels.
+        batch: images per call.
+        logits: largest absolute difference of the logits.
+        boxes: largest absolute difference of the boxes, which lie in [0, 1].
     """
 
     height: int
@@ -44,41 +44,46 @@ def measure(
     progress: Callable[[str], None] = lambda _: None,
     on_failure: Callable[[str], None] | None = None,
 ) -> list[Measurement]:
-    """Time engines on the same pixels, each in a process of its own and in turn with the first, on the model's device.
+    """Time engines on the same pixels, on the model's device.
+
+    Each engine runs in its own process. Its calls alternate with those of the first engine, the reference.
 
     Args:
-        model: in float32; all engines run its weights.
-        names: of ``ENGINES``; the first is what the others are compared with.
-        size: height and width of the images.
-        batch: images a call.
-        rounds: how often each is timed.
-        seed: of the pixels.
-        progress: told what is being done.
-        on_failure: told of an engine whose process failed, or whose files could not be written, and which is then left
-            out; None: that is an error.
+        model: the model in float32, whose weights all engines use.
+        names: keys of ``ENGINES``, the reference first.
+        size: image height and width.
+        batch: images per call.
+        rounds: number of timed calls per engine.
+        seed: random seed of the pixels.
+        progress: called with a description of the current step.
+        on_failure: called with a message for each engine that is skipped because its process fails or its files cannot
+            be written. None: raise OSError.
+
+    Returns:
+        A measurement per engine, in the order of the names.
 
     Raises:
-        OSError: the process of an engine failed, or its files could not be written; with ``on_failure``, only if it is
-            the first.
-        ValueError: an engine that does not exist, or does not run on the device; no rounds.
-        ModuleNotFoundError: a package that one of them needs is not installed.
+        OSError: the process of an engine failed, or its files could not be written; with ``on_failure``, only for the
+            reference.
+        ValueError: an unknown engine, an engine that does not support the device, no engine, or no rounds.
+        ModuleNotFoundError: a package that an engine requires is not installed.
     """
     device, threads = model.device, torch.get_num_threads()
     for name in names:
         check(name, device.type)
     check_rounds(rounds, names)
-    what = f"{size[0]} x {size[1]}, {batch} at a time, {threads} threads"
+    label = f"{size[0]} x {size[1]}, batch size {batch}, {threads} threads"
     case: dict[str, Any] = {"height": size[0], "width": size[1], "batch": batch, "threads": threads}
     with tempfile.TemporaryDirectory() as folder:
         tasks = [Task(name, folder, str(device), threads, size, batch, seed) for name in names]
-        tasks = _prepared(model, tasks, lambda text: progress(f"{what}: {text}"), on_failure)
+        tasks = _prepare(model, tasks, lambda text: progress(f"{label}: {text}"), on_failure)
         measurements = []
         with Worker(tasks[0]) as first:
-            progress(f"{what}: {names[0]}")
+            progress(f"{label}: {names[0]}")
             first.ready()
             seconds = [first.seconds() for _ in range(rounds)]
             for task in tasks[1:]:
-                progress(f"{what}: {task.engine}")
+                progress(f"{label}: {task.engine}")
                 try:
                     measurements.append(_compare(task, first, rounds, case))
                 except OSError as error:
@@ -86,18 +91,18 @@ def measure(
                         raise
                     on_failure(str(error))
             first.finish()
-        ratios = (1.0,) * rounds
-        return [Measurement(engine=names[0], **case, seconds=tuple(seconds), ratios=ratios, **first.found), *measurements]
+        times: dict[str, Any] = {"seconds": tuple(seconds), "ratios": (1.0,) * rounds}
+        return [Measurement(engine=names[0], **case, **times, **first.results), *measurements]
 
 
 @torch.no_grad()
-def _prepared(
+def _prepare(
     model: ConditionalDETR,
     tasks: Sequence[Task],
     progress: Callable[[str], None],
     on_failure: Callable[[str], None] | None,
 ) -> list[Task]:
-    """Write what the processes read: the model, what it gives, and files of engines; return what can be run."""
+    """Write the checkpoint, the expected output and the engines' files; return the tasks that can run."""
     folder, pixels = Path(tasks[0].folder), tasks[0].pixels()
     plain = model.eval()(pixels)
     torch.save((plain.logits[-1].clone(), plain.boxes[-1].clone()), folder / EXPECTED)
@@ -111,35 +116,36 @@ def _prepared(
                 write(model, folder, pixels)
             ready.append(task)
         except Exception as error:  # of many kinds, from exporters of several packages
-            why = next(iter(str(error).strip().splitlines()), "")  # exporters tell much more than that
-            told = f"{task.engine}: its files could not be written: {type(error).__name__}: {why}"
+            reason = next(iter(str(error).strip().splitlines()), "")  # exporters add long explanations
+            message = f"{task.engine}: its files could not be written: {type(error).__name__}: {reason}"
             if on_failure is None or task is tasks[0]:
-                raise OSError(told) from error
-            on_failure(told)
+                raise OSError(message) from error
+            on_failure(message)
     return ready
 
 
 def _compare(task: Task, first: Worker, rounds: int, case: Mapping[str, Any]) -> Measurement:
-    """Time an engine in turn with the first."""
+    """Time an engine, alternating with the first."""
     with Worker(task) as worker:
         worker.ready()
         pairs = [(first.seconds(), worker.seconds()) for _ in range(rounds)]
         worker.finish()
-    ratios = tuple(theirs / own for theirs, own in pairs)
-    return Measurement(engine=task.engine, **case, seconds=tuple(own for _, own in pairs), ratios=ratios, **worker.found)
+    ratios = tuple(reference / own for reference, own in pairs)
+    times: dict[str, Any] = {"seconds": tuple(own for _, own in pairs), "ratios": ratios}
+    return Measurement(engine=task.engine, **case, **times, **worker.results)
 
 
 def check(name: str, device: str) -> None:
-    """Raise if there is no such engine, or if it cannot run: see :func:`measure`."""
+    """Raise ValueError or ModuleNotFoundError unless the engine exists and can run; see :func:`measure`."""
     if name not in ENGINES:
-        raise ValueError(f"engines: expected some of {', '.join(ENGINES)}, got {name!r}")
+        raise ValueError(f"engines: expected names among {', '.join(ENGINES)}, got {name!r}")
     engine = ENGINES[name]
     if device not in engine.devices:
-        raise ValueError(f"{name}: runs on {' and '.join(engine.devices)}, got {device}")
-    if engine.missing_packages:
-        raise ModuleNotFoundError(f"{name}: needs packages that are not installed: {', '.join(engine.missing_packages)}")
+        raise ValueError(f"{name}: expected a device of type {' or '.join(engine.devices)}, got {device}")
+    if missing := engine.missing_packages:
+        raise ModuleNotFoundError(f"{name}: requires packages that are not installed: {', '.join(missing)}")
 
 
 def available(device: str) -> list[str]:
-    """Return the names of the engines that can run here, the reference first if it can."""
+    """Return the names of the engines that can run on a device type, the reference first if it can."""
     return [name for name, engine in ENGINES.items() if device in engine.devices and not engine.missing_packages]

@@ -1,4 +1,4 @@
-"""The report: tables in words, and everything in numbers."""
+"""Report of a benchmark: tables for people, and all numbers for JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from conditional_detr.benchmark.measure import Measurement
 from conditional_detr.benchmark.timing import Timing
 from conditional_detr.benchmark.training import TrainingMeasurement
 
-_TIMES = ("ms", "times as fast", "least to most", "peak MB")
-HEAD = ("engine", *_TIMES, "logits", "boxes")
+_TIMES = ("median ms", "speedup", "speedup range", "peak MB")
+HEAD = ("engine", *_TIMES, "logits diff", "boxes diff")
 TRAINING_HEAD = ("training", *_TIMES, "loss")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table in words.
+    """Table of text cells.
 
     Attributes:
-        title: what stands above it.
-        head: of the columns; all but the first hold numbers.
-        rows: a cell a column.
+        title: title above the table.
+        head: column headings; all columns but the first hold numbers.
+        rows: one cell per column.
     """
 
     title: str
@@ -28,21 +28,21 @@ class Table:
     rows: list[tuple[str, ...]]
 
     def markdown(self) -> str:
-        """Return it in Markdown, without the title."""
+        """Return the table in Markdown, without the title."""
         lines = [self.head, ["---", *["---:"] * (len(self.head) - 1)], *self.rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured, on one machine.
+    """Measurements on one machine.
 
     Attributes:
-        title: size and number of the images, and the machine.
-        rates: of a plain matrix product, in GFLOP/s, by dtype.
-        measurements: of every engine, of one size and batch.
-        scaling: of some engines, of several sizes, batches and numbers of threads.
-        training: of the step and of the criterion.
+        title: image size, batch size and machine.
+        rates: speed of a matrix product in GFLOP/s, by dtype.
+        measurements: all engines at one image size and batch size.
+        scaling: some engines at several image sizes, batch sizes and thread counts.
+        training: the training step and the criterion.
     """
 
     title: str
@@ -52,37 +52,37 @@ class Report:
     training: Sequence[TrainingMeasurement] = ()
 
     def tables(self) -> list[Table]:
-        """Return the table of the engines, and that of training if it was measured."""
+        """Return the table of the engines, and that of training if measured."""
         tables = [table(self.measurements, self.title)]
         return [*tables, training_table(self.training)] if self.training else tables
 
     def markdown(self) -> str:
-        """Return the tables in Markdown, each under its title."""
+        """Return the tables in Markdown, each below its title."""
         return "\n".join(f"{one.title}\n\n{one.markdown()}" for one in self.tables())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything, for json."""
+        """Return all numbers as a JSON-compatible dict."""
         parts = {"measurements": self.measurements, "scaling": self.scaling, "training": self.training}
-        told = {name: [one.to_dict() for one in part] for name, part in parts.items()}
-        return {"machine": self.title, "GFLOP/s": dict(self.rates), **told}
+        numbers = {name: [one.to_dict() for one in part] for name, part in parts.items()}
+        return {"machine": self.title, "GFLOP/s": dict(self.rates), **numbers}
 
 
 def table(measurements: Sequence[Measurement], title: str = "") -> Table:
-    """Return a table of engines, all of one size and batch."""
+    """Return the table of engines at one image size and batch size."""
     return Table(
         title, HEAD, [(one.engine, *_times(one), f"{one.logits:.0e}", f"{one.boxes:.0e}") for one in measurements]
     )
 
 
 def training_table(measurements: Sequence[TrainingMeasurement]) -> Table:
-    """Return a table of the sides of each work."""
-    title = f"Training: {'; '.join(dict.fromkeys(f'{one.work} of {one.of}' for one in measurements))}"
-    rows = [(f"{one.work}, {one.engine}", *_times(one), f"{one.loss:.1f}") for one in measurements]
+    """Return the table of both libraries' training steps and criteria."""
+    title = f"Training: {'; '.join(dict.fromkeys(f'{one.kind} on {one.inputs}' for one in measurements))}"
+    rows = [(f"{one.kind}, {one.engine}", *_times(one), f"{one.loss:.1f}") for one in measurements]
     return Table(title, TRAINING_HEAD, rows)
 
 
 def _times(timing: Timing) -> tuple[str, ...]:
-    """Return the cells that every table has."""
+    """Return the cells that all tables have."""
     least, most = min(timing.ratios), max(timing.ratios)
     peak = "" if timing.megabytes is None else f"{timing.megabytes:.0f}"
     ms = timing.median * 1e3

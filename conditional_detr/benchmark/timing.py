@@ -1,4 +1,4 @@
-"""How it is timed: one after the other, round by round, so that what the machine does beside it strikes all alike."""
+"""Timing in rounds: each round calls every function once, so that other load on the machine affects all alike."""
 
 import re
 import statistics
@@ -11,22 +11,22 @@ from typing import Any, TypeVar
 
 import torch
 
-WARM_UP = 2  # calls before the first round: compiling, laying out weights
+WARM_UP = 2  # calls before the first round, for compiling and packing weights
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How long one of several took, and how much memory.
+    """Time and peak memory of an engine.
 
     Attributes:
-        engine: its name.
-        threads: of the CPU.
-        seconds: of each round.
-        ratios: in each round, how many times as fast as the first of them it was.
-        megabytes: at the peak, if it is known. On a CPU, of a process that does nothing else; on a GPU, of a call,
-            beyond what lay there before: the weights.
+        engine: name of the engine.
+        threads: number of CPU threads.
+        seconds: time of each round.
+        ratios: speedup over the reference in each round.
+        megabytes: peak memory in MB; None: unknown. On a CPU, that of the engine's process; on a GPU, that of one
+            call, without the memory allocated before, such as the weights.
     """
 
     engine: str
@@ -37,30 +37,30 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds a call."""
+        """Return the median time of a call in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as the first, in the median of the rounds."""
+        """Return the median speedup over the reference."""
         return statistics.median(self.ratios)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything, for json."""
+        """Return all numbers as a JSON-compatible dict."""
         return {**asdict(self), "median": self.median, "ratio": self.ratio}
 
 
 def check_rounds(rounds: int, names: Sequence[str]) -> None:
-    """Raise ValueError if there is nothing to time."""
+    """Raise ValueError unless there is at least one round and one engine."""
     if rounds < 1 or not names:
         raise ValueError(f"expected at least one round and one engine, got {rounds} and {len(names)}")
 
 
 def warm_up(call: Callable[[], T], device: torch.device) -> tuple[T, float | None]:
-    """Call until nothing has to be made ready any more.
+    """Call a function until compiling and packing weights are done.
 
     Returns:
-        What the last call gave; on a GPU the most memory, in MB, that it needed beyond what lay there before.
+        The result of the last call, and on a GPU its peak memory in MB without the memory allocated before, else None.
     """
     for _ in range(WARM_UP - 1):
         call()
@@ -68,23 +68,23 @@ def warm_up(call: Callable[[], T], device: torch.device) -> tuple[T, float | Non
         return call(), None
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    found = call()
-    return found, (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    result = call()
+    return result, (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
 
-def in_turn(
+def time_in_rounds(
     calls: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int, progress: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Time functions, all of them in a round before the next round.
+    """Time functions in rounds, each function once per round.
 
     Args:
-        calls: by name; the first is what the others are compared with.
-        device: what they run on.
-        rounds: how often each is timed.
-        progress: told what is being done.
+        calls: functions by name, the reference first.
+        device: device that they run on.
+        rounds: number of rounds.
+        progress: called with a description of the current step.
 
     Returns:
-        By name, ``seconds`` and ``ratios`` of a :class:`Timing`.
+        The ``seconds`` and ``ratios`` of a :class:`Timing`, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds):
@@ -93,13 +93,13 @@ def in_turn(
             seconds[name].append(seconds_of(call, device))
     first = seconds[next(iter(calls))]
     return {
-        name: {"seconds": tuple(own), "ratios": tuple(theirs / its for theirs, its in zip(first, own, strict=True))}
+        name: {"seconds": tuple(own), "ratios": tuple(a / b for a, b in zip(first, own, strict=True))}
         for name, own in seconds.items()
     }
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Time one call, to its very end."""
+    """Return the time of one call in seconds, including asynchronous GPU work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -110,8 +110,8 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 @contextmanager
-def threads_set(count: int) -> Iterator[None]:
-    """Let torch use this many threads of the CPU, and in the end as many as before."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Set torch's number of CPU threads within a context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -120,19 +120,19 @@ def threads_set(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def process_peak() -> float:
-    """Return the most memory, in MB, that this process ever had, as Linux tells it.
+def process_peak_memory() -> float:
+    """Return the peak memory of this process in MB, from Linux's ``/proc``.
 
     Raises:
-        OSError: another system than Linux.
+        OSError: the system is not Linux.
     """
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1e3
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak is not None
+    return int(peak[1]) / 1e3
 
 
 def product_rate(dtype: torch.dtype, device: torch.device, *, side: int = 2048, rounds: int = 5) -> float:
-    """Return the GFLOP/s of a plain product of square matrices: what speeds can be held against."""
+    """Return the speed of a product of square matrices in GFLOP/s, as a yardstick of the machine."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     times = [seconds_of(lambda: a @ b, device) for _ in range(rounds + 1)]
     return 2 * side**3 / statistics.median(times[1:]) / 1e9

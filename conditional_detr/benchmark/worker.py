@@ -1,7 +1,7 @@
-"""An engine in a process of its own: as those who use it have it, with nobody else's memory and threads in the way.
+"""Run an engine in its own process, so that the memory and threads of other engines do not affect it.
 
-In one process, what one engine leaves in the allocator changes how fast the next is: on Linux, eager PyTorch spends a
-third of its time on pages of memory that it has to ask for anew, unless someone before has left enough of them.
+In a shared process, memory that one engine leaves in the allocator makes the next one faster: on Linux, eager PyTorch
+spends a third of its time on requesting memory pages, unless earlier work has left enough of them.
 """
 
 import json
@@ -17,26 +17,26 @@ import torch
 from torch import Tensor
 
 from conditional_detr.benchmark.engines import ENGINES, WEIGHTS
-from conditional_detr.benchmark.timing import process_peak, seconds_of, warm_up
+from conditional_detr.benchmark.timing import process_peak_memory, seconds_of, warm_up
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 EXPECTED = "expected.pt"
-_SIGN = "benchmark: "  # in front of what is said to the parent: libraries may print as well
+_PREFIX = "benchmark: "  # marks messages to the parent process; libraries may print other lines
 _START = "from conditional_detr.benchmark.worker import main; main()"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a process is to run.
+    """Task of a worker process.
 
     Attributes:
-        engine: its name.
-        folder: where the model, the expected output and the engine's files are.
-        device: such as "cpu".
-        threads: of the CPU.
-        size: height and width of the images.
-        batch: images a call.
-        seed: of the pixels.
+        engine: name of the engine.
+        folder: folder of the checkpoint, the expected output and the engine's files.
+        device: device, such as "cpu".
+        threads: number of CPU threads.
+        size: image height and width.
+        batch: images per call.
+        seed: random seed of the pixels.
     """
 
     engine: str
@@ -48,28 +48,28 @@ class Task:
     seed: int
 
     def pixels(self) -> Tensor:
-        """Draw the pixels (B, 3, H, W)."""
+        """Return random pixels (B, 3, H, W)."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(self.batch, 3, *self.size, generator=generator).to(self.device)
 
 
 class Worker:
-    """A process that runs an engine when it is told to; leave its context to end it.
+    """Process that runs an engine on request; leaving its context ends it.
 
     Args:
-        task: what it runs.
+        task: the task.
 
     Attributes:
-        found: after ``ready``, by name: ``logits`` and ``boxes``, the largest differences from the plain model's, and
-            ``megabytes``.
+        results: after ``ready``, by name: ``logits`` and ``boxes``, the largest absolute differences from the plain
+            model, and ``megabytes``, the peak memory.
 
     Raises:
-        OSError: it cannot be started, or ends before it should; the message has its last words.
+        OSError: the process cannot be started or ends early; the message contains its last line of output.
     """
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.found: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process
         command = [sys.executable, "-c", _START, json.dumps(asdict(task))]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
@@ -77,7 +77,7 @@ class Worker:
 
     @property
     def ended(self) -> bool:
-        """Whether the process is no more."""
+        """Return whether the process has ended."""
         return self._process.poll() is not None
 
     def __enter__(self) -> "Worker":
@@ -85,25 +85,25 @@ class Worker:
 
     def ready(self) -> None:
         """Wait until the engine is loaded and warm."""
-        self.found = json.loads(self._listen())
+        self.results = json.loads(self._receive())
 
     def seconds(self) -> float:
-        """Let the engine run once, and return how long it took."""
+        """Run the engine once and return the time in seconds."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write("run\n")
             self._process.stdin.flush()
         except OSError as error:
-            raise self._failed() from error
-        return float(self._listen())
+            raise self._error() from error
+        return float(self._receive())
 
     def finish(self) -> None:
-        """Let it end, and take down the most memory that it ever had, in MB, where Linux tells it."""
+        """Stop the worker and record its peak memory in MB, which is None except on Linux."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        peak = json.loads(self._listen())
-        if self.found.get("megabytes") is None:
-            self.found["megabytes"] = peak
+        peak = json.loads(self._receive())
+        if self.results.get("megabytes") is None:  # on a GPU it is that of a call
+            self.results["megabytes"] = peak
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._process.kill()
@@ -112,23 +112,23 @@ class Worker:
             if stream is not None:
                 stream.close()
 
-    def _listen(self) -> str:
-        """Return what it says next."""
+    def _receive(self) -> str:
+        """Return the next message of the process."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.startswith(_SIGN):
-                return line.removeprefix(_SIGN)
-        raise self._failed()
+            if line.startswith(_PREFIX):
+                return line.removeprefix(_PREFIX)
+        raise self._error()
 
-    def _failed(self) -> OSError:
+    def _error(self) -> OSError:
         code = self._process.wait()
         self._errors.seek(0)
-        said = self._errors.read().strip().splitlines()
-        return OSError(f"{self.task.engine}: its process failed: {said[-1] if said else f'exit code {code}'}")
+        lines = self._errors.read().strip().splitlines()
+        return OSError(f"{self.task.engine}: its process failed: {lines[-1] if lines else f'exit code {code}'}")
 
 
 def main() -> None:
-    """Run an engine each time that a line comes in; the only argument is the task as json."""
+    """Run an engine once per line of standard input; the only argument is the task as JSON."""
     task = Task(**json.loads(sys.argv[1]))
     torch.set_num_threads(task.threads)
     folder, device = Path(task.folder), torch.device(task.device)
@@ -136,17 +136,17 @@ def main() -> None:
     model = ConditionalDETR.from_pretrained(folder / WEIGHTS, device=device)
     with torch.no_grad():
         if engine.write is not None:
-            model.to("meta")  # it reads its files: the weights of both would count
+            model.to("meta")  # it loads its files; otherwise the weights of both would count as memory
         run = engine.make(model, folder, pixels)
-        found, megabytes = warm_up(lambda: run(pixels), device)
+        outputs, megabytes = warm_up(lambda: run(pixels), device)
         expected = torch.load(folder / EXPECTED, map_location=device, weights_only=True)
-        logits, boxes = ((a.float() - b).abs().max().item() for a, b in zip(found, expected, strict=True))
+        logits, boxes = ((a.float() - b).abs().max().item() for a, b in zip(outputs, expected, strict=True))
         del expected
-        _say({"logits": logits, "boxes": boxes, "megabytes": megabytes})
+        _send({"logits": logits, "boxes": boxes, "megabytes": megabytes})
         for _ in sys.stdin:
-            _say(seconds_of(lambda: run(pixels), device))
-    _say(process_peak() if device.type == "cpu" and Path("/proc/self/status").exists() else None)
+            _send(seconds_of(lambda: run(pixels), device))
+    _send(process_peak_memory() if device.type == "cpu" and Path("/proc/self/status").exists() else None)
 
 
-def _say(what: Any) -> None:
-    print(f"{_SIGN}{json.dumps(what)}", flush=True)
+def _send(message: Any) -> None:
+    print(f"{_PREFIX}{json.dumps(message)}", flush=True)

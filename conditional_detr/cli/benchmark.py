@@ -1,4 +1,4 @@
-"""``conditional-detr benchmark``: how fast the engines run a model here, side by side."""
+"""``conditional-detr benchmark``: compare the speed, memory and accuracy of engines on this machine."""
 
 import json
 import platform
@@ -16,167 +16,184 @@ import typer
 
 from conditional_detr.benchmark.engines import ENGINES, REFERENCE
 from conditional_detr.benchmark.figure import draw
-from conditional_detr.benchmark.growth import measure_growth
+from conditional_detr.benchmark.growth import measure_scaling
 from conditional_detr.benchmark.measure import available, check, measure
 from conditional_detr.benchmark.report import Report, Table
 from conditional_detr.benchmark.timing import product_rate
-from conditional_detr.benchmark.training import STEP, measure_training, peak_of_step
+from conditional_detr.benchmark.training import STEP, measure_training, step_peak_memory
 from conditional_detr.checkpoints.loading import checked_device, from_pretrained
 from conditional_detr.cli.console import AUTO, err, one_line_errors, out, pick_device, tell
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
 from conditional_detr.system.atomic_files import write_atomically
 
-_GROWING = (REFERENCE, "plain", "optimised", "optimised bf16")
+_SCALING_ENGINES = (REFERENCE, "plain", "optimised", "optimised bf16")
 
 
 def benchmark(
     engines: Annotated[
-        list[str] | None, typer.Option("--engine", help=f"Some of: {', '.join(ENGINES)}. Else all that can run.")
+        list[str] | None,
+        typer.Option("--engine", help=f"Engine to time; repeatable. Default: all available of {', '.join(ENGINES)}."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="A folder, a file, a hub id; else the published architecture, untrained.")
+        str | None,
+        typer.Option(help="Folder, file, short name or hub id. Default: the untrained published architecture."),
     ] = None,
-    height: Annotated[int, typer.Option(min=32, help="Of the images, in pixels.")] = 800,
-    width: Annotated[int, typer.Option(min=32, help="Of the images, in pixels.")] = 1066,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a call.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each engine is timed.")] = 7,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; else all of them.")] = None,
-    growth: Annotated[
-        bool, typer.Option("--growth", help="Also time other sizes, numbers of images and of threads.")
+    height: Annotated[int, typer.Option(min=32, help="Image height in pixels.")] = 800,
+    width: Annotated[int, typer.Option(min=32, help="Image width in pixels.")] = 1066,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls per engine.")] = 7,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all.")] = None,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Also time other image sizes, batch sizes and thread counts.")
     ] = False,
     training: Annotated[
-        bool, typer.Option("--training", help="Also time a training step and the loss alone, against transformers'.")
+        bool, typer.Option("--training", help="Also time a training step and the loss, against transformers.")
     ] = False,
-    training_size: Annotated[int, typer.Option(min=32, help="Pixels of both sides of a step's images.")] = 512,
-    training_batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 2,
-    output: Annotated[Path | None, typer.Option(help="A folder for benchmark.md, .json and .png.")] = None,
-    device: Annotated[str, typer.Option(help="Where it runs: cpu, cuda, cuda:1.")] = AUTO,
-    alone: Annotated[str | None, typer.Option(hidden=True, help="Train with this and print the peak memory.")] = None,
+    training_size: Annotated[int, typer.Option(min=32, help="Height and width of training images, in pixels.")] = 512,
+    training_batch_size: Annotated[int, typer.Option(min=1, help="Images per training step.")] = 2,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for benchmark.md, benchmark.json and benchmark.png.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1.")] = AUTO,
+    peak_memory: Annotated[
+        str | None,
+        typer.Option(hidden=True, help="Run training steps of this library and print the peak memory in MB."),
+    ] = None,
 ) -> None:
     """Time this library and transformers on the same pixels and weights.
 
-    Each engine runs in a process of its own, in turn with transformers' network in eager mode; how many times as fast
-    it is, is the median of the rounds. Beside each speed stands how far its logits and boxes are from the plain
-    model's. Peak memory is that of its process, loading and compiling included, exporting not; on a GPU, of a call,
-    beyond the weights.
+    Each engine runs in its own process and alternates with the reference, transformers in eager mode. The speedup is
+    the median over the rounds. The columns "logits diff" and "boxes diff" are the largest absolute differences from
+    the plain model. Peak memory is that of the process, with loading and compiling but without exporting; on a GPU, it
+    is that of one call without the weights.
 
-    A training step is forward, loss and backward of both libraries' networks, with the same dropout and the same
-    frozen part of the backbone. The loss alone, with its matching and its backward, reads ready outputs of COCO's size.
+    A training step is forward, loss and backward, with the same dropout and the same frozen backbone layers in both
+    libraries. The loss, with matching and backward, is also timed on random outputs of COCO's size.
     """
     images: dict[str, Any] = {"size": (height, width), "batch": batch_size}
     step: dict[str, Any] = {"size": (training_size, training_size), "batch": training_batch_size}
     with one_line_errors():
-        place = checked_device(pick_device(device))
+        torch_device = checked_device(pick_device(device))
         if threads is not None:
             torch.set_num_threads(threads)
         torch.manual_seed(0)
-        model = (_untrained() if weights is None else from_pretrained(weights)).eval().to(place)
-        if alone is not None:
-            typer.echo(peak_of_step(model, alone, **step))
+        model = (_untrained() if weights is None else from_pretrained(weights)).eval().to(torch_device)
+        if peak_memory is not None:
+            typer.echo(step_peak_memory(model, peak_memory, **step))
             return
-        names = _names(engines, place.type)
-        growing = [name for name in names if name in _GROWING]
-        if growth and not growing:
-            raise ValueError(f"--growth: expected one of {', '.join(_GROWING)} among the engines, got {names}")
+        names = _engine_names(engines, torch_device.type)
+        scaling_names = [name for name in names if name in _SCALING_ENGINES]
+        if scaling and not scaling_names:
+            expected = ", ".join(_SCALING_ENGINES)
+            raise ValueError(f"--scaling: expected one of {expected} among the engines, got {', '.join(names)}")
         if training:
-            check(REFERENCE, place.type)
+            check(REFERENCE, torch_device.type)
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
     with one_line_errors(), err.status("") as status:
-        how: dict[str, Any] = {"rounds": rounds, "progress": status.update}
+        options: dict[str, Any] = {"rounds": rounds, "progress": status.update}
         report = Report(
-            f"{height} x {width}, {batch_size} at a time, {_machine(place)}",
-            {str(dtype)[6:]: product_rate(dtype, place) for dtype in (torch.float32, torch.bfloat16)},
-            measure(model, names, **images, **how, missing=_tell_missing),
-            measure_growth(model, growing, **how, missing=_tell_missing) if growth else (),
-            measure_training(model, **step, **how) if training else (),
+            f"{height} x {width}, batch size {batch_size}, {_machine_name(torch_device)}",
+            {str(dtype)[6:]: product_rate(dtype, torch_device) for dtype in (torch.float32, torch.bfloat16)},
+            measure(model, names, **images, **options, on_failure=_warn_skipped),
+            measure_scaling(model, scaling_names, **options, on_failure=_warn_skipped) if scaling else (),
+            measure_training(model, **step, **options) if training else (),
         )
-        if training and place.type == "cpu" and Path("/proc/self/status").exists():
-            options = ["--device", place, *_given("--weights", weights), *_given("--threads", threads)]
-            options += ["--training-size", training_size, "--training-batch-size", training_batch_size]
-            report = _with_peaks(report, options, status.update)
-    _show(report)
+        if training and torch_device.type == "cpu" and Path("/proc/self/status").exists():
+            arguments = ["--device", torch_device, *_option("--weights", weights), *_option("--threads", threads)]
+            arguments += ["--training-size", training_size, "--training-batch-size", training_batch_size]
+            report = _with_peak_memory(report, arguments, status.update)
+    _print(report)
     if output is not None:
         with one_line_errors():
             _write(report, output)
 
 
 def _untrained() -> ConditionalDETR:
-    """Return a network of the published architecture whose boxes, unlike before training, depend on pixels."""
+    """Return a randomly initialised model of the published architecture whose boxes depend on the pixels."""
     model = ConditionalDETR(Config())
-    last: Any = model.box_head.layers[-1]
+    last: Any = model.box_head.layers[-1]  # it is initialised to zero
     torch.nn.init.xavier_uniform_(last.weight)
     return model
 
 
-def _names(engines: list[str] | None, device: str) -> list[str]:
-    """Return the engines to time, checked, the one that the others are compared with first."""
+def _engine_names(engines: list[str] | None, device: str) -> list[str]:
+    """Return the names of the engines to time, validated, with the reference first."""
     names = list(dict.fromkeys(engines)) if engines else available(device)
     for name in names:
         check(name, device)
     return sorted(names, key=lambda name: name != REFERENCE)
 
 
-def _given(option: str, value: object) -> list[object]:
-    """Return an option as it is written, if it has a value."""
+def _option(option: str, value: object) -> list[object]:
+    """Return an option and its value as command line arguments; an empty list for None."""
     return [] if value is None else [option, value]
 
 
-def _tell_missing(why: str) -> None:
-    tell(f"warning: left out: {why}", style="yellow")
+def _warn_skipped(reason: str) -> None:
+    tell(f"warning: skipped: {reason}", style="yellow")
 
 
-def _with_peaks(report: Report, options: Sequence[object], progress: Callable[[str], None]) -> Report:
-    """Add the peak memory of a process for each side of a training step, which runs with these options."""
+def _with_peak_memory(report: Report, arguments: Sequence[object], progress: Callable[[str], None]) -> Report:
+    """Measure the peak memory of each library's training step in its own process.
+
+    Args:
+        report: the report.
+        arguments: command line arguments of these processes.
+        progress: called with a description of the current step.
+
+    Returns:
+        The report with the peak memory.
+    """
     training = []
-    for trained in report.training:
-        if trained.work == STEP:
-            progress(f"training step, {trained.engine}: peak memory")
-            trained = replace(trained, megabytes=_peak(trained.engine, options))
-        training.append(trained)
+    for measurement in report.training:
+        if measurement.kind == STEP:
+            progress(f"training step, {measurement.engine}: peak memory")
+            measurement = replace(measurement, megabytes=_peak_memory(measurement.engine, arguments))
+        training.append(measurement)
     return replace(report, training=training)
 
 
-def _peak(engine: str, options: Sequence[object]) -> float | None:
-    """Return the peak memory, in MB, of a process for one side; if it fails, say why, and go on without."""
+def _peak_memory(engine: str, arguments: Sequence[object]) -> float | None:
+    """Return the peak memory of a training process in MB; if the process fails, warn and return None."""
     start = "from conditional_detr.cli import app; app()"
-    command = [sys.executable, "-c", start, "benchmark", "--alone", engine, *map(str, options)]
+    command = [sys.executable, "-c", start, "benchmark", "--peak-memory", engine, *map(str, arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        why = str(error)
+        reason = str(error)
     else:
         if done.returncode == 0:
             return float(done.stdout.split()[-1])
-        why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-    tell(f"warning: {engine}: its peak memory is missing, the process for it failed: {why}", style="yellow")
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    tell(f"warning: {engine}: peak memory was not measured, the process failed: {reason}", style="yellow")
     return None
 
 
-def _show(report: Report) -> None:
-    """Print the tables, and what speeds can be held against."""
-    for one in report.tables():
-        out.print(_printable(one))
+def _print(report: Report) -> None:
+    """Print the tables, the reference engine and the speed of a matrix product."""
+    for table in report.tables():
+        out.print(_printable(table))
         out.print()
-    told = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in report.rates.items())
-    first = report.readings[0].engine
-    tell(f"Compared with: {first}. A plain matrix product reaches, in GFLOP/s: {told}.", to=out)
+    rates = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in report.rates.items())
+    first = report.measurements[0].engine
+    tell(f"Reference: {first}. Matrix product in GFLOP/s: {rates}.", to=out)
 
 
-def _printable(one: Table) -> rich.table.Table:
-    """Lay a table out so that 80 columns hold it: without a frame, the heads of its numbers in two lines."""
+def _printable(table: Table) -> rich.table.Table:
+    """Return a rich table that fits 80 columns: without a frame, headings of numbers on two lines."""
     frame: dict[str, Any] = {"show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
-    shown = rich.table.Table(title=one.title, box=rich.box.SIMPLE_HEAD, **frame)
-    shown.add_column(one.head[0])
-    for name in one.head[1:]:
+    shown = rich.table.Table(title=table.title, box=rich.box.SIMPLE_HEAD, **frame)
+    shown.add_column(table.head[0])
+    for name in table.head[1:]:
         shown.add_column(name.replace(" ", "\n", 1), justify="right", no_wrap=True)
-    for row in one.rows:
+    for row in table.rows:
         shown.add_row(*row)
     return shown
 
 
 def _write(report: Report, folder: Path) -> None:
-    """Write the report in words, in numbers and as an image."""
+    """Write the report as Markdown, JSON and an image."""
     text = json.dumps(report.to_dict(), indent=2) + "\n"
     write_atomically(
         {
@@ -188,13 +205,13 @@ def _write(report: Report, folder: Path) -> None:
     tell(f"wrote benchmark.json, benchmark.md and benchmark.png in {folder}", to=out)
 
 
-def _machine(device: torch.device) -> str:
-    """Name what it ran on."""
+def _machine_name(device: torch.device) -> str:
+    """Return the names of the processor or GPU and of the torch version."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()
     cpus = Path("/proc/cpuinfo")
     if cpus.exists():
-        named = [line for line in cpus.read_text().splitlines() if line.startswith("model name")]
-        name = named[0].split(":", 1)[1].strip() if named else name
+        models = [line for line in cpus.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
     return f"{torch.get_num_threads()} threads of {name}, torch {torch.__version__}"

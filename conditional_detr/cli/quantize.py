@@ -1,4 +1,4 @@
-"""``conditional-detr quantize``: a model in 8-bit integers, and what that costs in AP."""
+"""``conditional-detr quantize``: quantise a model to int8 and measure the loss of AP."""
 
 import contextlib
 import random
@@ -21,112 +21,112 @@ from conditional_detr.inference.exported import Description, ExportedModel
 from conditional_detr.inference.listing import list_images
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
-_LADDER = ((), ("encoder",), ("encoder", "decoder"))  # what is kept in float, until little enough is lost
+_FALLBACKS = ((), ("encoder",), ("encoder", "decoder"))  # parts kept in float32, tried until AP is high enough
 
 
-class _LossError(Exception):
-    """A quantised model loses more AP than it may."""
+class _AccuracyError(Exception):
+    """The quantised model loses more AP than allowed."""
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(help="Weights: a folder, a file, a short name, or a hub id 'owner/name'.")],
-    target: Annotated[Path, typer.Argument(help="The file to write, .xml; its weights go beside it, .bin.")],
+    source: Annotated[str, typer.Argument(help="Checkpoint: folder, file, short name, or hub id 'owner/name'.")],
+    target: Annotated[Path, typer.Argument(help="File to write, .xml; its weights are written to a .bin beside it.")],
     calibration: Annotated[
-        list[str], typer.Option(help="Files, folders or globs of images like those that it is for.")
+        list[str], typer.Option(help="Calibration images, representative of later input: files, folders or globs.")
     ],
-    samples: Annotated[int, typer.Option(min=1, help="Look at this many of them, drawn at random.")] = 100,
-    data: Annotated[Path | None, typer.Option(help="COCO's json of a data set to measure AP on.")] = None,
-    images: Annotated[Path | None, typer.Option(help="The folder of its images.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Number of random calibration images to use.")] = 100,
+    data: Annotated[Path | None, typer.Option(help="COCO annotation file to measure AP on.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Image folder of --data.")] = None,
     max_loss: Annotated[
-        float, typer.Option(min=0, help="With --data: the most AP to lose; 0.005 is half a point.")
+        float, typer.Option(min=0, help="With --data: largest allowed loss of AP; 0.005 is half a point.")
     ] = 0.005,
     keep: Annotated[
         list[str] | None,
-        typer.Option(help=f"Keep this in float32 ({', '.join(PARTS)}), again for more, and try nothing else."),
+        typer.Option(help=f"Part to keep in float32 ({', '.join(PARTS)}), repeatable; no other part is tried."),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="With post-processing in the file, of at most this many detections.")
+        int | None, typer.Option(min=1, help="Include post-processing that keeps this many detections per image.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which images are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the calibration images.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
-    """Write a model as an OpenVINO file that computes in 8-bit integers, which CPUs do fast.
+    """Quantise a model to int8 for OpenVINO, for fast inference on CPUs.
 
-    The ranges of numbers are measured on the calibration images; nothing is trained. With --data and --images, AP is
-    measured before and after and written into the file. If more is lost than --max-loss, parts are kept in float32
-    one after the other (encoder, decoder) until it is little enough; if it never is, nothing is written.
+    The activation ranges are measured on the calibration images; nothing is trained. With --data and --images, AP is
+    measured before and after and stored in the exported model. If the loss exceeds --max-loss, the encoder and then
+    also the decoder stay in float32. If the loss is still too large, nothing is written.
 
-    Exit code: 0 written, 1 too much was lost, 2 it could not begin.
+    Exit codes: 0 success; 1 AP loss too large; 2 usage or setup error.
     """
     with one_line_errors(), err.status("loading") as status:
-        check_free(check_request(target, keep or ()), overwrite=overwrite)  # at once, not after AP was measured
+        check_free(check_request(target, keep or ()), overwrite=overwrite)  # before AP is measured
         if (data is None) != (images is None):
-            raise ValueError("expected both --data and --images, to measure AP on, or neither")
-        chosen = [found.image for found in list_images(calibration, output=target).images]
+            raise ValueError("expected both --data and --images, to measure AP, or neither")
+        chosen = [listed.image for listed in list_images(calibration, output=target).images]
         chosen = random.Random(seed).sample(chosen, min(samples, len(chosen)))
         model = from_pretrained(source, revision=revision)
-        meter = None if data is None or images is None else _Meter(model, data, images, max_loss, status)
-        ladder = _LADDER if keep is None and meter else (tuple(keep or ()),)
-        described = None
-        for kept in ladder:
-            with contextlib.suppress(_LossError):
-                options: dict[str, Any] = {"measure": meter} if meter else {}
-                described = write(model, target, chosen, keep=kept, top_k=top_k, progress=status.update, **options)
+        check = None if data is None or images is None else _AccuracyCheck(model, data, images, max_loss, status)
+        attempts = _FALLBACKS if keep is None and check else (tuple(keep or ()),)
+        description = None
+        for kept in attempts:
+            with contextlib.suppress(_AccuracyError):
+                options: dict[str, Any] = {"measure": check} if check else {}
+                description = write(model, target, chosen, keep=kept, top_k=top_k, progress=status.update, **options)
                 break
-    _report(target, described, meter)
+    _report(target, description, check)
 
 
-class _Meter:
-    """Measures the AP of a model, and then that of the files that are made of it.
+class _AccuracyCheck:
+    """Measure the AP of a model, then that of each quantised model.
 
     Args:
         model: the model.
-        data: COCO's json.
-        images: the folder of its images.
-        max_loss: the most AP that a file may lose.
-        status: where progress is shown.
+        data: COCO annotation file.
+        images: the image folder.
+        max_loss: the largest allowed loss of AP.
+        status: the status line that shows progress.
     """
 
     def __init__(self, model: ConditionalDETR, data: Path, images: Path, max_loss: float, status: Status) -> None:
         self.data, self.images, self.max_loss, self.status = data, images, max_loss, status
         self.before = self._ap(Detector(optimize(model)), "float32")
         if self.before < 0:
-            raise ValueError(f"{data}: expected objects to measure AP on, got none")
+            raise ValueError(f"{data}: expected annotations to measure AP on, got none")
         self.tried: list[float] = []
 
     def __call__(self, exported: ExportedModel) -> Mapping[str, Any]:
-        """Return the AP before and after; raise if too much of it is lost."""
+        """Return the AP before and after; raise _AccuracyError if the loss is too large."""
         after = self._ap(Detector(exported), "int8")
         self.tried.append(after)
         if not self.before - after <= self.max_loss:
-            tell(f"AP {self.before:.4f} before, {after:.4f} after: more than {self.max_loss} is lost", style="yellow")
-            raise _LossError
+            tell(f"AP {self.before:.4f} before, {after:.4f} after: lost more than {self.max_loss}", style="yellow")
+            raise _AccuracyError
         return {"AP": {"float32": self.before, "int8": after, "data": self.data.name}}
 
-    def _ap(self, detector: Detector, what: str) -> float:
+    def _ap(self, detector: Detector, precision: str) -> float:
         def show(done: int, total: int) -> None:
-            self.status.update(f"AP of {what}: {done} of {total} images")
+            self.status.update(f"AP in {precision}: {done} of {total} images")
 
         return evaluate(detector, self.data, self.images, progress=show).metrics["AP"]
 
 
-def _report(target: Path, described: Description | None, meter: _Meter | None) -> None:
-    """Say what was written and what it costs; end with an exit code if nothing was."""
-    if described is None:
-        assert meter is not None  # only AP refuses
-        best = max(meter.tried)
+def _report(target: Path, description: Description | None, check: _AccuracyCheck | None) -> None:
+    """Print the exported model and its AP; exit with FAILED if nothing was written."""
+    if description is None:
+        assert check is not None  # only its error is suppressed
+        best = max(check.tried)
         tell(
-            f"error: {target}: not written: AP was {meter.before:.4f} before and at best {best:.4f} after,"
-            f" more than {meter.max_loss} lost; more images like the data set's, --keep backbone,"
+            f"error: {target}: not written: AP was {check.before:.4f} before and at best {best:.4f} after,"
+            f" lost more than {check.max_loss}; try more calibration images, --keep backbone,"
             " or a larger --max-loss",
             style="red",
         )
         raise typer.Exit(FAILED)
-    report(target, described)
-    kept = ", ".join(described.measured["calibration"]["also in float"]) or "none"
+    report(target, description)
+    kept = ", ".join(description.measured["calibration"]["also in float"]) or "none"
     tell(f"parts kept in float32: {kept}", to=out)
-    if meter is None:
-        tell("AP was not measured: --data and --images do", to=out)
+    if check is None:
+        tell("AP was not measured; use --data and --images to measure it", to=out)
     else:
-        tell(f"AP {meter.before:.4f} before, {meter.tried[-1]:.4f} after, on {meter.data.name}", to=out)
+        tell(f"AP {check.before:.4f} before, {check.tried[-1]:.4f} after, on {check.data.name}", to=out)

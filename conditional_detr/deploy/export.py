@@ -258,6 +258,11 @@ def checked_target(target: str | Path) -> Path:
     return target
 
 
+def files_of(target: Path) -> tuple[Path, ...]:
+    """Return the files of an exported model: the target, and for OpenVINO the ``.bin`` beside it."""
+    return (target, target.with_suffix(".bin")) if target.suffix.lower() == ".xml" else (target,)
+
+
 def describe(model: ConditionalDETR, suffix: str, *, precision: str, top_k: int | None) -> Description:
     """Return what is to stand in a file, before anything was measured of it."""
     packages = ("conditional-detr", "torch", *_NEEDS[suffix][0])

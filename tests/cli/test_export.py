@@ -46,11 +46,11 @@ def test_nothing_is_overwritten_unasked(written, small, tmp_path):
     before = path.read_bytes()
     refused = run("export", small, path)
     assert refused.exit_code == 2
-    assert "already there: small.onnx; --overwrite replaces" in refused.stderr
+    assert "already exists: small.onnx; use --overwrite to replace" in refused.stderr
     assert path.read_bytes() == before
     (tmp_path / "x.bin").touch()
     refused = run("export", small, tmp_path / "x.xml")
-    assert "already there: x.bin; --overwrite replaces" in refused.stderr
+    assert "already exists: x.bin; use --overwrite to replace" in refused.stderr
     half = run("export", small, tmp_path / "x.xml", "--half", "--overwrite")
     assert half.exit_code == 0, half.output
     assert (tmp_path / "x.bin").stat().st_size > 0

@@ -228,7 +228,7 @@ def test_command_measures_what_is_lost(data_set, tmp_path):
 
     again = run("quantize", "shapes", target, *options)
     assert again.exit_code == 2
-    assert "already there: shapes.xml, shapes.bin; --overwrite replaces" in again.stderr
+    assert "already exists: shapes.xml, shapes.bin; use --overwrite to replace" in again.stderr
 
 
 def test_command_keeps_more_in_float_until_little_is_lost(data_set, tmp_path, monkeypatch):
@@ -251,20 +251,20 @@ def test_command_keeps_more_in_float_until_little_is_lost(data_set, tmp_path, mo
     done = run("quantize", "shapes", target, *options, "--max-loss", 0.0001)
     assert done.exit_code == 0, done.output
     assert kept == [(), ("encoder",), ("decoder", "encoder")]
-    assert "AP 0.6000 before, 0.5900 after: more than 0.0001 is lost" in done.stderr
+    assert "AP 0.6000 before, 0.5900 after: lost more than 0.0001" in done.stderr
     assert "parts kept in float32: decoder, encoder" in done.stdout
     pretend(least=False)
     before = target.read_bytes()
     failed = run("quantize", "shapes", target, *options, "--overwrite", "--keep", "encoder")
     assert failed.exit_code == 1
-    assert "not written: AP was 0.6000 before and at best 0.5000 after, more than 0.005 lost" in failed.stderr
+    assert "not written: AP was 0.6000 before and at best 0.5000 after, lost more than 0.005" in failed.stderr
     assert target.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--data", "x.json"), "expected both --data and --images, to measure AP on, or neither"),
+        (("--data", "x.json"), "expected both --data and --images, to measure AP, or neither"),
         (("--keep", "head"), "keep: expected some of backbone, encoder, decoder, got 'head'"),
         (
             ("--keep", "head", "--data", "no.json", "--images", "."),
