@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: asked once, finish what is being done; asked twice, stop at once."""
+"""Shutdown on Ctrl-C and SIGTERM: the first signal requests it, the second stops the process at once."""
 
 import signal
 import threading
@@ -9,28 +9,30 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class ShutdownRequest:
-    """Listens for signals while it is entered, if that is in the main thread, where they arrive.
+    """Context manager that handles SIGINT and SIGTERM; the first one sets a flag, the second raises KeyboardInterrupt.
+
+    Outside the main thread it does nothing, because Python handles signals in the main thread only.
 
     Attributes:
-        asked: whether one came.
+        requested: whether a signal has arrived.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "ShutdownRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {which: signal.signal(which, self._ask) for which in _SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for which, handler in self._before.items():
-            signal.signal(which, handler)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True

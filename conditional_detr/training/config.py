@@ -12,33 +12,34 @@ _NOT_NEGATIVE = ("lr", "backbone_lr", "weight_decay", "clip", "ema", "drop_at")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. The defaults are the paper's, but for the number of images a step, which depends on the machine.
+    """Settings of a training run. The defaults are the paper's, except for the number of images a step.
 
-    A preset with changes is ``dataclasses.replace(TrainConfig.finetune(), epochs=10)``.
+    Change a preset with ``dataclasses.replace(TrainConfig.finetune(), epochs=10)``.
 
     Attributes:
-        epochs: how often every image is seen.
-        batch_size: images a forward pass of one process. A step takes batch_size x accumulation x processes.
-        accumulation: forward and backward passes a step; the step is that of the joined batch.
-        lr: AdamW's learning rate.
-        backbone_lr: of the backbone; 0 freezes it.
-        weight_decay: AdamW's.
-        clip: the largest norm of all gradients together; 0: no limit.
-        warmup: steps in which the rates rise from 0.
-        schedule: "step": a tenth of the rates from ``drop_at`` on; "cosine": down to 0 at the end; "constant".
-        drop_at: in [0, 1], the part of the epochs before "step" steps.
-        ema: decay of the weights' moving average, which is what is then evaluated and saved; 0: none. In the first
-            steps it is lower, (1 + n) / (10 + n), so that the first weights are forgotten.
-        query_groups: groups of object queries that learn side by side, the model's own and others that are left behind
-            (Group DETR): fewer epochs of somewhat more time each; 1: the paper's training.
-        autocast: precision of the forward pass, "bfloat16" or "float16" (which needs a GPU); None: the model's own.
-        gradient_checkpointing: compute layers again in the backward pass instead of keeping what they computed: less
-            memory, more time, the same numbers.
-        patience: evaluations without a better AP before training stops; 0: never.
-        evaluate_every: epochs from one evaluation to the next; the last epoch is always evaluated.
-        save_every: steps from one checkpoint to the next; the end of an epoch always has one.
-        workers: processes that prepare images beside the training; 0: none.
-        seed: everything drawn follows from it.
+        epochs: number of passes over the training data.
+        batch_size: images a forward pass in each process. A step uses batch_size x accumulation x processes images.
+        accumulation: forward and backward passes a step; their gradients are those of the joined batch.
+        lr: learning rate of AdamW.
+        backbone_lr: learning rate of the backbone; 0 freezes it.
+        weight_decay: weight decay of AdamW.
+        clip: maximum norm of all gradients together; 0: no limit.
+        warmup: steps in which the learning rates rise linearly from 0.
+        schedule: of the learning rates, "step": a tenth from ``drop_at`` on; "cosine": down to 0; "constant".
+        drop_at: in [0, 1], the fraction of the epochs after which "step" lowers the learning rates.
+        ema: decay of the exponential moving average of the weights, which is then evaluated and saved; 0: no average.
+            In the first steps the decay is lower, (1 + n) / (10 + n), so that the initial weights lose their
+            influence.
+        query_groups: number of groups of object queries in training, the model's own and others that are not saved
+            (Group DETR): fewer epochs, each somewhat slower; 1: the paper's training.
+        autocast: precision of the forward pass, "bfloat16" or "float16" (which needs a GPU); None: the model's dtype.
+        gradient_checkpointing: recompute activations in the backward pass instead of storing them: less memory, more
+            time, the same numbers.
+        patience: evaluations without a better AP after which training stops; 0: never.
+        evaluate_every: epochs between evaluations; the last epoch is always evaluated.
+        save_every: steps between checkpoints; the end of an epoch always writes one.
+        workers: processes that load images; 0: the main process loads them.
+        seed: seed of all random numbers.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -78,28 +79,28 @@ class TrainConfig:
         if self.ema >= 1:
             raise ValueError(f"ema: expected a decay below 1, got {self.ema}")
         if self.drop_at > 1:
-            raise ValueError(f"drop_at: expected a part of the epochs, up to 1, got {self.drop_at}")
-        for name, known in (("schedule", SCHEDULES), ("autocast", PRECISIONS)):
-            if getattr(self, name) not in known:
-                expected = ", ".join(map(repr, known))
+            raise ValueError(f"drop_at: expected a fraction of the epochs, at most 1, got {self.drop_at}")
+        for name, allowed in (("schedule", SCHEDULES), ("autocast", PRECISIONS)):
+            if getattr(self, name) not in allowed:
+                expected = ", ".join(map(repr, allowed))
                 raise ValueError(f"{name}: expected one of {expected}, got {getattr(self, name)!r}")
 
     @classmethod
     def from_scratch(cls) -> "TrainConfig":
-        """Return the paper's recipe, for a transformer without weights on a data set of COCO's size.
+        """Return the paper's recipe, for an untrained transformer and a dataset of COCO's size.
 
-        The paper's 16 images a step are 4 here, accumulated 4 times, for one process.
+        The paper's 16 images a step are 4 forward passes of 4 images here, for one process.
         """
         return cls(accumulation=4)
 
     @classmethod
     def finetune(cls) -> "TrainConfig":
-        """Return settings for trained weights and thousands of images of one's own."""
+        """Return settings for fine-tuning trained weights on thousands of images."""
         return cls(epochs=24, accumulation=4, warmup=200, schedule="cosine", ema=0.999, patience=8)
 
     @classmethod
     def finetune_small(cls) -> "TrainConfig":
-        """Return settings for trained weights and tens to hundreds of images."""
+        """Return settings for fine-tuning trained weights on tens to hundreds of images."""
         return cls(
             epochs=80,
             batch_size=4,

@@ -1,4 +1,4 @@
-"""An image of how a run went."""
+"""Plots of a training run: losses, AP and learning rate by step."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,18 +9,18 @@ import numpy as np
 
 from conditional_detr.system.atomic_files import write_atomically
 
-_POINTS = 200  # a smoothed curve shows about as many
+_POINTS = 200  # a curve with many more is smoothed
 
 
 def plot_curves(log: Path, target: Path) -> None:
-    """Draw losses, AP and learning rates of a run's log.
+    """Plot losses, AP and learning rate of a run.
 
     Args:
-        log: the run's ``log.jsonl``.
-        target: the png.
+        log: ``log.jsonl`` of the run.
+        target: the PNG file to write.
 
     Raises:
-        OSError: a file that cannot be read or written.
+        OSError: a file cannot be read or written.
     """
     from matplotlib.figure import Figure
 
@@ -40,13 +40,13 @@ def plot_curves(log: Path, target: Path) -> None:
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:
-    """Return the entries of a run's log; the line that a killed process had not finished is none."""
+    """Read the entries of a run's log, without an unfinished last line, which a killed process leaves."""
     *lines, _ = log.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines]
 
 
 def _plot(axis: Any, entries: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Draw one curve: its values, faint, and their running mean if there are many."""
+    """Plot one curve: its values; if they are many, faint, with their running mean."""
     if not entries:
         return
     x = np.array([entry["step"] for entry in entries])

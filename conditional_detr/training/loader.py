@@ -1,4 +1,4 @@
-"""Batches for the loop: what is drawn for an image depends on seed, epoch and image, and on nothing else."""
+"""Data loading for the training loop: random numbers of a sample depend only on seed, epoch and index."""
 
 import random
 import signal
@@ -12,16 +12,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from conditional_detr.data.dataset import Sample, collate
+from conditional_detr.data.seeds import derive_seed
 from conditional_detr.training.config import TrainConfig
 
 Batch: TypeAlias = tuple[Tensor, Tensor | None, list[dict[str, Any]]]
+"""Pixels (B, 3, H, W); padding (B, H, W) bool, True = padded, or None; targets."""
 
 
 class SampleDataset(Protocol):
-    """A data set to train on: any map-style one.
+    """A map-style dataset of training samples.
 
-    Its samples are an image's pixels (3, H, W), normalised, and its target {"labels", "boxes"}. If it has a method
-    ``set_epoch``, that is called before each epoch.
+    A sample is an image's pixels (3, H, W), normalised, and its target {"labels", "boxes"}. If the dataset has a
+    method ``set_epoch``, it is called before each epoch.
     """
 
     def __len__(self) -> int:
@@ -32,9 +34,9 @@ class SampleDataset(Protocol):
 
 
 class _SeededDataset(Dataset[Any]):
-    """A data set whose draws follow from seed, epoch and index, also those from the global generators.
+    """A dataset that seeds the global generators by seed, epoch and index before each sample.
 
-    What cannot be read comes back as its error, so that the message is not buried in that of a worker.
+    An error is returned instead of raised, so that the traceback of a worker does not hide its message.
     """
 
     def __init__(self, data: SampleDataset, seed: int, epoch: int) -> None:
@@ -43,32 +45,27 @@ class _SeededDataset(Dataset[Any]):
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> Sample | Exception:
-        with _global_generators(derive_seed(self.seed, self.epoch, index)):
+        with _seeded_generators(derive_seed(self.seed, self.epoch, index, bits=63)):
             try:
                 return self.data[index]
             except (OSError, TypeError, ValueError) as error:
                 return error
 
 
-def derive_seed(*numbers: int) -> int:
-    """Return a seed for one of many things to draw, well mixed: neighbours have nothing in common."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
 def load_batches(
     data: SampleDataset, batches: Sequence[list[int]], config: TrainConfig, epoch: int, *, pin: bool
 ) -> Iterator[Batch]:
-    """Give batches of images, prepared in the workers ahead of their turn.
+    """Yield batches, which the workers load ahead.
 
     Args:
-        data: the data set.
-        batches: the images of each batch.
+        data: the dataset.
+        batches: the sample indices of each batch.
         config: the settings.
-        epoch: which epoch this is.
-        pin: put batches where a GPU copies from without waiting.
+        epoch: index of the epoch.
+        pin: copy batches to pinned memory, for asynchronous copies to a GPU.
 
     Raises:
-        OSError, TypeError, ValueError: what the data set raises.
+        OSError, TypeError, ValueError: as the dataset raises them.
     """
     loader: DataLoader[Any] = DataLoader(
         _SeededDataset(data, config.seed, epoch),
@@ -76,8 +73,8 @@ def load_batches(
         num_workers=min(config.workers, len(batches)),
         collate_fn=_collate,
         pin_memory=pin,
-        worker_init_fn=_begin_worker,
-        generator=torch.Generator(),  # the loader draws one number: not from the global generator
+        worker_init_fn=_init_worker,
+        generator=torch.Generator(),  # the loader draws a base seed, which must not come from the global generator
     )
     for batch in loader:
         if isinstance(batch, Exception):
@@ -91,15 +88,15 @@ def _collate(samples: list[Any]) -> Any:
     return next(errors, None) or collate(samples)
 
 
-def _begin_worker(number: int) -> None:
-    """Leave Ctrl-C, which reaches all processes of a terminal, to the one that saves."""
+def _init_worker(number: int) -> None:
+    """Ignore Ctrl-C, which reaches all processes of a terminal: the main process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
-def _global_generators(seed: int) -> Iterator[None]:
-    """Seed torch's generator of the CPU, numpy's and Python's, and leave them as they were."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002  # those are what data sets draw from
+def _seeded_generators(seed: int) -> Iterator[None]:
+    """Seed the global CPU generators of torch, numpy and Python, and restore their states at the end."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002  # datasets draw from the legacy generator
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002

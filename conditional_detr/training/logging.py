@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a bar and lines on stderr, a log, TensorBoard."""
+"""Logs of a training run: progress bar and lines on stderr, a JSON Lines file, TensorBoard, curves."""
 
 import json
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ CURVES = "curves.png"
 
 
 class RunLogger:
-    """Writes down each step and each epoch; a context manager.
+    """Context manager that logs every step and epoch.
 
-    ``log.jsonl`` has a line a step with step, epoch, loss, class, l1, giou, norm and lr, and a line an epoch with its
-    evaluation; ``tensorboard`` has the same. ``curves.png`` is drawn at the end, also of an interrupted run.
+    ``log.jsonl`` has a line a step, with step, epoch, loss, class, l1, giou, norm and lr, and a line an epoch, with
+    its evaluation; ``tensorboard`` has the same numbers. ``curves.png`` is plotted on exit, also after Ctrl-C.
 
     Args:
-        folder: of the run.
-        step: how many steps were done: what a killed process had written of later ones is forgotten.
-        epoch: how many epochs were done.
-        total: the steps of the whole run.
-        shown: whether anything is shown on stderr; the bar is only on a terminal.
+        folder: the folder of the run.
+        step: number of completed steps; log entries of later steps, which a killed process left, are removed.
+        epoch: number of completed epochs.
+        total: number of steps of the whole run.
+        shown: whether to write to stderr; the bar is shown on a terminal only.
     """
 
     def __init__(self, folder: Path, *, step: int, epoch: int, total: int, shown: bool) -> None:
@@ -35,7 +35,7 @@ class RunLogger:
 
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        _forget(folder / LOG, step, epoch)
+        _truncate(folder / LOG, step, epoch)
         self._log = (folder / LOG).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         self._console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=not shown)
@@ -56,13 +56,13 @@ class RunLogger:
             plot_curves(self.folder / LOG, self.folder / CURVES)
 
     def log_step(self, entry: Mapping[str, Any]) -> None:
-        """Write down a step."""
+        """Log a step and update the progress bar."""
         self._write(entry, "train")
         losses = "  ".join(f"{name} {entry[name]:.3f}" for name in ("loss", "class", "l1", "giou"))
         self._bar.update(self._task, completed=entry["step"], description=f"epoch {entry['epoch'] + 1}  {losses}")
 
     def log_epoch(self, entry: Mapping[str, Any], *, epochs: int, best: float | None) -> None:
-        """Write down an epoch, and show a line of it."""
+        """Log an epoch and print a summary line."""
         self._write(entry, "val")
         ap = f"  AP {entry['AP']:.3f}  AP50 {entry['AP50']:.3f}  best {best:.3f}" if "AP" in entry else ""
         self.report(
@@ -71,11 +71,11 @@ class RunLogger:
         )
 
     def report(self, text: str) -> None:
-        """Show a text above the bar."""
+        """Print text above the progress bar."""
         self._console.print(text, markup=False)
 
     def _write(self, entry: Mapping[str, Any], kind: str) -> None:
-        """Write an entry to the log and its numbers to TensorBoard."""
+        """Append an entry to the log and to TensorBoard."""
         self._log.write(json.dumps(entry) + "\n")
         self._log.flush()
         for name, value in entry.items():
@@ -83,8 +83,8 @@ class RunLogger:
                 self._board.add_scalar(f"{kind}/{name}", value, entry["step"])
 
 
-def _forget(log: Path, step: int, epoch: int) -> None:
-    """Take out of a log what lies after a checkpoint."""
+def _truncate(log: Path, step: int, epoch: int) -> None:
+    """Remove the log entries that are later than a checkpoint."""
     if not log.exists():
         return
     kept = [entry for entry in read_log(log) if entry["step"] <= step and ("loss" in entry or entry["epoch"] < epoch)]

@@ -1,8 +1,8 @@
-"""Training: steps, epochs, evaluation and checkpoints, in one process or in many with the same code.
+"""The training loop: steps, epochs, evaluation and checkpoints, in one process or in several with the same code.
 
-Nothing depends on what ran before but the state: what is drawn in a step follows from seed and step, the images of
-an epoch and their augmentation from seed and epoch. So a run that goes on from a checkpoint computes, on a CPU, the
-same numbers to the last bit as one that was never stopped.
+Steps depend only on the training state and the settings: random numbers of a step follow from seed and step, the order
+and the augmentation of the images from seed and epoch. On a CPU, a resumed run therefore computes the same numbers as
+an uninterrupted one, to the last bit.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.system.atomic_files import remove_unfinished
 from conditional_detr.system.shutdown import ShutdownRequest
-from conditional_detr.training.checkpoints import BEST, LAST, STATE, load_training_state, save_checkpoint
+from conditional_detr.training.checkpoints import BEST, LAST, STATE, Progress, load_training_state, save_checkpoint
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.first_epoch import FirstEpochReport, check_first_epoch
 from conditional_detr.training.loader import SampleDataset, load_batches
@@ -30,23 +30,22 @@ from conditional_detr.training.optimizer import folded_batch_norm, gradient_chec
 from conditional_detr.training.steps import Stepper
 from conditional_detr.training.validation import measure
 
-_UNSAVED = 60.0  # seconds of work that an evaluation does not put at risk
-_PLACE = ("step", "epoch", "batch", "best", "stale", "history", "losses")
+_UNSAVED = 60.0  # seconds since the last checkpoint after which one is written before an evaluation
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """Result of a training run.
 
     Attributes:
-        folder: of the run: ``log.jsonl``, ``curves.png``, ``tensorboard`` and the two below.
-        last: weights of the last step and the state to go on from.
-        best: weights with the best AP; None without validation data.
-        best_ap: their AP.
-        steps: how many steps were done.
-        history: a dict an epoch: epoch, step, mean_loss, seconds, and where it was evaluated COCO's twelve numbers.
-        first_epoch: what was learned in the first epoch; None if this process did not go through it.
-        stopped_early: whether AP had not risen for as long as the patience lasts.
+        folder: the folder of the run, with ``log.jsonl``, ``curves.png``, ``tensorboard``, ``last`` and ``best``.
+        last: checkpoint of the last step, with the training state to resume from.
+        best: checkpoint with the best AP; None without validation data.
+        best_ap: AP of ``best``.
+        steps: number of completed steps.
+        history: a dict an epoch: epoch, step, mean_loss, seconds and, if it was evaluated, COCO's twelve metrics.
+        first_epoch: the check after the first epoch; None if this process did not train the first epoch.
+        stopped_early: whether training stopped because AP had not improved for ``patience`` evaluations.
     """
 
     folder: Path
@@ -72,34 +71,35 @@ def train(
 ) -> TrainResult:
     """Train a model.
 
-    Several processes, of torchrun or ``accelerate launch``, train together as one with the joined batch. They need
-    one file system, where the first writes and all read. Accelerate chooses the device; ACCELERATE_USE_CPU=1 says CPU.
+    Several processes, started by torchrun or ``accelerate launch``, train together on the joined batch. They need a
+    shared file system: the first process writes, all processes read. Accelerate chooses the device;
+    ACCELERATE_USE_CPU=1 selects the CPU.
 
-    Ctrl-C and SIGTERM stop after the present step with a checkpoint, and raise KeyboardInterrupt; the second time, at
-    once.
+    After Ctrl-C or SIGTERM, the run finishes the current step, writes a checkpoint and raises KeyboardInterrupt. A
+    second signal stops it at once.
 
     Args:
-        model: trained in place; parameters without ``requires_grad`` stay. In the end it is in eval mode and holds
-            the weights that ``last`` does.
-        train_data: images and targets: :class:`~conditional_detr.data.dataset.CocoData` or any map-style data set
-            of such samples.
-        val_data: what AP is measured on after epochs; None: nothing.
+        model: trained in place; parameters without ``requires_grad`` stay frozen. Afterwards it is in eval mode and
+            has the weights of ``last``.
+        train_data: images and targets: :class:`~conditional_detr.data.dataset.CocoData` or any map-style dataset of
+            such samples.
+        val_data: the data that AP is measured on; None: no evaluation.
         config: the settings; default: the paper's.
-        folder: made if missing; where everything of this run is written.
+        folder: where the run writes all its files; created if missing.
         criterion: the loss; default: the paper's.
-        resume: go on from the checkpoint in the folder; where there is none, begin.
-        progress: show a line an epoch on stderr, and on a terminal a bar.
+        resume: resume from the checkpoint in the folder; without one, start a new run.
+        progress: print a line an epoch to stderr, and show a progress bar on a terminal.
 
     Returns:
-        What it came to; ``from_pretrained(result.best or result.last)`` is the trained model.
+        The result; ``from_pretrained(result.best or result.last)`` is the trained model.
 
     Raises:
-        FileExistsError: the folder has a checkpoint, and ``resume`` is not set.
-        ModuleNotFoundError: the packages for training are not installed.
-        OSError: something cannot be read or written; the message names the last good checkpoint.
+        FileExistsError: the folder has a checkpoint, and ``resume`` is False.
+        ModuleNotFoundError: a package that training needs is not installed.
+        OSError: a file cannot be read or written; the message has the last good checkpoint.
         TypeError: an argument of the wrong type.
-        ValueError: targets that do not fit, a loss that is not finite (the message names step, images and the last
-            good checkpoint), or a checkpoint that was made with other settings.
+        ValueError: invalid targets, a loss that is not finite (the message has the step, the images and the last good
+            checkpoint), or a checkpoint of other settings.
     """
     if not isinstance(model, ConditionalDETR):
         raise TypeError(f"model: expected a ConditionalDETR, got {type(model).__name__}")
@@ -107,20 +107,20 @@ def train(
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config: expected a TrainConfig, got {type(config).__name__}")
     run = _Run(model, train_data, val_data, config, Path(folder), criterion or SetLoss())
-    run.begin(resume)
+    run.prepare(resume)
     with (
-        run.telling(progress),
+        run.logging(progress),
         folded_batch_norm(model),
         linear_as_convolution(model),
         gradient_checkpointing(model, config.gradient_checkpointing),
-        ShutdownRequest() as stop,
+        ShutdownRequest() as shutdown,
     ):
-        run.go(stop)
+        run.train_epochs(shutdown)
     return run.finish()
 
 
 class _Run:
-    """A run: what it trains, and how far it is."""
+    """A training run: model, data, progress and files."""
 
     def __init__(
         self,
@@ -134,19 +134,15 @@ class _Run:
         self.accelerator = _accelerator()
         self.train_data, self.val_data, self.config, self.folder = train_data, val_data, config, folder
         self.stepper = Stepper(model, config, criterion, self.accelerator, self._describe)
-        self.step = self.epoch = self.batch = 0  # how many were done, the batches in the present epoch
-        self.best: float | None = None
-        self.stale = 0  # evaluations since the best
-        self.history: list[dict[str, Any]] = []
-        self.losses: list[float] = []  # of the present epoch
+        self.progress = Progress()
         self.first_epoch: FirstEpochReport | None = None
         self.logger: RunLogger | None = None
         self.saved_step: int | None = None
-        self.saved_at = self.began = time.monotonic()
+        self.saved_at = self.epoch_began = time.monotonic()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a state was made with."""
+        """The settings that a resumed run must share, by name."""
         model = self.stepper.model
         others = {
             "criterion": self.stepper.criterion,
@@ -157,40 +153,41 @@ class _Run:
         described = {name: repr(value) for name, value in others.items()}
         return {**asdict(self.config), **described, "images": images, "processes": processes}
 
-    def begin(self, resume: bool) -> None:
-        """Load what is to go on, and get ready for several processes."""
+    def prepare(self, resume: bool) -> None:
+        """Load the training state of a resumed run, and prepare distributed training."""
         if not resume and (self.folder / LAST / STATE).exists():
             raise FileExistsError(
-                f"{self.folder}: holds the checkpoint of a run: expected resume to go on with it, or another folder"
+                f"{self.folder}: expected a folder without a checkpoint, got one with the checkpoint of a run; resume"
+                " that run, or use another folder"
             )
         state = load_training_state(self.folder, self.settings) if resume else None
         if state is not None:
             self.stepper.load_state_dict(state)
-            for name in _PLACE:
-                setattr(self, name, state[name])
-            self.saved_step = self.step
+            self.progress.load_state_dict(state)
+            self.saved_step = self.progress.step
         if self.accelerator.is_main_process:
             for folder in (self.folder, self.folder / LAST, self.folder / BEST):
                 remove_unfinished(folder)
         self.stepper.join_processes()
 
     @contextlib.contextmanager
-    def telling(self, progress: bool) -> Iterator[None]:
-        """Keep a journal, in the first process."""
+    def logging(self, shown: bool) -> Iterator[None]:
+        """Log the run while the context is active, in the first process only."""
         if not self.accelerator.is_main_process:
             yield
             return
-        steps = math.ceil(len(self._batches(0)) / self.config.accumulation) * self.config.epochs
-        with RunLogger(self.folder, step=self.step, epoch=self.epoch, total=steps, shown=progress) as self.logger:
+        total = math.ceil(len(self._batches(0)) / self.config.accumulation) * self.config.epochs
+        done = {"step": self.progress.step, "epoch": self.progress.epoch}
+        with RunLogger(self.folder, **done, total=total, shown=shown) as self.logger:
             yield
 
-    def go(self, stop: ShutdownRequest) -> None:
-        """Go through the epochs that are left; errors tell where to go on."""
+    def train_epochs(self, shutdown: ShutdownRequest) -> None:
+        """Train the remaining epochs; error messages have the checkpoint to resume from."""
         try:
-            while self.epoch < self.config.epochs and not self.stopped_early:
-                self._train_epoch(stop)
+            while self.progress.epoch < self.config.epochs and not self.stopped_early:
+                self._train_epoch(shutdown)
                 self._end_epoch()
-                self._stop_if_asked(stop)
+                self._stop_if_requested(shutdown)
         except (OSError, ValueError) as error:
             where = "there is no checkpoint yet"
             if self.saved_step is not None:
@@ -199,91 +196,101 @@ class _Run:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether AP has not risen for too long."""
-        return 0 < self.config.patience <= self.stale
+        """Whether AP has not improved for ``patience`` evaluations."""
+        return 0 < self.config.patience <= self.progress.stale
 
     def finish(self) -> TrainResult:
-        """Leave the model as it was saved, and say what became of it."""
-        model, average = self.stepper.model, self.stepper.average
+        """Load the saved weights into the model, set eval mode and return the result."""
+        model, average, progress = self.stepper.model, self.stepper.average, self.progress
         if average is not None:
             model.load_state_dict(average.module.state_dict())
         model.eval()
-        best = None if self.best is None else self.folder / BEST
-        done = self.folder, self.folder / LAST, best, self.best, self.step, tuple(self.history)
-        return TrainResult(*done, self.first_epoch, self.stopped_early)
+        return TrainResult(
+            folder=self.folder,
+            last=self.folder / LAST,
+            best=None if progress.best is None else self.folder / BEST,
+            best_ap=progress.best,
+            steps=progress.step,
+            history=tuple(progress.history),
+            first_epoch=self.first_epoch,
+            stopped_early=self.stopped_early,
+        )
 
     def _batches(self, epoch: int) -> list[list[int]]:
-        """Return the images of each batch of an epoch, in this process."""
+        """Return the sample indices of each batch of an epoch, for this process."""
         sharing = {"rank": self.accelerator.process_index, "processes": self.accelerator.num_processes}
         return batches(self.train_data, self.config.batch_size, seed=self.config.seed, epoch=epoch, **sharing)
 
-    def _train_epoch(self, stop: ShutdownRequest) -> None:
-        """Do the steps of an epoch that are left."""
-        self.began = time.monotonic()
+    def _train_epoch(self, shutdown: ShutdownRequest) -> None:
+        """Train the remaining steps of the current epoch."""
+        progress = self.progress
+        self.epoch_began = time.monotonic()
         if hasattr(self.train_data, "set_epoch"):
-            self.train_data.set_epoch(self.epoch)
-        plan = self._batches(self.epoch)
-        left = plan[self.batch :]
-        fed = load_batches(self.train_data, left, self.config, self.epoch, pin=self.accelerator.device.type == "cuda")
-        named = zip(left, fed, strict=True)
-        while group := list(islice(named, self.config.accumulation)):
-            numbers = self.stepper.train_step(group, step=self.step, epochs=self.epoch + self.batch / len(plan))
-            self.step, self.batch = self.step + 1, self.batch + len(group)
-            self.losses.append(numbers["loss"])
+            self.train_data.set_epoch(progress.epoch)
+        plan = self._batches(progress.epoch)
+        remaining = plan[progress.batch :]
+        pin = self.accelerator.device.type == "cuda"
+        loaded = load_batches(self.train_data, remaining, self.config, progress.epoch, pin=pin)
+        indexed = zip(remaining, loaded, strict=True)
+        while group := list(islice(indexed, self.config.accumulation)):
+            epochs = progress.epoch + progress.batch / len(plan)
+            numbers = self.stepper.train_step(group, step=progress.step, epochs=epochs)
+            progress.step, progress.batch = progress.step + 1, progress.batch + len(group)
+            progress.losses.append(numbers["loss"])
             if self.logger is not None:
-                self.logger.log_step({"step": self.step, "epoch": self.epoch, **numbers})
-            if self.step % self.config.save_every == 0:
+                self.logger.log_step({"step": progress.step, "epoch": progress.epoch, **numbers})
+            if progress.step % self.config.save_every == 0:
                 self._save()
-            self._stop_if_asked(stop)
+            self._stop_if_requested(shutdown)
 
-    def _stop_if_asked(self, stop: ShutdownRequest) -> None:
-        """Save and raise KeyboardInterrupt if any process was asked to stop: all have to agree."""
-        asked = torch.tensor(float(stop.requested), device=self.accelerator.device)
-        if self.accelerator.reduce(asked, reduction="mean").item() == 0:
+    def _stop_if_requested(self, shutdown: ShutdownRequest) -> None:
+        """Save and raise KeyboardInterrupt in all processes if any of them has a shutdown request."""
+        requested = torch.tensor(float(shutdown.requested), device=self.accelerator.device)
+        if self.accelerator.reduce(requested, reduction="mean").item() == 0:
             return
-        if self.saved_step != self.step:
+        if self.saved_step != self.progress.step:
             self._save()
-        self._report(f"stopped after step {self.step}; resume goes on from {self.folder / LAST}")
+        self._report(f"stopped after step {self.progress.step}; resume from {self.folder / LAST}")
         raise KeyboardInterrupt
 
     def _describe(self, index: int) -> str:
-        """Name an image of the training data, by its file where it has one."""
+        """Return the index of a training image and, if the dataset has it, its description."""
         described = getattr(self.train_data, "describe", None)
         return f"image {index}" if described is None else f"image {index}, {described(index)}"
 
     def _end_epoch(self) -> None:
-        """Evaluate, look at the first epoch, and save."""
-        number = self.epoch
-        entry: dict[str, Any] = {"step": self.step, "epoch": number}
-        entry["mean_loss"] = math.fsum(self.losses) / max(len(self.losses), 1)
+        """Evaluate, check the first epoch, log and save."""
+        progress, number = self.progress, self.progress.epoch
+        entry: dict[str, Any] = {"step": progress.step, "epoch": number}
+        entry["mean_loss"] = math.fsum(progress.losses) / max(len(progress.losses), 1)
         evaluate = (number + 1) % self.config.evaluate_every == 0 or number + 1 == self.config.epochs
         better = False
         if self.val_data is not None and evaluate:
             if time.monotonic() - self.saved_at > _UNSAVED:
                 self._save()
             entry |= measure(self.stepper.eval_model, self.val_data, self.config.batch_size)
-            better = self.best is None or entry["AP"] > self.best
-            self.best, self.stale = (entry["AP"], 0) if better else (self.best, self.stale + 1)
-        entry["seconds"] = time.monotonic() - self.began
-        self.history.append(entry)
+            better = progress.best is None or entry["AP"] > progress.best
+            progress.best, progress.stale = (entry["AP"], 0) if better else (progress.best, progress.stale + 1)
+        entry["seconds"] = time.monotonic() - self.epoch_began
+        progress.history.append(entry)
         if number == 0 and self.accelerator.is_main_process:
             self.first_epoch = check_first_epoch(
                 self.stepper.model, self.train_data, self.stepper.criterion.matcher, entry.get("AP")
             )
             self._report(str(self.first_epoch))
         if self.logger is not None:
-            self.logger.log_epoch(entry, epochs=self.config.epochs, best=self.best)
-        self.epoch, self.batch, self.losses = number + 1, 0, []
+            self.logger.log_epoch(entry, epochs=self.config.epochs, best=progress.best)
+        progress.epoch, progress.batch, progress.losses = number + 1, 0, []
         if better and self.accelerator.is_main_process:
             save_checkpoint(self.stepper.eval_model, self.folder / BEST)
         self._save()
 
     def _save(self) -> None:
-        """Write the last checkpoint, in the first process."""
+        """Write the last checkpoint, in the first process only."""
         if self.accelerator.is_main_process:
-            state = self.stepper.state_dict() | {name: getattr(self, name) for name in (*_PLACE, "settings")}
+            state = self.stepper.state_dict() | self.progress.state_dict() | {"settings": self.settings}
             save_checkpoint(self.stepper.eval_model, self.folder / LAST, state)
-        self.saved_step, self.saved_at = self.step, time.monotonic()
+        self.saved_step, self.saved_at = self.progress.step, time.monotonic()
 
     def _report(self, text: str) -> None:
         if self.logger is not None:
@@ -291,13 +298,13 @@ class _Run:
 
 
 def _accelerator() -> Any:
-    """Return accelerate's view of this process and its device."""
+    """Return an Accelerator, after checking that all packages for training are installed."""
     try:
-        import matplotlib  # noqa: F401  # before hours of work, not after
+        import matplotlib  # noqa: F401  # checked before training, because it is first used at the end
         import tensorboard  # noqa: F401
         from accelerate import Accelerator
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"training needs {error.name}, which is not installed: pip install 'conditional-detr[train]'"
         ) from error
-    return Accelerator(mixed_precision="no")  # the loop casts by itself, so that settings alone decide
+    return Accelerator(mixed_precision="no")  # precision is TrainConfig.autocast, whatever accelerate's settings are

@@ -1,4 +1,4 @@
-"""What a step does to the weights: groups of parameters, their rates, the moving average, and memory saved."""
+"""Parameter groups, learning rates, the moving average of the weights, and faster or smaller backward passes."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,21 +18,21 @@ from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.training.config import TrainConfig
 
 _BACKBONE = "backbone."
-_DROP = 0.1  # what is left of the rates after "step" stepped
+_DROP = 0.1  # factor of the learning rates after the step
 
 
 def parameter_groups(
     model: ConditionalDETR, config: TrainConfig, other_queries: nn.Embedding | None = None
 ) -> list[dict[str, Any]]:
-    """Return AdamW's groups: what trains of the backbone with its own rate, and all else that trains.
+    """Return the parameter groups of AdamW: trainable parameters of the backbone, and all others.
 
     Args:
         model: the model.
         config: the settings.
-        other_queries: those of further groups.
+        other_queries: object queries of additional groups, see QueryGroups.
 
     Raises:
-        ValueError: nothing trains.
+        ValueError: no parameter is trainable.
     """
     backbone: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -42,19 +42,19 @@ def parameter_groups(
     if other_queries is not None:
         others.extend(parameter for parameter in other_queries.parameters() if parameter.requires_grad)
     groups = [(others, config.lr), (backbone, config.backbone_lr)]
-    found = [{"params": group, "lr": rate, "initial_lr": rate} for group, rate in groups if group]
-    if not found:
-        raise ValueError("model: expected parameters that train, got none with requires_grad")
-    return found
+    filled = [{"params": group, "lr": rate, "initial_lr": rate} for group, rate in groups if group]
+    if not filled:
+        raise ValueError("model: expected trainable parameters, got none with requires_grad")
+    return filled
 
 
 def rate_factor(config: TrainConfig, step: int, epochs: float) -> float:
-    """Return what the learning rates are multiplied with.
+    """Return the factor of the learning rates.
 
     Args:
         config: the settings.
-        step: how many steps were done, of all.
-        epochs: how many epochs were done, with the part of the present one.
+        step: number of completed steps.
+        epochs: number of completed epochs, including the fraction of the current one.
     """
     done = epochs / config.epochs
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
@@ -66,32 +66,33 @@ def rate_factor(config: TrainConfig, step: int, epochs: float) -> float:
 
 
 def moving_average(model: ConditionalDETR, decay: float) -> AveragedModel:
-    """Return a copy of the model that follows it: after n updates by a part 1 - min(decay, (1 + n) / (10 + n))."""
+    """Return an exponential moving average of the model, with decay min(decay, (1 + n) / (10 + n)) after n updates."""
 
     @torch.no_grad()
-    def follow(averages: Sequence[Tensor], weights: Sequence[Tensor], count: Tensor | int) -> None:
+    def update(averages: Sequence[Tensor], weights: Sequence[Tensor], count: Tensor | int) -> None:
         n = int(count)
         torch._foreach_lerp_(list(averages), list(weights), 1 - min(decay, (1 + n) / (10 + n)))
 
-    average = AveragedModel(model, multi_avg_fn=follow)
+    average = AveragedModel(model, multi_avg_fn=update)
     return average.requires_grad_(False)
 
 
 @contextmanager
-def gradient_checkpointing(model: ConditionalDETR, wanted: bool) -> Iterator[None]:
-    """Keep only the inputs of layers and backbone stages that train, and compute them again in the backward pass."""
-    parts = [*model.encoder.layers, *model.decoder.layers, *model.backbone.body.children()] if wanted else []
+def gradient_checkpointing(model: ConditionalDETR, enabled: bool) -> Iterator[None]:
+    """Store only the inputs of trainable layers and backbone stages; recompute the rest in the backward pass."""
+    parts = [*model.encoder.layers, *model.decoder.layers, *model.backbone.body.children()] if enabled else []
     parts = [part for part in parts if any(parameter.requires_grad for parameter in part.parameters())]
-    with _replaced({part: partial(checkpoint, part.forward, use_reentrant=False) for part in parts}):
+    with _replaced_forwards({part: partial(checkpoint, part.forward, use_reentrant=False) for part in parts}):
         yield
 
 
 @contextmanager
 def folded_batch_norm(model: ConditionalDETR) -> Iterator[None]:
-    """Let convolutions of the backbone do what the frozen BatchNorm behind them does: the maps are gone through once.
+    """Fold each frozen BatchNorm of the backbone into the convolution before it, while the context is active.
 
-    Statistics do not train, so scaling the weights, which is cheap, has the same gradients as scaling the maps. Under
-    autocast the maps then stay in its precision. A backbone that cannot be traced stays as it is.
+    Its statistics are constant, so scaling the weights, which are small, gives the same gradients as scaling the
+    feature maps. Under autocast, the feature maps then keep its precision. A backbone that cannot be traced is left
+    unchanged.
     """
     try:
         pairs = normalised_convolutions(model.backbone.body)
@@ -101,26 +102,26 @@ def folded_batch_norm(model: ConditionalDETR) -> Iterator[None]:
     for convolution, norm in pairs:
         if not pads_with_zeros(convolution):
             continue
-        forwards |= {convolution: partial(_convolve, convolution, norm), norm: _leave}
-    with _replaced(forwards):
+        forwards |= {convolution: partial(_folded_convolution, convolution, norm), norm: _identity}
+    with _replaced_forwards(forwards):
         yield
 
 
 @contextmanager
 def linear_as_convolution(model: nn.Module) -> Iterator[None]:
-    """Let oneDNN, which computes convolutions, compute the linear layers too, as convolutions of a map one cell wide.
+    """Compute linear layers as 1 x 1 convolutions, which oneDNN computes, while the context is active.
 
-    Matrix products in float32 go to another library, which on some CPUs takes twice as long, forwards and backwards.
-    Elsewhere than on a CPU, in other precisions and under autocast, where that is not so, layers stay as they are.
+    PyTorch computes float32 matrix products with another library, which on some CPUs takes twice as long, forward and
+    backward. On other devices, in other precisions and under autocast, layers are left unchanged.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    with _replaced({layer: partial(_multiply, layer, layer.forward) for layer in layers}):
+    with _replaced_forwards({layer: partial(_as_convolution, layer, layer.forward) for layer in layers}):
         yield
 
 
 @contextmanager
-def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules another forward each; in the end they have again what they had, of their class or their own."""
+def _replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forward of modules, and restore it at the end, whether it was the class's or the instance's own."""
     before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
@@ -133,8 +134,8 @@ def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
                 module.forward = own
 
 
-def _convolve(convolution: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
-    """Convolve with scaled weights and the bias that is left."""
+def _folded_convolution(convolution: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
+    """Compute a convolution with the BatchNorm folded into its weights and bias."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     bias = norm.bias - norm.running_mean * scale
     if convolution.bias is not None:
@@ -143,19 +144,19 @@ def _convolve(convolution: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
     return cast(Tensor, _ScaledConvolution.apply(x, convolution.weight, scale, bias, geometry))
 
 
-def _multiply(layer: nn.Linear, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Compute a linear layer as a convolution of a map of (rows, 1) cells, if that is faster."""
+def _as_convolution(layer: nn.Linear, linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Compute a linear layer as a convolution of a feature map of height rows and width 1, if that is faster."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not x.numel():
-        return product(x)
+        return linear(x)
     rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, D, rows, 1), channels last
     y = F.conv2d(rows, layer.weight[:, :, None, None], layer.bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 class _ScaledConvolution(torch.autograd.Function):
-    """A convolution with weights times a factor for each channel, which does not keep the product.
+    """Convolution whose weights are scaled by output channel, without storing the scaled weights.
 
-    Autograd would keep it for every convolution of the backbone: as much memory again as the backbone's weights.
+    Autograd would store them for every convolution, which takes as much memory as the weights of the backbone.
     """
 
     @staticmethod
@@ -169,9 +170,9 @@ class _ScaledConvolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         factor = scale[:, None, None, None]
-        of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             gradient,
-            x.to(gradient.dtype),  # under autocast, what the convolution saw
+            x.to(gradient.dtype),  # the dtype of the convolution under autocast
             (weight * factor).to(gradient.dtype),
             [len(scale)],
             *ctx.geometry[:3],
@@ -180,12 +181,12 @@ class _ScaledConvolution(torch.autograd.Function):
             ctx.geometry[3],
             [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]],
         )
-        of_x = None if of_x is None else of_x.to(x.dtype)
-        of_weight = None if of_weight is None else of_weight.to(weight.dtype) * factor
-        of_bias = None if of_bias is None else of_bias.to(scale.dtype)
-        return of_x, of_weight, None, of_bias, None
+        grad_x = None if grad_x is None else grad_x.to(x.dtype)
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype) * factor
+        grad_bias = None if grad_bias is None else grad_bias.to(scale.dtype)
+        return grad_x, grad_weight, None, grad_bias, None
 
 
-def _leave(x: Tensor) -> Tensor:
-    """Do nothing: the convolution before has done it."""
+def _identity(x: Tensor) -> Tensor:
+    """Return the input: the convolution before has applied the BatchNorm."""
     return x

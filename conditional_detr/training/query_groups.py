@@ -1,26 +1,27 @@
-"""Several groups of object queries in training, one at inference: Group DETR (Chen et al., ICCV 2023, 2207.13085)."""
+"""Several groups of object queries in training: Group DETR (Chen et al., ICCV 2023, arXiv 2207.13085)."""
 
 import torch
 from torch import Tensor, nn
 
+from conditional_detr.data.seeds import derive_seed
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output
-from conditional_detr.training.loader import derive_seed
 
 
 class QueryGroups(nn.Module):
-    """A model whose images are decoded once by each of several groups of object queries, the model's own first.
+    """A model that decodes each image once with each of several groups of object queries, the model's own first.
 
-    Groups do not see each other and each is matched to all targets by itself, so an image teaches as many times: the
-    decoder learns in fewer epochs. The other groups are left behind when training ends, and the model is as before.
+    Groups do not attend to each other, and each group is matched to all targets on its own. The decoder therefore gets
+    G times the supervision from an image and needs fewer epochs. Only training uses the additional groups: the model
+    itself is unchanged.
 
     Args:
         model: trained in place.
-        groups: G, of the model's number of queries each, 2 or more.
-        seed: what the others are drawn from.
+        groups: G, at least 2; each group has as many queries as the model.
+        seed: seed of the additional queries.
 
     Attributes:
         model: the model.
-        others: embedding ((G - 1)·N, D), the queries of the other groups.
+        others: embedding ((G - 1)·N, D), the queries of the additional groups.
     """
 
     def __init__(self, model: ConditionalDETR, groups: int, seed: int) -> None:
@@ -29,19 +30,21 @@ class QueryGroups(nn.Module):
         self.groups = groups
         queries = model.object_queries
         self.others = nn.Embedding((groups - 1) * queries.num_embeddings, queries.embedding_dim)
-        nn.init.normal_(self.others.weight, generator=torch.Generator().manual_seed(derive_seed(seed, groups)))
+        nn.init.normal_(
+            self.others.weight, generator=torch.Generator().manual_seed(derive_seed(seed, groups, bits=63))
+        )
         self.others.to(queries.weight).requires_grad_(queries.weight.requires_grad)
 
     def forward(self, pixels: Tensor, padding: Tensor | None = None) -> Output:
-        """Detect objects, once for each group.
+        """Predict logits and boxes with each group.
 
         Args:
             pixels: (B, 3, H, W), normalised.
             padding: (B, H, W) bool, True = padded; None: nothing is padded.
 
         Returns:
-            Output as of G·B images, logits (L, G·B, N, C) and boxes (L, G·B, N, 4): all images as the first group,
-            the model's own, sees them, then all as the second does.
+            Output of G·B images, logits (L, G·B, N, C) and boxes (L, G·B, N, 4): the predictions of the first group,
+            the model's own, for all images, then those of the second, and so on.
         """
         model, images, groups = self.model, len(pixels), self.groups
         features, padding = model.backbone(pixels, padding)

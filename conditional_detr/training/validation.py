@@ -1,4 +1,4 @@
-"""AP of a model in training, on a data set in COCO's form or on any other."""
+"""AP of a model during training, on a dataset in COCO's format or on any other map-style dataset."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,21 +17,29 @@ from conditional_detr.training.loader import SampleDataset
 
 
 def measure(model: ConditionalDETR, data: SampleDataset, batch_size: int) -> dict[str, float]:
-    """Return COCO's twelve numbers.
+    """Compute COCO's twelve metrics.
 
-    Of a data set in COCO's form, which has ``annotations`` and ``images``, they are those of the original images,
-    as ``conditional-detr evaluate`` measures. Of any other they are those of its samples as they come: sizes are in
-    their pixels, and all targets count. Under torch.distributed, every process does its share.
+    A dataset in COCO's format has the attributes ``annotations`` and ``images``. It is evaluated on the original
+    images, as ``conditional-detr evaluate`` does. Any other dataset is evaluated on its samples: areas are in their
+    pixels, and no target is a crowd. Under torch.distributed, the processes share the images.
+
+    Args:
+        model: the model, in any mode.
+        data: the validation data.
+        batch_size: images a forward pass of one process.
+
+    Returns:
+        The metrics by name.
 
     Raises:
-        OSError: images that cannot be read.
-        ValueError: classes that the model does not have, or targets that do not fit.
+        OSError: an image cannot be read.
+        ValueError: classes that the model does not have, or invalid targets.
     """
     annotations, images = getattr(data, "annotations", None), getattr(data, "images", None)
     if annotations is not None and images is not None:
         return evaluate(Detector(model), annotations, images, batch_size=batch_size).metrics
-    entries: dict[int, dict[str, Any]] = {}
-    objects: list[dict[str, Any]] = []
+    image_entries: dict[int, dict[str, Any]] = {}
+    target_entries: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     rank, processes = 0, 1
     if distributed.is_available() and distributed.is_initialized():
@@ -42,44 +50,44 @@ def measure(model: ConditionalDETR, data: SampleDataset, batch_size: int) -> dic
         logits, boxes = predict(model, samples)
         for i, (index, (pixels, target)) in enumerate(zip(indices, samples, strict=True)):
             height, width = pixels.shape[1:]
-            entries[index] = {"id": index, "height": height, "width": width}
+            image_entries[index] = {"id": index, "height": height, "width": width}
             scale = torch.tensor([width, height, width, height])
-            wanted = box_convert(target["boxes"].float(), "cxcywh", "xyxy") * scale
-            objects += _entries(index, wanted, target["labels"])
-            found, scores, labels, _ = postprocess(logits[i], boxes[i], (height, width), postprocessing)
-            results += _entries(index, found, labels, score=scores)
-    shares: list[Any] = [(entries, objects)]
+            target_boxes = box_convert(target["boxes"].float(), "cxcywh", "xyxy") * scale
+            target_entries += _coco_entries(index, target_boxes, target["labels"])
+            detected, scores, labels, _ = postprocess(logits[i], boxes[i], (height, width), postprocessing)
+            results += _coco_entries(index, detected, labels, score=scores)
+    shares: list[Any] = [(image_entries, target_entries)]
     if processes > 1:
         shares = [None] * processes
-        distributed.all_gather_object(shares, (entries, objects))
-    return evaluate_detections(_joined(shares, model), results).metrics
+        distributed.all_gather_object(shares, (image_entries, target_entries))
+    return evaluate_detections(_merge(shares, model), results).metrics
 
 
 @torch.inference_mode()
 def predict(model: ConditionalDETR, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Return the last layer's logits (B, N, C) and boxes (B, N, 4) of samples, on the host; the model's modes stay."""
+    """Return the last layer's logits (B, N, C) and boxes (B, N, 4) on the CPU, computed in eval mode."""
     pixels, padding, _ = collate(samples)
-    masks = None if padding is None else padding.to(model.device)
+    padding = None if padding is None else padding.to(model.device)
     with evaluation_mode(model):
-        output = model(pixels.to(model.device, model.dtype), masks)
+        output = model(pixels.to(model.device, model.dtype), padding)
     return output.logits[-1].float().cpu(), output.boxes[-1].float().cpu()
 
 
-def _entries(image: int, boxes: Tensor, labels: Tensor, **others: Tensor) -> list[dict[str, Any]]:
-    """Return boxes (K, 4) x0 y0 x1 y1 in COCO's form."""
+def _coco_entries(image_id: int, boxes: Tensor, labels: Tensor, **others: Tensor) -> list[dict[str, Any]]:
+    """Convert boxes (K, 4) x0 y0 x1 y1 to entries of COCO's format."""
     boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1)
     columns = {"bbox": boxes.tolist(), "category_id": labels.tolist(), **{k: v.tolist() for k, v in others.items()}}
     rows = zip(*columns.values(), strict=True)
-    return [{"image_id": image, **dict(zip(columns, row, strict=True))} for row in rows]
+    return [{"image_id": image_id, **dict(zip(columns, row, strict=True))} for row in rows]
 
 
-def _joined(shares: list[Any], model: ConditionalDETR) -> Mapping[str, Any]:
-    """Return the annotations of all processes; an image that several had counts once."""
+def _merge(shares: list[Any], model: ConditionalDETR) -> Mapping[str, Any]:
+    """Merge the annotations of all processes; an image that several processes have counts once."""
     images: dict[int, dict[str, Any]] = {}
-    objects: list[dict[str, Any]] = []
-    for its_images, its_objects in shares:
-        objects += [entry for entry in its_objects if entry["image_id"] not in images]
-        images |= its_images
+    annotations: list[dict[str, Any]] = []
+    for share_images, share_annotations in shares:
+        annotations += [entry for entry in share_annotations if entry["image_id"] not in images]
+        images |= share_images
     names = model.metadata.class_names
     categories = [{"id": row, "name": f"{row} {name}"} for row, name in enumerate(names)]
-    return {"images": list(images.values()), "annotations": objects, "categories": categories}
+    return {"images": list(images.values()), "annotations": annotations, "categories": categories}

@@ -58,7 +58,7 @@ def test_fine_tunes_weights_resumes_and_detects(shapes, small, tmp_path):
     assert (model.metadata.preprocessing.shortest_edge, model.metadata.preprocessing.longest_edge) == (64, 107)
     again = run("train", *options, "--weights", small, "--epochs", 1)
     assert again.exit_code == 2
-    assert "expected resume to go on with it, or another folder" in again.stderr
+    assert "resume that run, or use another folder" in again.stderr
     resumed = run("train", *options, "--resume", "--epochs", 2)
     assert resumed.exit_code == 0, resumed.output
     assert [entry["step"] for entry in steps_of(output)] == [1, 2, 3, 4]

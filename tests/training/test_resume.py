@@ -89,7 +89,7 @@ def test_a_run_that_is_done_is_done(uninterrupted):
 def test_only_on_purpose_and_only_the_same_run(uninterrupted):
     whole, *_ = uninterrupted
     data = Rectangles(11, noise=0.1)
-    with pytest.raises(FileExistsError, match="holds the checkpoint of a run: expected resume to go on with it"):
+    with pytest.raises(FileExistsError, match="expected a folder without a checkpoint, got one with the checkpoint of a run; resume"):
         train(small_model(), data, None, RESUMED, folder=whole, **QUIET)
     message = (
         r"training_state.pt: expected the settings that this run began with,"
@@ -110,10 +110,10 @@ def test_only_on_purpose_and_only_the_same_run(uninterrupted):
 def test_a_state_that_is_none(tmp_path, content, message):
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / checkpoints.STATE).write_bytes(content)
-    with pytest.raises(ValueError, match=f"expected the state of a training run, {message}"):
+    with pytest.raises(ValueError, match=f"expected a training state, {message}"):
         train(small_model(), Rectangles(4), None, RESUMED, folder=tmp_path, resume=True, **QUIET)
     torch.save([1], tmp_path / "last" / checkpoints.STATE)
-    with pytest.raises(ValueError, match="expected the state of a training run, got list"):
+    with pytest.raises(ValueError, match="expected a training state, got list"):
         train(small_model(), Rectangles(4), None, RESUMED, folder=tmp_path, resume=True, **QUIET)
 
 
