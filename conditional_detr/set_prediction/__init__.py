@@ -1,1 +1,1 @@
-"""Set prediction: Hungarian matching of predictions and targets, and the loss on the matched pairs."""
+"""Match predictions with targets by the Hungarian algorithm and compute the set loss on the matched pairs."""

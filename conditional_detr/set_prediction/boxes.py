@@ -1,6 +1,6 @@
-"""Box arithmetic: generalised IoU, of pairs and of everything with everything.
+"""Compute the generalised IoU of boxes, element by element or for all pairs.
 
-Boxes are x0 y0 x1 y1 here, in any unit; ``torchvision.ops.box_convert`` leads from and to cx cy w h.
+Boxes are x0 y0 x1 y1, in any unit; ``torchvision.ops.box_convert`` converts from and to cx cy w h.
 """
 
 import torch
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from conditional_detr.modeling.layers import at_least_float32
 
-SMALLEST_AREA = 1e-12  # a millionth of the image's sides: corners in float32 hold nothing finer
+SMALLEST_AREA = 1e-12  # a millionth of the image's sides, the resolution of corners in float32
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Return GIoU = I / U - (H - U) / H of the boxes a and b: intersection, union, and the box that holds both.
+    """Compute GIoU = I / U - (H - U) / H of boxes a and b, from intersection I, union U and enclosing box H.
 
-    Leading dimensions broadcast: (K, 4) and (K, 4) are compared one by one, (K, 1, 4) and (T, 4) each with each.
+    Leading dimensions broadcast: (K, 4) with (K, 4) gives K values, (K, 1, 4) with (T, 4) gives K x T values.
 
-    Finite by construction, and so is its gradient: sides below 0 count as 0, and areas are divided by as if they were
-    at least 1e-12, so that boxes without area score -1.
+    The result and its gradient are always finite: sides below 0 count as 0, and denominators are at least 1e-12, so
+    that two boxes without area give -1.
 
     Args:
         a: (..., 4) x0 y0 x1 y1.
@@ -35,5 +35,5 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _area(x0: Tensor, y0: Tensor, x1: Tensor, y1: Tensor) -> Tensor:
-    """Return the area of boxes; one that is turned inside out has none."""
+    """Return the area of boxes; 0 for a box with corners in the wrong order."""
     return (x1 - x0).clamp(min=0) * (y1 - y0).clamp(min=0)

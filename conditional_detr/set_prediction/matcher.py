@@ -1,4 +1,4 @@
-"""Which query answers for which target: the assignment of least cost, of every image at every decoder layer."""
+"""Assign queries to targets at minimum total cost, for every image at every decoder layer."""
 
 import math
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from torchvision.ops import box_convert
 
 from conditional_detr.modeling.layers import at_least_float32
 from conditional_detr.set_prediction.boxes import generalized_iou
-from conditional_detr.set_prediction.targets import JoinedTargets, Target, move, validate_targets
+from conditional_detr.set_prediction.targets import JoinedTargets, Target, copy_to_device, validate_targets
 
 Pairs = list[tuple[Tensor, Tensor]]
 """Query indices and target indices of each image, int64, on the CPU, in the order of the queries."""
 
-_SMALLEST_PROBABILITY = 1e-8  # the authors': a class that is out of the question costs 18.4, not infinitely much
+_SMALLEST_PROBABILITY = 1e-8  # the authors' bound: a class with score 0 costs 18.4 instead of infinity
 
 
 class Matches(NamedTuple):
-    """The pairs of all images at all decoder layers, K in all, on the CPU.
+    """The pairs of all images at all decoder layers, K per layer, on the CPU.
 
     Attributes:
-        queries: (L, K) int64, places among an image's queries.
-        targets: (L, K) int64, places among the joined targets.
-        images: (K,) int64, whose pair each is; the same at every layer.
+        queries: (L, K) int64, index of the query in its image.
+        targets: (L, K) int64, index into the joined targets.
+        images: (K,) int64, index of each pair's image; the same at every layer.
     """
 
     queries: Tensor
@@ -36,9 +36,9 @@ class Matches(NamedTuple):
 
 @dataclass(frozen=True)
 class HungarianMatcher:
-    """Pairs queries and targets so that their total cost is least (paper, section 3.1; DETR with focal loss).
+    """Match queries with targets at minimum total cost (paper, section 3.1; DETR with focal loss).
 
-    The cost of a pair is the sum of three, each with its coefficient: focal, α(1-p)^γ(-log p) - (1-α)p^γ(-log(1-p))
+    The cost of a pair is a weighted sum of three terms: focal, α(1-p)^γ(-log p) - (1-α)p^γ(-log(1-p))
     with p the score of the target's class; the L1 distance of the boxes cx cy w h; and -GIoU.
 
     Attributes:
@@ -49,8 +49,8 @@ class HungarianMatcher:
         gamma: γ, the focal exponent.
 
     Raises:
-        TypeError: a coefficient that is no number.
-        ValueError: a coefficient that is negative or not finite, all three 0, or alpha outside [0, 1].
+        TypeError: a coefficient is not a number.
+        ValueError: a coefficient is negative or not finite, all three costs are 0, or alpha is outside [0, 1].
     """
 
     class_cost: float = 2.0
@@ -65,20 +65,20 @@ class HungarianMatcher:
             raise ValueError("expected class_cost, l1_cost or giou_cost above 0, got 0 for all three")
 
     def __call__(self, logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> Pairs | list[Pairs]:
-        """Match a batch; nothing is differentiated, and half precision is computed in float32.
+        """Match a batch, without gradients; half precision is computed in float32.
 
         Args:
             logits: (B, N, C), or (L, B, N, C) for several decoder layers at once.
             boxes: (B, N, 4), or (L, B, N, 4), cx cy w h.
-            targets: one an image, {"labels": (T,) int64, "boxes": (T, 4) cx cy w h in [0, 1]}.
+            targets: one per image, {"labels": (T,) int64, "boxes": (T, 4) cx cy w h in [0, 1]}.
 
         Returns:
-            B pairs (query indices, target indices), each (min(N, T),) int64 on the CPU; L lists of them for several
-            layers.
+            B pairs (query indices, target indices), each (min(N, T),) int64 on the CPU; for several layers L such
+            lists.
 
         Raises:
-            TypeError: not floating point tensors; targets of the wrong type.
-            ValueError: shapes that do not fit each other, targets that do not fit, predictions that are not finite.
+            TypeError: predictions are not floating point tensors, or targets have the wrong type.
+            ValueError: shapes do not fit each other, targets are invalid, or predictions are not finite.
         """
         check_predictions(logits, boxes)
         joined = validate_targets(targets, logits.shape[-3], logits.shape[-1])
@@ -88,45 +88,45 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def match(self, logits: Tensor, boxes: Tensor, targets: JoinedTargets) -> Matches:
-        """Match all layers (L, B, N, ·) with targets that are validated already: one copy to the host in all.
+        """Match all layers (L, B, N, ·) with validated targets, with a single copy to the host.
 
         Raises:
-            ValueError: predictions that are not finite.
+            ValueError: predictions are not finite.
         """
         with torch.autocast(logits.device.type, enabled=False):
             cost = self.cost(logits, boxes, targets)  # (K, L, N)
-            # What is not finite shows in a sum, and a sum is the cheapest to compute and to copy.
+            # A sum shows NaN and infinity, and is cheap to compute and to copy.
             sums = torch.stack([x.sum((2, 3), dtype=cost.dtype) for x in (logits, boxes)])  # (2, L, B)
             on_host = torch.cat((cost.flatten(), sums.flatten())).cpu()
         cost, sums = on_host[: cost.numel()].view(cost.shape), on_host[cost.numel() :]
         if not sums.isfinite().all():
-            _refuse_what_is_not_finite(logits, boxes)
+            _raise_if_not_finite(logits, boxes)
         return _assign(cost.numpy(), targets.counts)
 
     def cost(self, logits: Tensor, boxes: Tensor, targets: JoinedTargets) -> Tensor:
-        """Return what it costs each target to be answered by each query of its own image.
+        """Compute the cost of each target with each query of its image.
 
         Args:
             logits: (L, B, N, C).
             boxes: (L, B, N, 4) cx cy w h.
-            targets: K in all.
+            targets: K in total.
 
         Returns:
-            (K, L, N), float32 or wider, on the predictions' device.
+            (K, L, N), float32 or wider, on the device of the predictions.
         """
-        labels, images = move(torch.stack((targets.labels, targets.images)), logits.device)
+        labels, images = copy_to_device(torch.stack((targets.labels, targets.images)), logits.device)
         x = at_least_float32(logits[:, images, :, labels])  # (K, L, N)
-        found = at_least_float32(boxes).transpose(0, 1)  # (B, L, N, 4)
-        wanted = move(targets.boxes.to(found.dtype), logits.device)[:, None, None]  # (K, 1, 1, 4)
-        l1 = (found[images] - wanted).abs().sum(-1)
-        corners = box_convert(found, "cxcywh", "xyxy")[images]
-        giou = generalized_iou(corners, box_convert(wanted, "cxcywh", "xyxy"))
+        predicted = at_least_float32(boxes).transpose(0, 1)  # (B, L, N, 4)
+        target = copy_to_device(targets.boxes.to(predicted.dtype), logits.device)[:, None, None]  # (K, 1, 1, 4)
+        l1 = (predicted[images] - target).abs().sum(-1)
+        corners = box_convert(predicted, "cxcywh", "xyxy")[images]
+        giou = generalized_iou(corners, box_convert(target, "cxcywh", "xyxy"))
         return self.class_cost * self._focal_cost(x) + self.l1_cost * l1 - self.giou_cost * giou
 
     def _focal_cost(self, x: Tensor) -> Tensor:
-        """Return the focal cost of logits, any shape: that of "this class" less that of "not this class".
+        """Return the focal cost of logits of any shape: the cost of "this class" minus that of "not this class".
 
-        q = 1-p is a sigmoid of its own, so that both logarithms are as exact as a log-sigmoid, and bounded.
+        q = 1-p is computed as a sigmoid, so that both logarithms are as exact as a log-sigmoid, and bounded.
         """
         p, q = x.sigmoid(), (-x).sigmoid()
         this = self.alpha * q**self.gamma * -(p + _SMALLEST_PROBABILITY).log()
@@ -135,16 +135,18 @@ class HungarianMatcher:
 
 
 def check_predictions(logits: Tensor, boxes: Tensor) -> None:
-    """Raise TypeError or ValueError unless logits are (B, N, C) or (L, B, N, C) floats and boxes fit them."""
+    """Raise TypeError or ValueError unless logits are (B, N, C) or (L, B, N, C) floats and boxes match them."""
     for name, value in (("logits", logits), ("boxes", boxes)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name}: expected a floating point tensor, got {got}")
     if logits.dim() not in (3, 4) or 0 in logits.shape:
-        raise ValueError(f"logits: expected (B, N, C) or (L, B, N, C), none of them 0, got {tuple(logits.shape)}")
+        raise ValueError(
+            f"logits: expected (B, N, C) or (L, B, N, C) without empty dimensions, got {tuple(logits.shape)}"
+        )
     if boxes.shape != (*logits.shape[:-1], 4):
         raise ValueError(
-            f"boxes: expected {(*logits.shape[:-1], 4)} beside logits {tuple(logits.shape)}, got {tuple(boxes.shape)}"
+            f"boxes: expected {(*logits.shape[:-1], 4)} for logits {tuple(logits.shape)}, got {tuple(boxes.shape)}"
         )
     if boxes.device != logits.device:
         raise ValueError(f"boxes: expected the device of the logits, {logits.device}, got {boxes.device}")
@@ -160,7 +162,7 @@ def check_coefficients(coefficients: dict[str, Any]) -> None:
 
 
 def _assign(cost: np.ndarray, counts: tuple[int, ...]) -> Matches:
-    """Solve the assignment of every image at every layer, from costs (K, L, N)."""
+    """Solve the assignment of every image at every layer from the costs (K, L, N)."""
     from scipy.optimize import linear_sum_assignment
 
     layers, num_queries = cost.shape[1:]
@@ -177,29 +179,29 @@ def _assign(cost: np.ndarray, counts: tuple[int, ...]) -> Matches:
 
 
 def _per_image(matches: Matches, joined: JoinedTargets) -> list[Pairs]:
-    """Part matches by layer and image, with targets counted from 0 in each image."""
+    """Split matches by layer and image, with target indices that start at 0 in each image."""
     sizes = matches.images.bincount(minlength=len(joined.counts)).tolist()
     starts = torch.tensor(joined.counts).cumsum(0) - torch.tensor(joined.counts)
-    places = matches.targets - starts[matches.images]
-    parted = zip(matches.queries.split(sizes, 1), places.split(sizes, 1), strict=True)
-    layers = [list(zip(queries.unbind(), targets.unbind(), strict=True)) for queries, targets in parted]
+    indices = matches.targets - starts[matches.images]
+    per_image = zip(matches.queries.split(sizes, 1), indices.split(sizes, 1), strict=True)
+    layers = [list(zip(queries.unbind(), targets.unbind(), strict=True)) for queries, targets in per_image]
     return [list(pairs) for pairs in zip(*layers, strict=True)]
 
 
-def _refuse_what_is_not_finite(logits: Tensor, boxes: Tensor) -> None:
-    """Raise ValueError naming images, heads and layers; return if only the sums were too large for their dtype."""
-    found: dict[int, list[str]] = {}
+def _raise_if_not_finite(logits: Tensor, boxes: Tensor) -> None:
+    """Raise ValueError that lists images, heads and layers; return if only the sums overflowed."""
+    problems: dict[int, list[str]] = {}
     for head, values in (("class head's logits", logits), ("box head's boxes", boxes)):
-        broken = ~values.isfinite().flatten(2).all(2)  # (L, B)
-        for image in broken.any(0).nonzero().flatten().tolist():
-            layers = ", ".join(str(layer) for layer in broken[:, image].nonzero().flatten().tolist())
+        not_finite = ~values.isfinite().flatten(2).all(2)  # (L, B)
+        for image in not_finite.any(0).nonzero().flatten().tolist():
+            layers = ", ".join(str(layer) for layer in not_finite[:, image].nonzero().flatten().tolist())
             kind = "NaN" if values[:, image].isnan().any() else "infinity"
-            found.setdefault(image, []).append(f"{kind} in the {head} at decoder layer {layers}")
-    if not found:
+            problems.setdefault(image, []).append(f"{kind} in the {head} at decoder layer {layers}")
+    if not problems:
         return
-    image, *others = sorted(found)
-    also = f"; the same goes for {len(others)} more: {', '.join(f'images[{i}]' for i in others)}" if others else ""
+    image, *others = sorted(problems)
+    also = f"; also not finite: {', '.join(f'images[{i}]' for i in others)}" if others else ""
     raise ValueError(
-        f"images[{image}]: expected finite predictions for this image, got {' and '.join(found[image])}{also};"
+        f"images[{image}]: expected finite predictions for this image, got {' and '.join(problems[image])}{also};"
         " training diverged, or float16 overflowed: lower the learning rate, clip gradients, or use bfloat16"
     )

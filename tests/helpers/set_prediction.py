@@ -1,4 +1,4 @@
-"""Random predictions and targets, and what transformers' matcher and loss make of them."""
+"""Random predictions and targets, and the results of transformers' matcher and loss for them."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from conditional_detr import Output
 
 
 def predictions(L=3, B=4, N=20, C=7, *, seed=0, dtype=torch.float32) -> Output:
-    """Random logits (L, B, N, C) about what a half-trained model gives, and boxes (L, B, N, 4) of any size."""
+    """Return random logits (L, B, N, C) similar to a partly trained model's, and boxes (L, B, N, 4) of any size."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(L, B, N, C, generator=generator, dtype=dtype) * 3 - 3
     boxes = torch.randn(L, B, N, 4, generator=generator, dtype=dtype).sigmoid()
@@ -17,7 +17,7 @@ def predictions(L=3, B=4, N=20, C=7, *, seed=0, dtype=torch.float32) -> Output:
 
 
 def targets_of(counts, C=7, *, seed=0, dtype=torch.float32) -> list[dict[str, Tensor]]:
-    """Random targets inside their images: as many boxes an image as ``counts`` says."""
+    """Return random targets inside their images, with ``counts[i]`` boxes in image i."""
     generator = torch.Generator().manual_seed(seed)
     targets = []
     for count in counts:
@@ -29,12 +29,12 @@ def targets_of(counts, C=7, *, seed=0, dtype=torch.float32) -> list[dict[str, Te
 
 
 def theirs(targets):
-    """Targets under transformers' key."""
+    """Return targets with transformers' key."""
     return [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in targets]
 
 
 def transformers_losses(output: Output, targets, **options):
-    """transformers' loss of the model: its total, and each loss by layer in the form of ours."""
+    """Return transformers' total loss, and each of its losses by layer with this library's names."""
     from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 
     depth = len(output.logits)
@@ -52,7 +52,7 @@ def transformers_losses(output: Output, targets, **options):
 
 
 def transformers_pairs(output: Output, targets, class_cost=2, bbox_cost=5, giou_cost=2):
-    """transformers' assignment of every layer and image."""
+    """Return transformers' assignment of every layer and image."""
     from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 
     matcher = DeformableDetrHungarianMatcher(class_cost, bbox_cost, giou_cost)
@@ -61,16 +61,16 @@ def transformers_pairs(output: Output, targets, class_cost=2, bbox_cost=5, giou_
 
 
 def assert_same_pairs(found, expected):
-    """The same queries with the same targets, in the same order, at every layer and image."""
+    """Assert equal queries and targets, in the same order, at every layer and image."""
     assert len(found) == len(expected)
     for ours, others in zip(found, expected, strict=True):
         assert [[x.tolist() for x in pair] for pair in ours] == [[x.tolist() for x in pair] for pair in others]
 
 
 class OnDevice(Tensor):
-    """A tensor that behaves as if it lay on a device: it counts copies to the host, and refuses other waiting.
+    """A tensor that acts as if it were on a device: it counts copies to the CPU, and fails on other synchronisation.
 
-    Whatever is computed from one is one, too.
+    Tensors computed from it have the same type.
     """
 
     copies = 0

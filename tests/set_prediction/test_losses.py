@@ -10,7 +10,7 @@ from torch import nn
 from conditional_detr import ConditionalDETR, HungarianMatcher, Output, SetLoss
 from conditional_detr.inference.postprocessing import Postprocessing, postprocess
 from conditional_detr.set_prediction.losses import focal_loss
-from conditional_detr.set_prediction.targets import move
+from conditional_detr.set_prediction.targets import copy_to_device
 from helpers.models import two_images
 from helpers.set_prediction import OnDevice, predictions, targets_of, transformers_losses
 
@@ -28,7 +28,7 @@ def assert_close(found, expected, rtol):
 @pytest.mark.parametrize("counts", [(3, 0, 5, 1), (0, 0, 0, 0), (20, 25, 40, 0)])
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_transformers_at_every_layer(counts, seed):
-    """Values and gradients; transformers' total ignores the class weight, so its classes count once, not twice."""
+    """Values and gradients; transformers' total ignores the class weight, so that it is 1 there and not 2."""
     output, targets = predictions(seed=seed), targets_of(counts, seed=seed)
     total, expected = transformers_losses(output, targets)
     losses = SetLoss()(output, targets)
@@ -52,7 +52,7 @@ def test_equals_transformers_at_the_size_of_coco():
 
 
 def test_by_hand():
-    """Two layers, one image, two queries, two classes, one target; the second layer answers with the other query."""
+    """Two layers, one image, two queries, two classes, one target; the second layer matches the other query."""
     logits = torch.tensor([[[[0.0, math.log(3)], [0.0, -math.log(3)]]], [[[0.0, -math.log(3)], [0.0, math.log(3)]]]])
     near, far = [0.7, 0.5, 0.4, 0.2], [0.1, 0.1, 0.1, 0.1]
     boxes = torch.tensor([[[[0.5, 0.5, 0.4, 0.4], far]], [[far, near]]])
@@ -60,7 +60,7 @@ def test_by_hand():
     losses = SetLoss()(Output(logits, boxes), targets)
     log = math.log
     matched = 0.25 * 0.25**2 * -log(0.75)  # score 3/4 of the target's class
-    others = 0.75 * (0.5**2 * -log(0.5) * 2 + 0.25**2 * -log(0.75))  # scores 1/2, 1/2, 1/4 of what is not there
+    others = 0.75 * (0.5**2 * -log(0.5) * 2 + 0.25**2 * -log(0.75))  # scores 1/2, 1/2, 1/4 of unmatched classes
     giou = 0.04 / 0.2 - (0.24 - 0.2) / 0.24
     for name, expected in {"class": [matched + others] * 2, "l1": [0.4, 0.0], "giou": [1 - giou, 0.0]}.items():
         torch.testing.assert_close(losses[name], torch.tensor(expected), rtol=1e-6, atol=1e-6)
@@ -85,8 +85,8 @@ def test_focal_loss_equals_torchvisions_everywhere(alpha, gamma):
     from torchvision.ops import sigmoid_focal_loss
 
     logits = torch.linspace(-90, 90, 1201, dtype=torch.float64).view(1, 1, -1, 1)
-    for place in range(0, 1201, 2):
-        logits[0, 0, place] += 0.01
+    for index in range(0, 1201, 2):
+        logits[0, 0, index] += 0.01
     matched = torch.arange(0, 1201, 7)[None]
     index = (torch.zeros_like(matched), torch.zeros_like(matched), matched, torch.zeros_like(matched))
     wanted = torch.zeros_like(logits)
@@ -105,7 +105,7 @@ def test_focal_loss_equals_torchvisions_everywhere(alpha, gamma):
 
 @pytest.mark.parametrize("x", [-1e30, -200.0, -40.0, -17.0, 17.0, 40.0, 200.0, 1e30])
 def test_focal_loss_of_extreme_logits_is_exact(x):
-    """Of an entry that is not matched: (1-α) p^γ softplus(x), where float32 can hold it."""
+    """Of an unmatched logit: (1-α) p^γ softplus(x), within the range of float32."""
     logits = torch.full((1, 1, 1, 1), x, requires_grad=True)
     none = (torch.zeros(1, 0, dtype=torch.int64),) * 4
     value = focal_loss(logits, none, 0.25, 2)
@@ -115,7 +115,7 @@ def test_focal_loss_of_extreme_logits_is_exact(x):
 
 
 @pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (3, 0.5, 7)])
-def test_every_weight_counts(weights):
+def test_every_weight_scales_its_loss(weights):
     output, targets = predictions(), targets_of([3, 0, 5, 1])
     plain, weighted = SetLoss()(output, targets), SetLoss(*weights)(output, targets)
     for name in LOSSES:
@@ -126,26 +126,26 @@ def test_every_weight_counts(weights):
     assert SetLoss(**dict(zip(names, weights, strict=True))) == SetLoss(*weights)
 
 
-def test_alpha_gamma_and_matcher_count():
+def test_alpha_gamma_and_matcher_change_the_loss():
     from torchvision.ops import sigmoid_focal_loss
 
     output, targets = predictions(L=1), targets_of([3, 0, 5, 1])
     matcher = HungarianMatcher(class_cost=0.5, alpha=0.6, gamma=1)
     found = SetLoss(alpha=0.4, gamma=3, matcher=matcher)(output, targets)
     wanted, l1 = torch.zeros_like(output.logits), 0
-    for image, (queries, places) in enumerate(matcher(*output, targets)[0]):
-        wanted[0, image, queries, targets[image]["labels"][places]] = 1
-        l1 += (output.boxes[0, image, queries] - targets[image]["boxes"][places]).abs().sum()
+    for image, (queries, indices) in enumerate(matcher(*output, targets)[0]):
+        wanted[0, image, queries, targets[image]["labels"][indices]] = 1
+        l1 += (output.boxes[0, image, queries] - targets[image]["boxes"][indices]).abs().sum()
     expected = sigmoid_focal_loss(output.logits, wanted, 0.4, 3, reduction="sum") / 9
     torch.testing.assert_close(found["class"], expected[None], rtol=1e-5, atol=0)
     torch.testing.assert_close(found["l1"], l1[None] / 9, rtol=1e-5, atol=0)
     default = SetLoss()(output, targets)
     assert abs(found["class"] / default["class"] - 1) > 0.05
-    assert abs(found["l1"] / default["l1"] - 1) > 0.01  # the matcher's own coefficients chose other queries
+    assert abs(found["l1"] / default["l1"] - 1) > 0.01  # the matcher's coefficients select other queries
 
 
 def test_layers_are_independent():
-    """Losses of all layers at once are those of each alone, and so are gradients: the auxiliary losses only add."""
+    """Losses and gradients of all layers together equal those of each layer alone."""
     output, targets = predictions(), targets_of([3, 0, 5, 1])
     together = SetLoss()(output, targets)
     whole = gradients(together["total"], output)
@@ -175,7 +175,7 @@ def test_half_precision_is_computed_in_float32(dtype):
         assert torch.equal(a, b.to(dtype))
 
 
-def test_more_targets_than_queries_and_images_of_none():
+def test_more_targets_than_queries_and_images_without_targets():
     output = predictions(L=2, B=2, N=300)
     targets = targets_of([1000, 0])
     losses = SetLoss()(output, targets)
@@ -203,7 +203,7 @@ def test_degenerate_predictions_have_finite_losses_and_gradients():
     assert all(gradient.isfinite().all() for gradient in gradients(losses["total"], output))
 
 
-def test_predictions_that_are_not_finite_are_named():
+def test_predictions_that_are_not_finite_are_an_error():
     output = predictions()
     with torch.no_grad():
         output.boxes[2, 1, 3] = math.nan
@@ -225,7 +225,7 @@ def test_one_copy_to_the_host_a_step():
 
 
 class Dtypes(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the dtype of every tensor that comes into being."""
+    """Record the dtype of every tensor that is created."""
 
     def __init__(self):
         super().__init__()
@@ -240,18 +240,19 @@ class Dtypes(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_no_float64_on_the_way_to_a_device(monkeypatch):
-    """Some devices have none. Nothing makes any, and targets in float64 change on the host before they travel."""
+    """Some devices have no float64. None is created, and float64 targets are converted on the CPU before the copy."""
     with Dtypes() as dtypes:
         SetLoss()(predictions(), targets_of([3, 0, 5, 1]))["total"].backward()
     assert dtypes.seen == {torch.float32, torch.int64, torch.bool}
-    sent = []
+    copied = []
 
     for module in ("losses", "matcher"):
         monkeypatch.setattr(
-            f"conditional_detr.set_prediction.{module}.move", lambda x, to: sent.append(x.dtype) or move(x, to)
+            f"conditional_detr.set_prediction.{module}.copy_to_device",
+            lambda x, to: copied.append(x.dtype) or copy_to_device(x, to),
         )
     losses = SetLoss()(predictions(), targets_of([3, 0, 5, 1], dtype=torch.float64))
-    assert sent == [torch.int64, torch.float32, torch.int64, torch.float32]
+    assert copied == [torch.int64, torch.float32, torch.int64, torch.float32]
     assert losses["total"].dtype == torch.float32
 
 
@@ -260,7 +261,7 @@ def test_no_float64_on_the_way_to_a_device(monkeypatch):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_losses_and_detections_from_one_forward_in_either_mode(tiny, training):
-    """The loss reads the output and changes nothing: the detections are those of a forward without it."""
+    """The loss does not modify the output: the detections equal those of a forward without it."""
     model = ConditionalDETR.from_pretrained(tiny.folder).train(training)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -287,8 +288,8 @@ def test_losses_and_detections_from_one_forward_in_either_mode(tiny, training):
     assert model.box_head.layers[-1].weight.grad.abs().max() > 0
 
 
-def test_descending_the_loss_leads_to_the_targets():
-    """Predictions that follow their gradients end with the targets' boxes at the best scores, and nothing else."""
+def test_gradient_descent_reaches_the_targets():
+    """Gradient descent on predictions gives the targets' boxes high scores, and all other boxes low scores."""
     logits, boxes = (x.detach() for x in predictions(L=1, B=2, N=12))
     logits, boxes = logits.requires_grad_(), boxes.logit().requires_grad_()
     targets = targets_of([3, 0])
@@ -299,13 +300,13 @@ def test_descending_the_loss_leads_to_the_targets():
         losses["total"].backward()
         optimizer.step()
     scores = logits[0].sigmoid()
-    best, places = scores[0].flatten().topk(3)
+    best, indices = scores[0].flatten().topk(3)
     assert best.min() > 0.5 > 0.2 > scores[0].flatten().topk(4).values[-1]
     assert scores[1].max() < 0.2
-    order = (places % 7).argsort()
+    order = (indices % 7).argsort()
     wanted = targets[0]["labels"].argsort()
-    assert (places % 7)[order].tolist() == targets[0]["labels"][wanted].tolist()
-    found = boxes[0, 0].sigmoid()[places // 7]
+    assert (indices % 7)[order].tolist() == targets[0]["labels"][wanted].tolist()
+    found = boxes[0, 0].sigmoid()[indices // 7]
     torch.testing.assert_close(found[order], targets[0]["boxes"][wanted], rtol=0, atol=0.02)
 
 
@@ -313,7 +314,7 @@ def test_descending_the_loss_leads_to_the_targets():
 
 
 class Heads(nn.Module):
-    """The least a detector can be: two linear heads on given states (L, B, N, 16)."""
+    """A minimal detector: two linear heads on given decoder outputs (L, B, N, 16)."""
 
     def __init__(self):
         super().__init__()
@@ -330,7 +331,7 @@ COUNTS = [4, 0, 7, 1, 0]
 
 
 def one_of_two(rank, folder):
-    """Compute the gradients of one process's share, as DDP averages them over both."""
+    """Compute the gradients of one process's part of the batch, which DDP averages over both processes."""
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
 
@@ -369,7 +370,7 @@ def test_two_processes_give_the_gradients_of_the_joined_batch(tmp_path):
 
 
 def test_at_least_three_times_as_fast_as_transformers():
-    """Forward and backward at COCO's size, in turn; other work on the machine only slows, so the least times count."""
+    """Forward and backward at COCO's size, in turn; minimum times, because other work slows runs down."""
     output, targets = predictions(L=6, B=8, N=300, C=91), targets_of([7] * 8, C=91)
     criterion = SetLoss()
 
@@ -390,7 +391,7 @@ def test_at_least_three_times_as_fast_as_transformers():
     assert ratio >= 3, f"{ratio:.2f} times as fast"
 
 
-# ---- what is refused
+# ---- invalid input
 
 
 @pytest.mark.parametrize(
@@ -400,9 +401,9 @@ def test_at_least_three_times_as_fast_as_transformers():
         (
             (torch.zeros(2, 5, 3), torch.zeros(2, 5, 4)),
             ValueError,
-            r"expected \(L, B, N, C\).*; of one layer, logits\[",
+            r"expected \(L, B, N, C\).*; for one layer: logits\[",
         ),
-        ((torch.zeros(1, 2, 5, 3), torch.zeros(1, 2, 4, 4)), ValueError, r"boxes: expected \(1, 2, 5, 4\) beside"),
+        ((torch.zeros(1, 2, 5, 3), torch.zeros(1, 2, 4, 4)), ValueError, r"boxes: expected \(1, 2, 5, 4\) for logits"),
     ],
 )
 def test_outputs_of_the_wrong_form(output, error, message):
@@ -420,6 +421,6 @@ def test_outputs_of_the_wrong_form(output, error, message):
         ({"matcher": "hungarian"}, TypeError, "matcher: expected a HungarianMatcher, got str"),
     ],
 )
-def test_coefficients_that_make_no_sense(options, error, message):
+def test_invalid_coefficients(options, error, message):
     with pytest.raises(error, match=message):
         SetLoss(**options)

@@ -1,4 +1,4 @@
-"""Assignments against transformers' and against hand-worked ones; what the matcher refuses."""
+"""Assignments against transformers' and hand-worked ones; errors on invalid input."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from helpers.set_prediction import OnDevice, assert_same_pairs, predictions, tar
 @pytest.mark.parametrize("counts", [(3, 0, 5, 1), (0, 0, 0, 0), (20, 25, 40, 0)])
 @pytest.mark.parametrize("seed", range(4))
 def test_equals_transformers_at_every_layer(counts, seed):
-    """Empty images among them, and more targets than the 20 queries."""
+    """Including images without targets, and more targets than the 20 queries."""
     output, targets = predictions(seed=seed), targets_of(counts, seed=seed)
     found = HungarianMatcher()(*output, targets)
     assert_same_pairs(found, transformers_pairs(output, targets))
@@ -30,7 +30,7 @@ def test_equals_transformers_at_the_size_of_coco():
 
 
 @pytest.mark.parametrize("costs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (9, 1, 1), (1, 9, 1), (1, 1, 9)])
-def test_every_cost_counts_as_in_transformers(costs):
+def test_every_cost_has_the_same_effect_as_in_transformers(costs):
     output, targets = predictions(), targets_of([6, 4, 9, 2])
     expected = transformers_pairs(output, targets, *costs)
     assert_same_pairs(HungarianMatcher(*costs)(*output, targets), expected)
@@ -68,8 +68,8 @@ def test_cost_by_hand():
     assert found.item() == pytest.approx(focal, rel=1e-5)
 
 
-def test_the_least_of_all_assignments():
-    """Against trying all of them: 4 queries, 3 targets, and 3 queries, 5 targets."""
+def test_the_minimum_of_all_assignments():
+    """Against exhaustive search: 4 queries, 3 targets, and 3 queries, 5 targets."""
     for queries, count in [(4, 3), (3, 5)]:
         output, targets = predictions(L=1, B=1, N=queries), targets_of([count])
         matcher = HungarianMatcher()
@@ -83,8 +83,8 @@ def test_the_least_of_all_assignments():
         assert sum(cost[t, q].item() for q, t in zip(*found, strict=True)) == pytest.approx(least, rel=1e-6)
 
 
-def test_images_are_never_compared_with_other_images_targets():
-    """The cost has one row a target, however many images: 100 images are 100 times one."""
+def test_queries_are_compared_only_with_targets_of_their_image():
+    """The cost has one row per target: 100 images have 100 times the rows of one image."""
     matcher = HungarianMatcher()
     one, many = predictions(L=2, B=1), predictions(L=2, B=100)
     alone = matcher.cost(*one, validate_targets(targets_of([4]), 1, 7))
@@ -100,7 +100,7 @@ def test_a_thousand_boxes_in_one_image():
     assert len(found[0][0][0]) == 300
 
 
-def test_a_hundred_images_of_none():
+def test_a_hundred_images_without_targets():
     output = predictions(L=2, B=100)
     found = HungarianMatcher()(*output, targets_of([0] * 100))
     assert [[(len(q), len(t)) for q, t in pairs] for pairs in found] == [[(0, 0)] * 100] * 2
@@ -120,7 +120,7 @@ def test_half_precision_is_computed_in_float32(dtype):
 
 
 def test_logits_beyond_float32s_sigmoid_cost_finite_amounts():
-    """The authors bound the logarithm: certainty costs 18.4 times its weight, beside which a box still counts."""
+    """The authors bound the logarithm: certainty costs 18.4 times its weight, so that box costs still matter."""
     logits = torch.tensor([[[[-3e4], [3e4]]]])
     boxes = torch.full((1, 1, 2, 4), 0.5)
     joined = validate_targets(targets_of([1], C=1), 1, 1)
@@ -138,38 +138,36 @@ def test_one_copy_to_the_host():
     assert_same_pairs(found, HungarianMatcher()(*output, targets))
 
 
-# ---- what is refused
+# ---- invalid input
 
 
-def test_predictions_that_are_not_finite_are_named():
+def test_predictions_that_are_not_finite_are_an_error():
     logits, boxes = (x.detach().clone() for x in predictions())
     targets = targets_of([3, 0, 5, 1])
     matcher = HungarianMatcher()
-    spoilt = logits.clone()
-    spoilt[[0, 2], 1, 4, 6] = math.nan
+    broken = logits.clone()
+    broken[[0, 2], 1, 4, 6] = math.nan
     with pytest.raises(
         ValueError, match=r"^images\[1\]: .* got NaN in the class head's logits at decoder layer 0, 2; tr"
     ):
-        matcher(spoilt, boxes, targets)
+        matcher(broken, boxes, targets)
     wrong = boxes.clone()
     wrong[1, 3, 0, 0] = math.inf
     with pytest.raises(
         ValueError, match=r"^images\[3\]: .* got infinity in the box head's boxes at decoder layer 1; tr"
     ):
         matcher(logits, wrong, targets)
-    both = (
-        r"^images\[1\]: .*class head's logits at decoder layer 0, 2; the same goes for 1 more: images\[3\]; training"
-    )
+    both = r"^images\[1\]: .*class head's logits at decoder layer 0, 2; also not finite: images\[3\]; training"
     with pytest.raises(ValueError, match=both):
-        matcher(spoilt, wrong, targets)
+        matcher(broken, wrong, targets)
     wrong[1, 1, 0, 0] = -math.inf
     both = (
         r"NaN in the class head's logits at decoder layer 0, 2 and infinity in the box head's boxes at decoder layer 1"
     )
     with pytest.raises(ValueError, match=both):
-        matcher(spoilt, wrong, targets)
+        matcher(broken, wrong, targets)
     with pytest.raises(ValueError, match=r"^images\[0\]: .*class head's logits at decoder layer 0"):
-        matcher(spoilt[0, 1:2], boxes[0, 1:2], targets_of([0]))
+        matcher(broken[0, 1:2], boxes[0, 1:2], targets_of([0]))
 
 
 def test_finite_predictions_with_a_large_sum_are_no_error():
@@ -186,7 +184,7 @@ def test_finite_predictions_with_a_large_sum_are_no_error():
             torch.zeros(2, 5, 3),
             torch.zeros(2, 4, 4),
             ValueError,
-            r"boxes: expected \(2, 5, 4\) beside .*got \(2, 4, 4\)",
+            r"boxes: expected \(2, 5, 4\) for logits .*got \(2, 4, 4\)",
         ),
         (
             torch.zeros(5, 3),
@@ -194,7 +192,7 @@ def test_finite_predictions_with_a_large_sum_are_no_error():
             ValueError,
             r"logits: expected \(B, N, C\) or \(L, B, N, C\).*got \(5, 3\)",
         ),
-        (torch.zeros(2, 0, 3), torch.zeros(2, 0, 4), ValueError, r"none of them 0, got \(2, 0, 3\)"),
+        (torch.zeros(2, 0, 3), torch.zeros(2, 0, 4), ValueError, r"without empty dimensions, got \(2, 0, 3\)"),
         ([[0.0]], torch.zeros(2, 5, 4), TypeError, "logits: expected a floating point tensor, got list"),
         (
             torch.zeros(2, 5, 3),
@@ -220,7 +218,7 @@ def test_predictions_of_the_wrong_form(logits, boxes, error, message):
         ({"class_cost": 0, "l1_cost": 0, "giou_cost": 0}, ValueError, "expected .* above 0, got 0 for all three"),
     ],
 )
-def test_coefficients_that_make_no_sense(options, error, message):
+def test_invalid_coefficients(options, error, message):
     with pytest.raises(error, match=message):
         HungarianMatcher(**options)
 
@@ -248,12 +246,12 @@ def test_giou_equals_torchvisions_both_ways():
         ([0, 0, 0, 0], [0, 0, 0, 0], -1),  # the same point
         ([0.5, 0.5, 0.5, 0.5], [0.2, 0.2, 0.2, 0.2], -1),  # two points
         ([0, 0.5, 1, 0.5], [0, 0.5, 1, 0.5], -1),  # the same line
-        ([0.2, 0.2, 0.2, 0.2], [0, 0, 1, 1], 0),  # a point in a box: IoU 0, nothing of the hull unused
+        ([0.2, 0.2, 0.2, 0.2], [0, 0, 1, 1], 0),  # a point in a box: IoU 0, and the union fills the enclosing box
         ([0, 0, 0, 1], [0, 0, 1, 1], 0),
-        ([0.9, 0.9, 0.1, 0.1], [0.2, 0.2, 0.8, 0.8], 0),  # inside out: as if it had no area
+        ([0.9, 0.9, 0.1, 0.1], [0.2, 0.2, 0.8, 0.8], 0),  # corners in the wrong order: area 0
         ([0, 0, 1, 1], [0, 0, 1, 1], 1),
         ([0, 0, 1, 1], [2, 0, 3, 1], -1 / 3),
-        ([1e-7, 0, 2e-7, 1e-7], [1e-7, 0, 2e-7, 1e-7], 1e-14 / 1e-12 * 2 - 1),  # finer than what counts as an area
+        ([1e-7, 0, 2e-7, 1e-7], [1e-7, 0, 2e-7, 1e-7], 1e-14 / 1e-12 * 2 - 1),  # below the smallest area
     ],
 )
 def test_giou_of_degenerate_boxes_is_finite_and_so_is_its_gradient(a, b, expected):

@@ -1,4 +1,4 @@
-"""What passes as a target, and what every wrong one is told."""
+"""Valid targets, and the error message of every kind of invalid target."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def target(boxes=(BOX,), labels=None):
 
 
 def second(wrong):
-    """A batch of two images whose second target is wrong."""
+    """Return targets of two images, the second of which is invalid."""
     return [target(), wrong]
 
 
@@ -25,10 +25,10 @@ WRONG = {
     "not a list": (
         target(),
         TypeError,
-        r"targets: expected a list of dicts, one an image, got dict; for one image",
+        r"targets: expected a list of dicts, one per image, got dict; for one image",
     ),
-    "a stacked tensor": (torch.zeros(2, 1, 4), TypeError, r"expected a list of dicts, one an image, got Tensor"),
-    "too few": ([target()], ValueError, r"targets: expected one an image, 2, got 1"),
+    "a stacked tensor": (torch.zeros(2, 1, 4), TypeError, r"expected a list of dicts, one per image, got Tensor"),
+    "too few": ([target()], ValueError, r"targets: expected one per image, 2, got 1"),
     "not a dict": (
         second(torch.zeros(1, 4)),
         TypeError,
@@ -42,7 +42,7 @@ WRONG = {
     "transformers' key": (
         second({"class_labels": torch.zeros(1, dtype=torch.int64), "boxes": torch.tensor([BOX])}),
         ValueError,
-        r"targets\[1\]: .*transformers' class_labels are labels here: no labels",
+        r"targets\[1\]: .*the key for transformers' class_labels is labels: no labels",
     ),
     "a list of boxes": (
         second({"labels": torch.zeros(1, dtype=torch.int64), "boxes": [BOX]}),
@@ -78,7 +78,7 @@ WRONG = {
     "no box without its dimension": (
         second({"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.tensor([])}),
         ValueError,
-        r"expected the shape \(T, 4\), got \(0,\); no box at all is torch.zeros\(0, 4\)",
+        r"expected the shape \(T, 4\), got \(0,\); for no boxes pass torch.zeros\(0, 4\)",
     ),
     "transposed boxes": (
         second({"labels": torch.zeros(3, dtype=torch.int64), "boxes": torch.zeros(4, 3)}),
@@ -135,41 +135,41 @@ WRONG = {
     "no width": (
         second(target([[0.5, 0.5, 0.0, 0.3]])),
         ValueError,
-        r"expected w in \(0, 1\], got 0; .*; zero area: leave such boxes out",
+        r"expected w in \(0, 1\], got 0; .*; zero area: remove such boxes",
     ),
     "a negative height": (
         second(target([[0.5, 0.5, 0.2, -0.3]])),
         ValueError,
-        r"expected h in \(0, 1\], got -0.3; .*; a negative size: corners in the wrong order",
+        r"expected h in \(0, 1\], got -0.3; .*; a negative size: the corners may be in the wrong order",
     ),
     "a row of zeros": (second(target([BOX, [0.0] * 4])), ValueError, r"\[1\]: .*; all zero looks like a padding row"),
     "a box wider than its image": (
         second(target([[0.5, 0.5, 1.2, 0.5]])),
         ValueError,
-        r"expected w in \(0, 1\], got 1.2; .*; reaches outside the image: clip",
+        r"expected w in \(0, 1\], got 1.2; .*; extends outside the image: clip",
     ),
     "a centre outside": (
         second(target([[1.05, 0.5, 0.1, 0.1]])),
         ValueError,
-        r"expected cx in \[0, 1\], got 1.05; .*; reaches outside the image: clip",
+        r"expected cx in \[0, 1\], got 1.05; .*; extends outside the image: clip",
     ),
     "a corner outside": (
         second(target([[0.95, 0.5, 0.11, 0.1]])),
         ValueError,
-        r"expected x1 = cx \+ w/2 in \[-0.001, 1.001\], got 1.005; .*; reaches outside",
+        r"expected x1 = cx \+ w/2 in \[-0.001, 1.001\], got 1.005; .*; extends outside",
     ),
 }
 
 
 @pytest.mark.parametrize(("targets", "error", "message"), WRONG.values(), ids=WRONG)
-def test_every_wrong_target_is_told_what_is_wrong(targets, error, message):
+def test_every_invalid_target_has_its_message(targets, error, message):
     with pytest.raises(error, match=message):
         validate_targets(targets, 2, 3)
 
 
 @pytest.mark.parametrize(("targets", "error", "message"), WRONG.values(), ids=WRONG)
 def test_loss_and_matcher_stop_before_any_kernel(targets, error, message):
-    """Predictions that cannot be computed with: on the meta device, nothing may have been copied or read."""
+    """The predictions are on the meta device, where they can be neither copied nor read."""
     logits, boxes = torch.zeros(1, 2, 5, 3, device="meta"), torch.zeros(1, 2, 5, 4, device="meta")
     with pytest.raises(error, match=message):
         SetLoss()((logits, boxes), targets)
@@ -199,7 +199,7 @@ def test_joined_by_hand():
     assert joined.boxes.tolist() == torch.tensor([BOX, BOX, [0.3, 0.3, 0.2, 0.2]]).tolist()
 
 
-def test_other_keys_and_other_precisions_are_left_alone():
+def test_other_keys_and_other_precisions_are_unchanged():
     (wide,) = targets_of([3], dtype=torch.float64)
     joined = validate_targets([{**wide, "image_id": 7, "area": None}], 1, 7)
     assert joined.boxes.dtype == torch.float64
