@@ -37,7 +37,7 @@ def main() -> None:
             ConditionalDETR(Config(backbone="resnet18", num_queries=50), Metadata(COCO_NAMES)).save_pretrained(folder)
         model = ConditionalDETR.from_pretrained(options.weights or folder, class_names=["cat", "hedgehog"])
     report = model.load_report
-    print(f"kept {report.heads.kept_classes}, made {report.heads.made_classes}")
+    print(f"kept {report.heads.kept_classes}, new {report.heads.new_classes}")
 
     model.class_head = BottleneckHead(model.config.width, 5)
     model.metadata = Metadata(["apple", "pear", "plum", "cherry", "quince"])

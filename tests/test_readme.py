@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conditional_detr.data.synthetic import CLASS_NAMES, draw_image, index_in
+from conditional_detr.data.synthetic import CLASS_NAMES, draw_image, image_index
 from helpers.models import run_example
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +61,7 @@ def test_every_example_is_run():
 def test_example_detect(photograph, small, tmp_path):
     first, *objects, last = run_example("detect", folder=tmp_path)
     assert first == f"{len(objects)} objects on an image of shapes, 256 x 192 pixels"
-    _, _, drawn = draw_image(0, index_in("demo", 0))
+    _, _, drawn = draw_image(0, image_index("demo", 0))
     assert sorted(line.split()[0] for line in objects) == sorted(CLASS_NAMES[label] for label in drawn)
     assert last == "drawn in found.png"
     assert (tmp_path / "found.png").stat().st_size > 0
@@ -89,7 +89,7 @@ def test_example_attention_maps(photograph, small, tmp_path):
 
 def test_example_replace_head(tmp_path):
     assert run_example("replace_head", folder=tmp_path) == [
-        "kept ('cat',), made ('hedgehog',)",
+        "kept ('cat',), new ('hedgehog',)",
         "logits (6, 1, 50, 5), boxes (6, 1, 50, 4), 19,499,659 parameters train",
     ]
 

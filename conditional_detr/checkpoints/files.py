@@ -1,4 +1,4 @@
-"""Checkpoints as files: found on disk, in the cache or on the hub, and opened without copying a weight."""
+"""Find a checkpoint's files on disk, in the cache or on the hub, and open them without copying the weights."""
 
 import argparse
 import json
@@ -38,11 +38,11 @@ class Checkpoint:
     """An opened checkpoint.
 
     Attributes:
-        weights: the file the tensors lie in.
-        tensors: by the file's own names; on the CPU, mapped from the file where its format allows.
-        config: the parsed ``config.json`` beside it, if any.
-        preprocessor: the parsed ``preprocessor_config.json`` beside it, if any.
-        arguments: the authors' training arguments, if the file holds them.
+        weights: path of the weight file.
+        tensors: the tensors by the names in the file; on the CPU, memory-mapped if the file format allows it.
+        config: the parsed ``config.json`` in the same folder, if any.
+        preprocessor: the parsed ``preprocessor_config.json`` in the same folder, if any.
+        arguments: the authors' training arguments, if the file contains them.
     """
 
     weights: Path
@@ -63,37 +63,37 @@ def open_checkpoint(
     """Find a checkpoint by path, short name or hub id, and open it.
 
     Raises:
-        OSError: it is nowhere to be found, or the hub cannot be reached.
-        ValueError: a file is not what its name says, or is damaged.
+        OSError: the checkpoint does not exist, or the hub cannot be reached.
+        ValueError: a file is damaged, or its content does not match its suffix.
     """
     path = Path(name)
     if path.is_file():
         return _open_files(path, path.parent)
     folder = path if path.is_dir() else None
     if folder is None or not any((folder / file).is_file() for file in _WEIGHT_FILES):
-        # a data set of shapes may well lie in a folder "shapes"
+        # a folder "shapes" may be a dataset, and then the short name means the shipped weights
         folder = shipped_folder(str(name)) or folder
     if folder is None:
         if isinstance(name, Path) or str(name).count("/") != 1 or path.is_absolute():
             raise FileNotFoundError(
-                f"weights: got {str(name)!r}, which is no file or folder, no short name of shipped weights"
-                f" ({', '.join(shipped_names()) or 'none are shipped'}) and no hub id, 'owner/name'"
+                "weights: expected a file, a folder, a short name of shipped weights"
+                f" ({', '.join(shipped_names()) or 'none are shipped'}) or a hub id 'owner/name', got {str(name)!r}"
             )
         folder = _download(str(name), revision, cache_dir, token, local_files_only)
     for file in _WEIGHT_FILES:
         if (folder / file).is_file():
             return _open_files(folder / file, folder)
-    found = sorted(file.name for file in folder.iterdir())
-    raise FileNotFoundError(f"{folder}: expected {' or '.join(_WEIGHT_FILES)}, found {found or 'nothing'}")
+    content = sorted(file.name for file in folder.iterdir())
+    raise FileNotFoundError(f"{folder}: expected {' or '.join(_WEIGHT_FILES)}, got {content or 'an empty folder'}")
 
 
 def shipped_names() -> list[str]:
-    """Return the short names of the weights that come with this library."""
+    """Return the short names of the weights that are shipped with this library."""
     return sorted({path.parent.name for folder in _SHIPPED if folder.is_dir() for path in folder.glob(f"*/{CONFIG}")})
 
 
 def shipped_folder(name: str) -> Path | None:
-    """Return the folder of shipped weights, if there are any of this name."""
+    """Return the folder of the shipped weights of this name; None if there are none."""
     if name not in shipped_names():
         return None
     return next(folder / name for folder in _SHIPPED if (folder / name / CONFIG).is_file())
@@ -106,11 +106,11 @@ def _download(
     token: str | bool | None,
     local_files_only: bool,
 ) -> Path:
-    """Bring the needed files of a hub repository, and only those, into the cache; return their folder."""
+    """Download only the needed files of a hub repository into the cache; return their folder."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    local_files_only = local_files_only or not _hub_answers(repository, revision, token)
+    local_files_only = local_files_only or not _hub_responds(repository, revision, token)
 
     def fetch(file: str) -> Path:
         return Path(
@@ -132,55 +132,58 @@ def _download(
                     fetch(file)
                     break
                 except EntryNotFoundError:
-                    continue  # the opener says what it misses
+                    continue  # opening the folder raises if a required file is missing
     except LocalEntryNotFoundError as error:
         raise OSError(
-            f"weights {repository!r}: neither in the cache nor to be fetched (no network, or offline mode);"
-            " fetch them once where there is network, or pass a folder or file on disk"
+            f"weights {repository!r}: neither in the cache nor downloadable (no network, or offline mode);"
+            " download them once with network, or pass a folder or file on disk"
         ) from error
     except (HfHubHTTPError, ValueError, OSError) as error:
         at = f" at revision {revision!r}" if revision else ""
-        raise OSError(f"weights {repository!r}{at}: the hub did not give them: {_first_line(error)}") from error
+        raise OSError(f"weights {repository!r}{at}: download failed: {_first_line(error)}") from error
     return folder
 
 
-def _hub_answers(repository: str, revision: str | None, token: str | bool | None) -> bool:
-    """Ask the hub once, without the retries that make a machine without network wait half a minute."""
+def _hub_responds(repository: str, revision: str | None, token: str | bool | None) -> bool:
+    """Return whether the hub responds to one request.
+
+    huggingface_hub's own retries take half a minute on a machine without network.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         get_hf_file_metadata(hf_hub_url(repository, CONFIG, revision=revision), token=token)
     except HfHubHTTPError:
-        return True  # what it says is for the download to tell
-    except Exception:  # what a failed connection raises differs between huggingface_hub's versions
+        return True  # the download raises the same error with its cause
+    except Exception:  # the error of a failed connection differs between huggingface_hub's versions
         return False
     return True
 
 
 def _open_files(weights: Path, folder: Path) -> Checkpoint:
-    """Open a weight file and the json files beside it."""
+    """Open a weight file and the json files in its folder."""
     tensors, arguments = _read_tensors(weights)
     return Checkpoint(weights, tensors, _read_json(folder / CONFIG), _read_json(folder / PREPROCESSOR), arguments)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors, .bin, .pth or .pt file, without running any code in it.
+    """Return the tensors of a .safetensors, .bin, .pth or .pt file, without running any code in it.
 
     Raises:
-        OSError: the file is not there.
-        ValueError: it is none of these, or damaged.
+        OSError: the file does not exist.
+        ValueError: the file is of another kind, or damaged.
     """
     return _read_tensors(path)[0]
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Read the tensors of a weight file, and the authors' training arguments if it has them."""
+    """Return the tensors of a weight file, and the authors' training arguments if it contains them."""
     if path.suffix == ".safetensors":
         return _read_safetensors(path), None
     if path.suffix in WEIGHT_SUFFIXES:
         return _read_pickle(path)
-    hint = "; Detector.from_file opens exported files" if path.suffix.lower() in SUFFIXES else ""
+    hint = "; Detector.from_file opens exported models" if path.suffix.lower() in SUFFIXES else ""
     raise ValueError(f"{path}: expected a .safetensors, .bin, .pth or .pt file{hint}")
 
 
@@ -190,14 +193,17 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: expected json, but it does not parse: {error}") from error
+        raise ValueError(f"{path}: expected valid json, got a parse error: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a json object, got a {type(content).__name__}")
     return content
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Map a safetensors file: the library checks it, the views are made here, in a third of its time."""
+    """Return the tensors of a memory-mapped safetensors file.
+
+    The safetensors library validates the file; creating the views here takes a third of its time.
+    """
     from safetensors import SafetensorError, safe_open
 
     size = path.stat().st_size
@@ -208,11 +214,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: truncated, or not a safetensors file ({error}); {size} bytes") from error
     content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     tensors, end = {}, size
-    for name, described in reversed(slices.items()):  # without holes, the last one ends where the file does
-        dtype, shape = _SAFETENSORS_DTYPES.get(described.get_dtype()), described.get_shape()
+    for name, view in reversed(slices.items()):  # there are no gaps: the last tensor ends at the end of the file
+        dtype, shape = _SAFETENSORS_DTYPES.get(view.get_dtype()), view.get_shape()
         if dtype is None:
             expected = "floating point of 16, 32 or 64 bits"
-            raise ValueError(f"{path}: {name} is of dtype {described.get_dtype()}, expected {expected}")
+            raise ValueError(f"{path}: {name}: expected {expected}, got dtype {view.get_dtype()}")
         start = end - math.prod(shape) * dtype.itemsize
         data = content[start:end]
         tensors[name] = (data.clone() if start % dtype.itemsize else data).view(dtype).view(shape)
@@ -221,13 +227,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Read a torch file safely: of all classes, only tensors and ``argparse.Namespace`` may be made."""
+    """Read a torch file; only tensors and ``argparse.Namespace`` may be unpickled."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{path}: truncated, not a torch file, or one that would run code ({_first_line(error)});"
+            f"{path}: truncated, not a torch file, or not safe to unpickle ({_first_line(error)});"
             f" {path.stat().st_size} bytes"
         ) from error
     arguments = None
@@ -235,16 +241,11 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         namespace = content.get("args")
         arguments = vars(namespace) if isinstance(namespace, argparse.Namespace) else namespace
         content = content["model"]
-    strangers = (
-        [key for key, value in content.items() if not isinstance(value, Tensor)]
-        if isinstance(content, Mapping)
-        else []
-    )
-    if not isinstance(content, Mapping) or strangers:
-        raise ValueError(
-            f"{path}: expected a state dict of tensors, or one under 'model',"
-            f" got {'entries that are no tensors: ' + str(strangers) if strangers else type(content).__name__}"
-        )
+    expected = f"{path}: expected a state dict of tensors, or one under 'model'"
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{expected}, got {type(content).__name__}")
+    if not_tensors := [key for key, value in content.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"{expected}, got values that are not tensors: {not_tensors}")
     return dict(content), arguments
 
 

@@ -1,4 +1,4 @@
-"""Changing a model's classes and object queries on purpose, keeping every row that still means the same."""
+"""Replace a model's class head and object queries, and keep the rows of classes that remain."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, prior_bias
-from conditional_detr.modeling.metadata import HeadChanges, Metadata
+from conditional_detr.modeling.metadata import HeadReplacement, Metadata
 
 
 def replace_heads(
@@ -16,26 +16,26 @@ def replace_heads(
     class_names: Sequence[str | None] | None = None,
     num_classes: int | None = None,
     num_queries: int | None = None,
-) -> HeadChanges:
-    """Give a model other classes or another number of object queries, in place.
+) -> HeadReplacement:
+    """Replace a model's classes or its number of object queries, in place.
 
     Args:
         model: the model.
-        class_names: the classes it shall have; rows whose names match are kept, others start at the prior
-            probability. None stands for a row that belongs to no class.
-        num_classes: the number of classes, where they have no names. No row is kept unless it is the present one.
-        num_queries: the number of object queries; the leading ones are kept, new ones are drawn.
+        class_names: the new classes; rows whose names match are kept, others start at the prior probability. None
+            means a row that belongs to no class.
+        num_classes: the number of classes, if they have no names; rows are kept only if it is the present number.
+        num_queries: the number of object queries; the leading ones are kept, new ones are initialised at random.
 
     Returns:
-        What was kept, made and dropped.
+        The classes and queries that were kept, added and dropped.
 
     Raises:
-        TypeError: class names that are no sequence of strings, or a count that is no int.
-        ValueError: no class, a name that stands twice, a count below 1, or counts that contradict each other.
+        TypeError: class names are not a sequence of strings, or a count is not an int.
+        ValueError: no class, a duplicate name, a count below 1, or counts that contradict each other.
     """
     old = model.metadata
-    names = _wanted_names(old.class_names, class_names, num_classes)
-    queries = _wanted_count("num_queries", num_queries, model.config.num_queries)
+    names = _new_names(old.class_names, class_names, num_classes)
+    queries = _new_count("num_queries", num_queries, model.config.num_queries)
     rows: list[int | None] = list(range(len(names)))
     if names != old.class_names:
         rows = [None if name is None else _index(old.class_names, name) for name in names]
@@ -50,24 +50,24 @@ def replace_heads(
         present = model.object_queries.weight
         model.object_queries = nn.Embedding(queries, model.config.width, device=present.device)
         _keep_rows(model.object_queries.weight, present, [*range(kept_queries)])
-    changes = HeadChanges(
+    changes = HeadReplacement(
         kept_classes=_named(name for name, row in zip(names, rows, strict=True) if row is not None),
-        made_classes=_named(name for name, row in zip(names, rows, strict=True) if row is None),
+        new_classes=_named(name for name, row in zip(names, rows, strict=True) if row is None),
         dropped_classes=_named(name for name in old.class_names if name not in names),
         kept_queries=kept_queries,
-        made_queries=queries - kept_queries,
+        new_queries=queries - kept_queries,
         dropped_queries=model.config.num_queries - kept_queries,
     )
     model.config = replace(model.config, num_classes=len(names), num_queries=queries)
     return changes
 
 
-def _wanted_names(
+def _new_names(
     old: tuple[str | None, ...], class_names: Sequence[str | None] | None, num_classes: int | None
 ) -> tuple[str | None, ...]:
-    """Return the names the model shall have."""
+    """Return the class names of the model after the replacement."""
     if class_names is None:
-        count = _wanted_count("num_classes", num_classes, len(old))
+        count = _new_count("num_classes", num_classes, len(old))
         return old if count == len(old) else Metadata.numbered(count).class_names
     strings = not isinstance(class_names, str) and all(isinstance(n, str | None) for n in class_names)
     if not strings:
@@ -75,21 +75,21 @@ def _wanted_names(
     names = tuple(class_names)
     if not _named(names):
         raise ValueError(f"class_names: expected at least one name, got {names}")
-    if twice := sorted({name for name in _named(names) if names.count(name) > 1}):
-        raise ValueError(f"class_names: expected each name once, got more than one {', '.join(twice)}")
+    if duplicates := sorted({name for name in _named(names) if names.count(name) > 1}):
+        raise ValueError(f"class_names: expected each name once, got duplicates of {', '.join(duplicates)}")
     if num_classes not in (None, len(names)):
-        raise ValueError(f"num_classes: got {num_classes}, but class_names has {len(names)}")
+        raise ValueError(f"num_classes: expected {len(names)}, the length of class_names, got {num_classes}")
     return names
 
 
-def _wanted_count(what: str, count: int | None, default: int) -> int:
-    """Return a count, checked."""
+def _new_count(name: str, count: int | None, default: int) -> int:
+    """Return a validated count."""
     if count is None:
         return default
     if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"{what}: expected an int, got {count!r}")
+        raise TypeError(f"{name}: expected an int, got {count!r}")
     if count < 1:
-        raise ValueError(f"{what}: expected at least 1, got {count}")
+        raise ValueError(f"{name}: expected at least 1, got {count}")
     return count
 
 
@@ -103,7 +103,7 @@ def _index(names: tuple[str | None, ...], name: str) -> int | None:
 
 @torch.no_grad()
 def _keep_rows(new: Tensor, old: Tensor, rows: Sequence[int | None]) -> None:
-    """Copy ``old[rows[i]]`` to ``new[i]`` wherever there is such a row."""
+    """Copy ``old[rows[i]]`` to ``new[i]`` unless ``rows[i]`` is None."""
     for i, row in enumerate(rows):
         if row is not None:
             new[i] = old[row]

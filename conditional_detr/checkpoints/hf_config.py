@@ -1,7 +1,7 @@
-"""``config.json`` and ``preprocessor_config.json``, as transformers writes and wrote them, and the authors' args.
+"""Read and write ``config.json``, ``preprocessor_config.json`` and the authors' training arguments.
 
-Reading understands every shape the files have had; writing uses the one that transformers reads back to the same
-network. A setting that would change the numbers and that this library does not have is an error, never ignored.
+Reading accepts all forms that transformers has written; writing uses a form that transformers reads as the same
+network. An unsupported setting that changes the numbers is an error and never ignored.
 """
 
 from argparse import Namespace
@@ -14,10 +14,10 @@ from conditional_detr.modeling.backbone import Backbone
 from conditional_detr.modeling.conditional_detr import Config
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
 
-UNSEEN = {"heads": "nheads", "backbone": "backbone", "dilation": "dilation", "dropout": "dropout"}
-"""What no tensor's shape tells of the architecture: our setting, the authors' argument."""
+NOT_IN_SHAPES = {"heads": "nheads", "backbone": "backbone", "dilation": "dilation", "dropout": "dropout"}
+"""Settings that cannot be inferred from tensor shapes: the Config's name, the authors' argument."""
 
-_SEEN = {  # what the shapes tell as well
+_IN_SHAPES = {  # settings that can be inferred from tensor shapes
     "width": "hidden_dim",
     "encoder_layers": "enc_layers",
     "decoder_layers": "dec_layers",
@@ -34,29 +34,29 @@ _RESNETS = {  # block, blocks per stage -> timm's name
 }
 
 
-def read_config(json: Mapping[str, Any], where: str) -> Config:
-    """Translate a ``config.json`` into a Config.
+def read_config(json: Mapping[str, Any], path: str) -> Config:
+    """Convert a ``config.json`` to a Config.
 
     Args:
         json: the parsed file.
-        where: its name, for messages.
+        path: the file's path, for messages.
 
     Raises:
-        ValueError: another model's file, or a network this library does not build.
+        ValueError: the file is of another model, or of a network that this library does not build.
     """
-    _expect(json, "model_type", "conditional_detr", where)
-    _expect(json, "position_embedding_type", "sine", where)
-    _expect(json, "activation_function", "relu", where)
-    _expect(json, "num_channels", 3, where)
+    _expect(json, "model_type", "conditional_detr", path)
+    _expect(json, "position_embedding_type", "sine", path)
+    _expect(json, "activation_function", "relu", path)
+    _expect(json, "num_channels", 3, path)
     for part in ("attention_heads", "ffn_dim"):
         encoder, decoder = json.get(f"encoder_{part}"), json.get(f"decoder_{part}")
         if encoder != decoder:
-            raise ValueError(f"{where}: expected encoder_{part} and decoder_{part} alike, got {encoder} and {decoder}")
-    backbone, stage, dilation = _read_backbone(json, where)
+            raise ValueError(f"{path}: expected equal encoder_{part} and decoder_{part}, got {encoder} and {decoder}")
+    backbone, stage, dilation = _read_backbone(json, path)
     default = Config()
     try:
         return Config(
-            num_classes=len(_read_names(json, where)),
+            num_classes=len(_read_names(json, path)),
             num_queries=json.get("num_queries", default.num_queries),
             width=json.get("d_model", default.width),
             heads=json.get("encoder_attention_heads") or default.heads,
@@ -69,27 +69,27 @@ def read_config(json: Mapping[str, Any], where: str) -> Config:
             dilation=dilation,
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_metadata(
-    config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None, where: str, preprocessor_where: str
+    config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None, path: str, preprocessor_path: str
 ) -> Metadata:
-    """Translate the names of a ``config.json`` and, if there is one, a ``preprocessor_config.json``.
+    """Convert the class names of a ``config.json`` and, if given, a ``preprocessor_config.json`` to Metadata.
 
     Raises:
-        ValueError: names or ids that stand twice or have gaps, or preprocessing this library does not do.
+        ValueError: duplicate category ids, class numbers with gaps, or unsupported preprocessing.
     """
-    names = tuple(None if name == UNUSED else name for name in _read_names(config, where))
-    preprocessing = Preprocessing() if preprocessor is None else _read_preprocessing(preprocessor, preprocessor_where)
+    names = tuple(None if name == UNUSED else name for name in _read_names(config, path))
+    preprocessing = Preprocessing() if preprocessor is None else _read_preprocessing(preprocessor, preprocessor_path)
     try:
         return Metadata(names, tuple(config.get("category_ids", ())), preprocessing)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def write_config(config: Config, metadata: Metadata) -> dict[str, Any]:
-    """Return the ``config.json`` that transformers reads as this network."""
+    """Return the content of the ``config.json`` that transformers reads as this network."""
     names = [UNUSED if name is None else name for name in metadata.class_names]
     return {
         "architectures": ["ConditionalDetrForObjectDetection"],
@@ -128,34 +128,34 @@ def write_config(config: Config, metadata: Metadata) -> dict[str, Any]:
     }
 
 
-def read_arguments(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return what the authors' training arguments tell of a Config and the tensors do not.
+def read_arguments(arguments: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the settings of a Config that the authors' training arguments contain and tensor shapes do not.
 
     Raises:
-        ValueError: a network this library does not build.
+        ValueError: a network that this library does not build.
     """
     positions, pre_norm = arguments.get("position_embedding", "sine"), arguments.get("pre_norm", False)
     if positions not in ("sine", "v2") or pre_norm:
         raise ValueError(
-            f"{where}: expected sine positions and no pre_norm, got position_embedding {positions!r}"
+            f"{path}: expected sine positions and no pre_norm, got position_embedding {positions!r}"
             f" and pre_norm {pre_norm!r}"
         )
-    return {ours: arguments[theirs] for ours, theirs in UNSEEN.items() if theirs in arguments}
+    return {setting: arguments[argument] for setting, argument in NOT_IN_SHAPES.items() if argument in arguments}
 
 
 def write_arguments(config: Config) -> Namespace:
     """Return the authors' training arguments that build this network."""
-    settings = {theirs: getattr(config, ours) for ours, theirs in (UNSEEN | _SEEN).items()}
-    return Namespace(**settings, position_embedding="sine", pre_norm=False)
+    values = {argument: getattr(config, setting) for setting, argument in (NOT_IN_SHAPES | _IN_SHAPES).items()}
+    return Namespace(**values, position_embedding="sine", pre_norm=False)
 
 
 def default_metadata(num_classes: int) -> Metadata:
-    """Return what is assumed of weights that no ``config.json`` describes: COCO's names if the number is COCO's."""
+    """Return the metadata assumed without a ``config.json``: COCO's names if the number of classes is COCO's."""
     return Metadata(COCO_NAMES) if num_classes == len(COCO_NAMES) else Metadata.numbered(num_classes)
 
 
 def write_preprocessor(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return the ``preprocessor_config.json`` of these numbers."""
+    """Return the content of the ``preprocessor_config.json`` for this preprocessing."""
     return {
         "image_processor_type": "ConditionalDetrImageProcessor",
         "format": "coco_detection",
@@ -174,74 +174,74 @@ def write_preprocessor(preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def _expect(json: Mapping[str, Any], field: str, expected: Any, where: str) -> None:
+def _expect(json: Mapping[str, Any], field: str, expected: Any, path: str) -> None:
     if (got := json.get(field, expected)) != expected:
-        raise ValueError(f"{where}: expected {field} {expected!r}, got {got!r}")
+        raise ValueError(f"{path}: expected {field} {expected!r}, got {got!r}")
 
 
-def _read_names(json: Mapping[str, Any], where: str) -> list[str]:
-    """Return the class names in the order of their rows."""
+def _read_names(json: Mapping[str, Any], path: str) -> list[str]:
+    """Return the class names in the order of the class head's rows."""
     names = json.get("id2label")
     if names is None:
         return [f"LABEL_{i}" for i in range(json.get("num_labels", Config().num_classes))]
     if {str(i) for i in range(len(names))} != {str(key) for key in names}:
         raise ValueError(
-            f"{where}: expected id2label to number its {len(names)} names 0..{len(names) - 1}, got {sorted(names)}"
+            f"{path}: expected id2label with the {len(names)} keys 0..{len(names) - 1}, got {sorted(names)}"
         )
     by_number = {int(key): str(name) for key, name in names.items()}
     return [by_number[i] for i in range(len(names))]
 
 
-def _read_backbone(json: Mapping[str, Any], where: str) -> tuple[str, int, bool]:
-    """Return the backbone's name, stage and dilation from any of the forms they have had."""
-    described = json.get("backbone_config") or {}
+def _read_backbone(json: Mapping[str, Any], path: str) -> tuple[str, int, bool]:
+    """Return the backbone's name, stage and dilation from any of the forms that transformers has written."""
+    backbone_config = json.get("backbone_config") or {}
     options = json.get("backbone_kwargs") or {}
-    kind = described.get("model_type", "timm_backbone")
+    kind = backbone_config.get("model_type", "timm_backbone")
     if kind == "timm_backbone":
-        name = described.get("backbone") or json.get("backbone") or "resnet50"
+        name = backbone_config.get("backbone") or json.get("backbone") or "resnet50"
     elif kind == "resnet":
-        name = _read_transformers_resnet(described, where)
+        name = _read_transformers_resnet(backbone_config, path)
     else:
-        raise ValueError(f"{where}: expected a backbone_config of model_type timm_backbone or resnet, got {kind!r}")
-    indices = described.get("out_indices") or options.get("out_indices") or _OUT_INDICES
+        raise ValueError(f"{path}: expected a backbone_config of model_type timm_backbone or resnet, got {kind!r}")
+    indices = backbone_config.get("out_indices") or options.get("out_indices") or _OUT_INDICES
     stage = max(indices)
     if min(indices) < 0:
-        raise ValueError(f"{where}: expected out_indices counted from 0, got {indices}")
-    stride = described.get("output_stride") or options.get("output_stride")
+        raise ValueError(f"{path}: expected out_indices counted from 0, got {indices}")
+    stride = backbone_config.get("output_stride") or options.get("output_stride")
     dilation = bool(json.get("dilation", False))
-    if dilation and described and stride is None:
+    if dilation and backbone_config and stride is None:
         raise ValueError(
-            f"{where}: dilation is true, but backbone_config has no output_stride, so that transformers runs this"
-            " network undilated; set dilation to false, or output_stride to half the backbone's stride, as is meant"
+            f"{path}: expected an output_stride in backbone_config with dilation true, got none; transformers runs"
+            " this network undilated: set dilation to false, or output_stride to half the backbone's stride"
         )
     if stride is not None:
         full = _full_stride(name, stage)
         if (stride < full and stride != full // 2) or (dilation and stride >= full):
             raise ValueError(
-                f"{where}: expected an output_stride of {full}, or {full // 2} for dilation,"
+                f"{path}: expected an output_stride of {full}, or {full // 2} for dilation,"
                 f" got {stride} and dilation {dilation}"
             )
         dilation = stride < full
     return name, stage, dilation
 
 
-def _read_transformers_resnet(described: Mapping[str, Any], where: str) -> str:
-    """Return timm's name of the backbone that transformers' own ResNet describes."""
-    block, blocks = described.get("layer_type", "bottleneck"), tuple(described.get("depths", (3, 4, 6, 3)))
+def _read_transformers_resnet(backbone_config: Mapping[str, Any], path: str) -> str:
+    """Return timm's name of the ResNet that transformers' own ``backbone_config`` describes."""
+    block, blocks = backbone_config.get("layer_type", "bottleneck"), tuple(backbone_config.get("depths", (3, 4, 6, 3)))
     sizes = [64, 128, 256, 512] if block == "basic" else [256, 512, 1024, 2048]
-    _expect(described, "embedding_size", 64, where)
-    _expect(described, "hidden_sizes", sizes, where)
-    _expect(described, "hidden_act", "relu", where)
-    _expect(described, "downsample_in_bottleneck", False, where)
-    _expect(described, "downsample_in_first_stage", False, where)
+    _expect(backbone_config, "embedding_size", 64, path)
+    _expect(backbone_config, "hidden_sizes", sizes, path)
+    _expect(backbone_config, "hidden_act", "relu", path)
+    _expect(backbone_config, "downsample_in_bottleneck", False, path)
+    _expect(backbone_config, "downsample_in_first_stage", False, path)
     if (block, blocks) not in _RESNETS:
-        raise ValueError(f"{where}: expected a ResNet of {sorted(_RESNETS.values())}, got {block} blocks {blocks}")
+        raise ValueError(f"{path}: expected a ResNet of {sorted(_RESNETS.values())}, got {block} blocks {blocks}")
     return _RESNETS[block, blocks]
 
 
 def _full_stride(backbone: str, stage: int) -> int:
-    """Return the stride of a backbone's stage without dilation; of the ResNets, without building one."""
-    if backbone in _RESNETS.values():
+    """Return the stride of a backbone's stage without dilation."""
+    if backbone in _RESNETS.values():  # known without building one
         return int(2 ** (stage + 1))
     with MetaInit():
         return Backbone(backbone, stage=stage, dilation=False).stride
@@ -252,20 +252,20 @@ def _output_stride(config: Config) -> int:
     return _full_stride(config.backbone, config.backbone_stage) // 2
 
 
-def _read_preprocessing(json: Mapping[str, Any], where: str) -> Preprocessing:
-    """Translate a ``preprocessor_config.json``, old (size 800, max_size 1333) or new."""
+def _read_preprocessing(json: Mapping[str, Any], path: str) -> Preprocessing:
+    """Convert a ``preprocessor_config.json``, old (size 800, max_size 1333) or new, to Preprocessing."""
     for field in ("do_resize", "do_normalize", "do_rescale"):
-        _expect(json, field, True, where)
-    _expect(json, "resample", 2, where)  # PIL's bilinear
+        _expect(json, field, True, path)
+    _expect(json, "resample", 2, path)  # PIL's bilinear
     if abs(json.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise ValueError(f"{where}: expected rescale_factor 1/255, got {json['rescale_factor']}")
+        raise ValueError(f"{path}: expected rescale_factor 1/255, got {json['rescale_factor']}")
     default = Preprocessing()
     size = json.get("size", default.shortest_edge)
     if not isinstance(size, Mapping):
         size = {"shortest_edge": size}
     size = {"longest_edge": json.get("max_size", default.longest_edge), **size}
     if set(size) != {"shortest_edge", "longest_edge"}:
-        raise ValueError(f"{where}: expected a size of shortest_edge and longest_edge, got {json['size']}")
+        raise ValueError(f"{path}: expected a size of shortest_edge and longest_edge, got {json['size']}")
     try:
         return Preprocessing(
             shortest_edge=int(size["shortest_edge"]),
@@ -274,4 +274,4 @@ def _read_preprocessing(json: Mapping[str, Any], where: str) -> Preprocessing:
             std=tuple(json.get("image_std", default.std)),
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error

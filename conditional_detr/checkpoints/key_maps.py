@@ -1,8 +1,8 @@
-"""What each parameter is called in the files Conditional DETR comes in.
+"""Map native parameter names to the names in each published checkpoint format.
 
-One row a parameter of the native model, one column a family of files; ``*`` stands for the layer's number and
-``.weight`` / ``.bias`` follow by themselves. The authors keep the encoder's query, key and value projection in
-one tensor each for weight and bias: ``{p}`` stands for those two words and ``#0 #1 #2`` for its thirds.
+The table has one row per parameter of the native model and one column per name format. ``*`` is the layer index;
+``.weight`` and ``.bias`` are appended. The authors store the encoder's query, key and value projections in one tensor
+for the weight and one for the bias: ``{p}`` is "weight" or "bias", and ``#0 #1 #2`` are the thirds of its rows.
 """
 
 import re
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple, get_args
 
-Family = Literal["published", "transformers 5", "original"]
+NameFormat = Literal["published", "transformers5", "original"]
 
 # fmt: off
 _TABLE: tuple[tuple[str, str, str, str], ...] = (
-    # native                                   published                                  transformers 5                                     original
+    # native                                   published                                  transformers5                                      original
     ("projection",                             "model.input_projection",                  "model.input_projection",                          "input_proj"),
     ("object_queries",                         "model.query_position_embeddings",         "model.query_position_embeddings",                 "query_embed"),
     ("class_head",                             "class_labels_classifier",                 "class_labels_classifier",                         "class_embed"),
@@ -56,15 +56,15 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("decoder.layers.*.feedforward_norm",      "model.decoder.layers.*.final_layer_norm", "model.decoder.layers.*.final_layer_norm",         "transformer.decoder.layers.*.norm3"),
 )
 
-# Backbone parameters keep timm's names behind these prefixes.
+# Backbone parameters keep timm's names after these prefixes.
 NATIVE_BACKBONE = "backbone.body."
-_BACKBONE: dict[Family, str] = {
-    "published":      "model.backbone.conv_encoder.model.",
-    "transformers 5": "model.backbone.model.",
-    "original":       "backbone.0.body.",
+_BACKBONE: dict[NameFormat, str] = {
+    "published":     "model.backbone.conv_encoder.model.",
+    "transformers5": "model.backbone.model.",
+    "original":      "backbone.0.body.",
 }
 
-# transformers' own ResNet (in place of timm's) renames the backbone: timm's pattern, its replacement there.
+# transformers' own ResNet (instead of timm's) has other names: timm's pattern, transformers' replacement.
 _TRANSFORMERS_RESNET = (
     (r"^conv1\.",                          "embedder.embedder.convolution."),
     (r"^bn1\.",                            "embedder.embedder.normalization."),
@@ -75,23 +75,33 @@ _TRANSFORMERS_RESNET = (
 )
 # fmt: on
 
-_COLUMN = {family: i for i, family in enumerate(get_args(Family))}
-_ROWS = {native: dict(zip(_COLUMN, names, strict=True)) for native, *names in _TABLE}
+_COLUMNS = get_args(NameFormat)
+_ROWS = {native: dict(zip(_COLUMNS, names, strict=True)) for native, *names in _TABLE}
 
 
-class Naming(NamedTuple):
-    """How a file names things: its family, and whether its backbone is transformers' own ResNet."""
+class KeyMap(NamedTuple):
+    """The parameter names of a file.
 
-    family: Family
+    Attributes:
+        name_format: the column of the table.
+        transformers_resnet: whether the backbone is transformers' own ResNet.
+    """
+
+    name_format: NameFormat
     transformers_resnet: bool = False
 
     def __str__(self) -> str:
-        return self.family + (" with transformers' ResNet" if self.transformers_resnet else "")
+        return self.name_format + (" with transformers' ResNet" if self.transformers_resnet else "")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a native parameter lies in a file: the tensor's name, and which third of its rows (None: all)."""
+    """The tensor of a file that holds a native parameter.
+
+    Attributes:
+        name: the tensor's name.
+        third: which third of the tensor's rows, 0 to 2; None: all rows.
+    """
 
     name: str
     third: int | None = None
@@ -101,46 +111,46 @@ class Source:
 
 
 @cache
-def source_of(native: str, naming: Naming) -> Source:
-    """Return where a file with this naming keeps the native parameter ``native``.
+def source_of(native: str, key_map: KeyMap) -> Source:
+    """Return the tensor of a file with these names that holds the native parameter ``native``.
 
     Raises:
         KeyError: the native model has no parameter of this name.
     """
     if native.startswith(NATIVE_BACKBONE):
         backbone = native.removeprefix(NATIVE_BACKBONE)
-        if naming.transformers_resnet:
+        if key_map.transformers_resnet:
             backbone = _transformers_resnet(backbone)
-        return Source(_BACKBONE[naming.family] + backbone)
+        return Source(_BACKBONE[key_map.name_format] + backbone)
     stem, kind = native.rsplit(".", 1)
-    number = "".join(re.findall(r"(?<=layers\.)\d+", stem))
-    name = _ROWS[re.sub(r"(?<=layers\.)\d+", "*", stem)][naming.family].replace("*", number)
+    layer = "".join(re.findall(r"(?<=layers\.)\d+", stem))
+    name = _ROWS[re.sub(r"(?<=layers\.)\d+", "*", stem)][key_map.name_format].replace("*", layer)
     if "{p}" in name:
         name, third = name.replace("{p}", kind).split("#")
         return Source(name, int(third))
     return Source(f"{name}.{kind}")
 
 
-def recognise(names: Iterable[str]) -> Naming | None:
-    """Tell from its tensors' names how a file names things; None if it holds no Conditional DETR.
+def detect_key_map(names: Iterable[str]) -> KeyMap | None:
+    """Detect the key map of a file from its tensor names; return None if it holds no Conditional DETR.
 
-    The sign is the projection of the conditional spatial query, which no other detector has.
+    The projection of the conditional spatial query decides, because no other detector has it.
     """
     names = set(names)
-    for family in get_args(Family):
-        sign = _ROWS["decoder.layers.*.cross_attention.spatial_query"][family]
-        pattern = re.compile(re.escape(sign).replace(r"\*", r"\d+") + r"\.(weight|bias)")
+    for name_format in get_args(NameFormat):
+        projection = _ROWS["decoder.layers.*.cross_attention.spatial_query"][name_format]
+        pattern = re.compile(re.escape(projection).replace(r"\*", r"\d+") + r"\.(weight|bias)")
         if any(pattern.fullmatch(name) for name in names):
-            stages = f"{_BACKBONE[family]}encoder.stages."
-            return Naming(family, any(name.startswith(stages) for name in names))
+            stages = f"{_BACKBONE[name_format]}encoder.stages."
+            return KeyMap(name_format, any(name.startswith(stages) for name in names))
     return None
 
 
 def _transformers_resnet(name: str) -> str:
-    """Translate timm's name of a ResNet parameter into transformers'; theirs count from 0."""
+    """Return transformers' name of a ResNet parameter, from timm's; transformers counts stages and layers from 0."""
     for pattern, replacement in _TRANSFORMERS_RESNET:
         if match := re.match(pattern, name):
             stage_block_conv = match.groups()
-            numbers = [int(group) - (0 if place == 1 else 1) for place, group in enumerate(stage_block_conv)]
+            numbers = [int(group) - (0 if position == 1 else 1) for position, group in enumerate(stage_block_conv)]
             return replacement.format(*numbers) + name[match.end() :]
     return name

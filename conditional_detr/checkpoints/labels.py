@@ -1,7 +1,7 @@
 """COCO's class names and ids.
 
-COCO numbers its 80 classes with ids from 1 to 90; the published weights have 91 rows, one an id, of which 11 belong
-to no class. Here those are None.
+COCO numbers its 80 classes with ids from 1 to 90. The class head of the published weights has 91 rows, one per id
+including 0; 11 of them belong to no class and are None here.
 """
 
 # fmt: off
@@ -18,10 +18,10 @@ COCO_NAMES: tuple[str | None, ...] = (
     "toothbrush",
 )
 # fmt: on
-"""91 names, place = COCO category id; None where COCO has no class."""
+"""91 names; the index is the COCO category id; None where COCO has no class."""
 
 COCO_IDS: tuple[int, ...] = tuple(i for i, name in enumerate(COCO_NAMES) if name is not None)
-"""The 80 category ids in use: from an index 0..79 to an id 1..90; ``COCO_IDS.index`` leads back."""
+"""The 80 category ids in use: maps an index 0..79 to an id 1..90; ``COCO_IDS.index`` is the inverse."""
 
 UNUSED = "N/A"
-"""How the published ``config.json`` spells a row that belongs to no class."""
+"""The name that the published ``config.json`` gives to a row that belongs to no class."""

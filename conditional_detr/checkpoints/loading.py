@@ -1,6 +1,6 @@
-"""Loading weights: any family of files in.
+"""Load a model from a checkpoint in any name format.
 
-Every tensor of a file is used exactly once and every parameter is filled, or nothing is loaded at all.
+Every tensor of the file is used exactly once and every parameter is filled; otherwise loading raises an error.
 """
 
 import logging
@@ -14,15 +14,21 @@ from torch import Tensor, nn
 
 from conditional_detr.checkpoints.files import CONFIG, PREPROCESSOR, Checkpoint, open_checkpoint
 from conditional_detr.checkpoints.head_replacement import replace_heads
-from conditional_detr.checkpoints.hf_config import UNSEEN, default_metadata, read_arguments, read_config, read_metadata
-from conditional_detr.checkpoints.key_maps import Naming, Source, recognise, source_of
+from conditional_detr.checkpoints.hf_config import (
+    NOT_IN_SHAPES,
+    default_metadata,
+    read_arguments,
+    read_config,
+    read_metadata,
+)
+from conditional_detr.checkpoints.key_maps import KeyMap, Source, detect_key_map, source_of
 from conditional_detr.checkpoints.meta_init import MetaInit
-from conditional_detr.checkpoints.tensor_checks import not_finite, some
+from conditional_detr.checkpoints.tensor_checks import abbreviate, not_finite
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
 from conditional_detr.modeling.metadata import LoadReport, Metadata
 
 _log = logging.getLogger(__name__)
-_IGNORED = ".num_batches_tracked"  # BatchNorm's counter, which a frozen one has no use for
+_IGNORED = ".num_batches_tracked"  # BatchNorm's counter; frozen BatchNorm does not use it
 
 
 def from_pretrained(
@@ -38,99 +44,102 @@ def from_pretrained(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> ConditionalDETR:
-    """Load a checkpoint of any family, told apart by what the file holds.
+    """Load a checkpoint in any name format, which is detected from the tensor names.
 
-    The families: the published files (``model.safetensors`` or ``pytorch_model.bin``), the names transformers 5 has in
-    memory, either of them with timm's or with transformers' own ResNet, and the authors' ``.pth``.
+    The name formats: "published" (``model.safetensors`` or ``pytorch_model.bin``), "transformers5" (the names that
+    transformers 5 uses in memory), both with timm's or with transformers' own ResNet, and "original" (the authors'
+    ``.pth``).
 
     Args:
         name: a folder or file on disk, else a short name of shipped weights, else a hub id "owner/name".
-        class_names: the classes the model shall have; rows of the class head whose names match are kept, the others
-            start at the prior probability. None stands for a row that belongs to no class. Category ids become
-            0, 1, 2, ... when this changes the classes.
-        num_classes: the number of classes, where they have no names; rows are kept only if it is the file's.
-        num_queries: the number of object queries; the leading ones are kept, new ones are drawn.
-        config: the architecture, for a file that does not tell it; elsewhere it must agree with the file.
-        device: where the model shall be.
+        class_names: the classes of the model; rows of the class head whose names match are kept, the others start at
+            the prior probability. None means a row that belongs to no class. Category ids become 0, 1, 2, ... when
+            this changes the classes.
+        num_classes: the number of classes, if they have no names; rows are kept only if the checkpoint has the same
+            number.
+        num_queries: the number of object queries; the leading ones are kept, new ones are initialised at random.
+        config: the architecture, for a file that does not describe it; otherwise it must agree with the file.
+        device: the device of the model.
         revision: branch, tag or commit on the hub.
         cache_dir: the hub cache; default: huggingface_hub's.
         token: hub token; True: the stored one.
-        local_files_only: take the hub's files from the cache, without network. HF_HUB_OFFLINE=1 does the same.
+        local_files_only: use only the hub's files in the cache, without network. HF_HUB_OFFLINE=1 does the same.
 
     Returns:
-        The model, float32, in eval mode, with ``load_report`` filled.
+        The model, float32, in eval mode, with ``load_report`` set.
 
     Raises:
-        OSError: the checkpoint is nowhere to be found, or the hub cannot be reached.
-        TypeError: an argument of the wrong type, or one that does not exist.
-        ValueError: a file that is damaged, of another model, or with a tensor missing, left over, of another shape or
-            not finite; the message names each. Or arguments that contradict each other.
+        OSError: the checkpoint does not exist, or the hub cannot be reached.
+        TypeError: an argument has the wrong type or is unknown.
+        ValueError: the file is damaged or of another model; a tensor is missing, unexpected, of the wrong shape or
+            not finite (the message lists each); or arguments contradict each other.
     """
     device = checked_device(device)
     checkpoint = open_checkpoint(
         name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
     )
-    naming = recognise(checkpoint.tensors)
-    if naming is None:
-        said = checkpoint.config.get("model_type") if checkpoint.config else None
+    key_map = detect_key_map(checkpoint.tensors)
+    if key_map is None:
+        model_type = checkpoint.config.get("model_type") if checkpoint.config else None
         raise ValueError(
             f"{checkpoint.weights}: expected a Conditional DETR checkpoint, but none of its"
-            f" {len(checkpoint.tensors)} tensors is a conditional spatial query projection; it holds"
-            f" {some(sorted(checkpoint.tensors))}" + (f" (config.json: model_type {said!r})" if said else "")
+            f" {len(checkpoint.tensors)} tensors is a conditional spatial query projection; it contains"
+            f" {abbreviate(sorted(checkpoint.tensors))}"
+            + (f" (config.json: model_type {model_type!r})" if model_type else "")
         )
-    config, metadata = _describe(checkpoint, naming, config)
+    config, metadata = _describe(checkpoint, key_map, config)
     with MetaInit():
         model = ConditionalDETR(config, metadata)
-    _fill(model, checkpoint, naming, device)
+    _fill(model, checkpoint, key_map, device)
     _fill_unsaved_buffers(model, device)
     heads = replace_heads(model, class_names=class_names, num_classes=num_classes, num_queries=num_queries)
     model.load_report = LoadReport(
-        str(checkpoint.weights), str(naming), _dtypes(checkpoint), checkpoint.weights.stat().st_size, heads
+        str(checkpoint.weights), str(key_map), _dtypes(checkpoint), checkpoint.weights.stat().st_size, heads
     )
     if heads.changed:
         _log.warning("%s", model.load_report)
     return model.eval()
 
 
-def _describe(checkpoint: Checkpoint, naming: Naming, given: Config | None) -> tuple[Config, Metadata]:
-    """Return architecture and metadata of a checkpoint, from what lies beside the weights or from themselves."""
+def _describe(checkpoint: Checkpoint, key_map: KeyMap, given: Config | None) -> tuple[Config, Metadata]:
+    """Return architecture and metadata of a checkpoint, from its json files or else from its tensors."""
     if given is not None and not isinstance(given, Config):
         raise TypeError(f"config: expected a Config, got {type(given).__name__}")
     folder = checkpoint.weights.parent
     if checkpoint.config is not None:
-        where = str(folder / CONFIG)
-        config = read_config(checkpoint.config, where)
-        metadata = read_metadata(checkpoint.config, checkpoint.preprocessor, where, str(folder / PREPROCESSOR))
+        path = str(folder / CONFIG)
+        config = read_config(checkpoint.config, path)
+        metadata = read_metadata(checkpoint.config, checkpoint.preprocessor, path, str(folder / PREPROCESSOR))
     else:
-        config = given if given and checkpoint.arguments is None else _infer_config(checkpoint, naming)
+        config = given if given and checkpoint.arguments is None else _infer_config(checkpoint, key_map)
         metadata = default_metadata(config.num_classes)
     if given is not None and given != config:
-        raise ValueError(f"config: the checkpoint says {config}, got {given}")
+        raise ValueError(f"config: expected the checkpoint's {config}, got {given}")
     return config, metadata
 
 
-def _infer_config(checkpoint: Checkpoint, naming: Naming) -> Config:
-    """Read the architecture off the tensors' shapes, and the rest off the authors' arguments.
+def _infer_config(checkpoint: Checkpoint, key_map: KeyMap) -> Config:
+    """Infer the architecture from the tensors' shapes and the authors' training arguments.
 
-    What neither tells takes the paper's value.
+    Settings that neither contains take the paper's values.
     """
-    tensors, where = checkpoint.tensors, checkpoint.weights
+    tensors, path = checkpoint.tensors, checkpoint.weights
 
     def shape(native: str) -> torch.Size:
-        name = source_of(native, naming).name
+        name = source_of(native, key_map).name
         if name not in tensors:
-            raise ValueError(f"{where}: missing {name} (here {native})")
+            raise ValueError(f"{path}: missing {name} (native name {native})")
         return tensors[name].shape
 
     def count(part: str) -> int:
         pattern = f"{part}.layers.{{}}.feedforward.hidden.bias"
-        return next(i for i in range(len(tensors) + 1) if source_of(pattern.format(i), naming).name not in tensors)
+        return next(i for i in range(len(tensors) + 1) if source_of(pattern.format(i), key_map).name not in tensors)
 
-    deep = source_of("backbone.body.layer3.22.conv1.weight", naming).name in tensors
+    deep = source_of("backbone.body.layer3.22.conv1.weight", key_map).name in tensors
     paper = Config(backbone="resnet101" if deep else "resnet50")
-    values = read_arguments(checkpoint.arguments or {}, str(where))
-    if assumed := [f"{ours} {getattr(paper, ours)}" for ours in UNSEEN if ours not in values]:
-        _log.warning("%s does not tell everything: assuming %s; config= says otherwise", where, ", ".join(assumed))
+    values = read_arguments(checkpoint.arguments or {}, str(path))
+    if assumed := [f"{setting} {getattr(paper, setting)}" for setting in NOT_IN_SHAPES if setting not in values]:
+        _log.warning("%s: architecture incomplete, assuming %s; pass config= to change it", path, ", ".join(assumed))
     return replace(
         paper,
         num_classes=shape("class_head.weight")[0],
@@ -144,55 +153,59 @@ def _infer_config(checkpoint: Checkpoint, naming: Naming) -> Config:
 
 
 def _dtypes(checkpoint: Checkpoint) -> str:
-    """Return the precision of a file's tensors; several are listed."""
+    """Return the precision of a file's tensors, comma-separated if there are several."""
     dtypes = {tensor.dtype for name, tensor in checkpoint.tensors.items() if not name.endswith(_IGNORED)}
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 class _Slot(NamedTuple):
-    """Where a tensor of the state dict belongs."""
+    """The module and attribute name of a tensor of the state dict."""
 
     module: nn.Module
     name: str
-    tensor: Tensor  # what stands there now
+    tensor: Tensor  # the present one
 
-    def put(self, tensor: Tensor) -> None:
-        """Set the parameter or buffer, as ``load_state_dict(assign=True)`` would, which takes four times as long."""
+    def fill(self, tensor: Tensor) -> None:
+        """Set the parameter or buffer; ``load_state_dict(assign=True)`` does the same in four times the time."""
         if isinstance(self.tensor, nn.Parameter):
             self.module._parameters[self.name] = nn.Parameter(tensor, self.tensor.requires_grad)
         else:
             self.module._buffers[self.name] = tensor
 
 
-def _fill(model: ConditionalDETR, checkpoint: Checkpoint, naming: Naming, device: torch.device) -> None:
-    """Put every tensor of a file in its place in a model without weights; or name all that do not fit."""
+def _fill(model: ConditionalDETR, checkpoint: Checkpoint, key_map: KeyMap, device: torch.device) -> None:
+    """Fill a model without weights with the tensors of a file.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, of the wrong shape or not finite; the message lists each.
+    """
     tensors, slots = checkpoint.tensors, _slots(model)
-    sources = {native: source_of(native, naming) for native in slots}
+    sources = {native: source_of(native, key_map) for native in slots}
     used = {source.name for source in sources.values()}
-    left_over = [key for key in tensors if key not in used and not key.endswith(_IGNORED)]
-    missing, misshaped, filled, sums = [], [], {}, []
+    unexpected = [key for key in tensors if key not in used and not key.endswith(_IGNORED)]
+    missing, wrong_shape, filled, sums = [], [], {}, []
     for native, source in sources.items():
         if source.name not in tensors:
-            missing.append(f"{source} (here {native})")
+            missing.append(f"{source} (native name {native})")
             continue
         stored, expected = tensors[source.name], _file_shape(slots[native].tensor.shape, source)
         if stored.shape != expected or not stored.is_floating_point():
-            got = f"{tuple(stored.shape)} {stored.dtype}"
-            misshaped.append(f"{source} (here {native}): expected {tuple(expected)} floating point, got {got}")
+            want, got = f"{tuple(expected)} floating point", f"{tuple(stored.shape)} {stored.dtype}"
+            wrong_shape.append(f"{source} (native name {native}): expected {want}, got {got}")
             continue
         copy = _copy(stored if source.third is None else stored.chunk(3)[source.third], device)
-        slots[native].put(copy)
+        slots[native].fill(copy)
         filled[native] = copy
-        sums.append(copy.sum())  # while it is in the processor's cache
-    infinite = [f"{sources[native]} (here {native})" for native in not_finite(filled, sums)]
-    kinds = {"missing": missing, "left over": left_over, "of another shape": misshaped, "not finite": infinite}
-    if any(kinds.values()):
-        told = "".join(f"\n  {kind}: {some(keys)}" for kind, keys in kinds.items() if keys)
-        raise ValueError(f"{checkpoint.weights} ({naming} names) does not fit the model it describes:{told}")
+        sums.append(copy.sum())  # while the tensor is in the processor's cache
+    infinite = [f"{sources[native]} (native name {native})" for native in not_finite(filled, sums)]
+    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong_shape, "not finite": infinite}
+    if any(problems.values()):
+        listed = "".join(f"\n  {problem}: {abbreviate(keys)}" for problem, keys in problems.items() if keys)
+        raise ValueError(f"{checkpoint.weights} ({key_map} names): does not fit the model that it describes:{listed}")
 
 
 def _slots(model: nn.Module) -> dict[str, _Slot]:
-    """Return the place of each tensor of the state dict, by its name."""
+    """Return the slot of each tensor of the state dict, by name."""
     return {
         f"{path}.{name}": _Slot(module, name, tensor)
         for path, module in model.named_modules()
@@ -202,17 +215,17 @@ def _slots(model: nn.Module) -> dict[str, _Slot]:
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy out of the file's mapping: a model that lived there would die with the file."""
+    """Copy a tensor out of the file's memory mapping: a model in the mapping breaks when the file changes."""
     return tensor.to(device, torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _file_shape(shape: torch.Size, source: Source) -> torch.Size:
-    """Return the shape a tensor has in the file whose rows, or a third of them, become a parameter."""
+    """Return the shape in the file of the tensor that holds a parameter, whole or as a third of its rows."""
     return shape if source.third is None else torch.Size((3 * shape[0], *shape[1:]))
 
 
 def _fill_unsaved_buffers(model: ConditionalDETR, device: torch.device) -> None:
-    """Compute the buffers that no file stores, which the skeleton has left empty (a few backbones have such)."""
+    """Compute the buffers that no file stores: on the meta device they have no values. Few backbones have any."""
     unsaved = [(path, name) for path, module in model.named_modules() for name in module._non_persistent_buffers_set]
     if not unsaved:
         return
@@ -223,7 +236,11 @@ def _fill_unsaved_buffers(model: ConditionalDETR, device: torch.device) -> None:
 
 
 def checked_device(device: str | torch.device) -> torch.device:
-    """Return a device on which tensors can be made."""
+    """Return a device on which tensors can be allocated.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -1,4 +1,4 @@
-"""Building a model without its weights."""
+"""Build a model on the meta device, without initialising its weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,25 +12,24 @@ _FACTORIES = frozenset(
     | {torch.arange, torch.linspace, torch.rand, torch.randn}
 )
 _CONSTANTS = frozenset({torch.zeros, torch.ones})
-_DRAWS = frozenset(
+_INITIALISERS = frozenset(
     {Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_}
     | {nn.init.normal_, nn.init.uniform_, nn.init.constant_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_}
 )
 
 
 class MetaInit(TorchFunctionMode):
-    """Within this context, modules are built on the meta device and nothing is drawn into them.
+    """Context in which modules are built on the meta device and initialisation is skipped.
 
-    The meta device alone would still go through every initialisation, which takes longer than reading the weights
-    that are to stand there.
+    With the meta device alone, every initialiser still runs, which takes longer than reading the weights.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Skip what draws, send what allocates to the meta device, leave the rest alone."""
+        """Skip initialisers, allocate on the meta device, and call everything else unchanged."""
         kwargs = kwargs or {}
-        if func in _DRAWS:
+        if func in _INITIALISERS:
             return args[0] if args else kwargs["tensor"]
         if func in _CONSTANTS:
             func = torch.empty

@@ -1,7 +1,7 @@
-"""Saving weights: a model in the names of any family of files.
+"""Save a model as a checkpoint in any name format.
 
-All files of a model are written beside their places before the first is moved there, so that a run that breaks off
-leaves what was there.
+All files of a checkpoint are written under temporary names before the first is renamed, so that an interrupted run
+leaves the previous checkpoint unchanged.
 """
 
 import json
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from conditional_detr.checkpoints.files import CONFIG, PREPROCESSOR, SAFETENSORS
 from conditional_detr.checkpoints.hf_config import default_metadata, write_arguments, write_config, write_preprocessor
-from conditional_detr.checkpoints.key_maps import NATIVE_BACKBONE, Family, Naming, source_of
+from conditional_detr.checkpoints.key_maps import NATIVE_BACKBONE, KeyMap, NameFormat, source_of
 from conditional_detr.checkpoints.meta_init import MetaInit
-from conditional_detr.checkpoints.tensor_checks import not_finite, some
+from conditional_detr.checkpoints.tensor_checks import abbreviate, not_finite
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
 from conditional_detr.system.atomic_files import write_atomically
 
@@ -29,36 +29,37 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", _AUTHORS_SUFFIX}
 
 
 def save_pretrained(model: ConditionalDETR, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Save a model in the published format: what transformers reads, and what ``from_pretrained`` reads.
+    """Save a model in the published format, which transformers and ``from_pretrained`` read.
 
-    Writes ``config.json``, ``preprocessor_config.json`` and ``model.safetensors``, all of them or none.
+    Write ``config.json``, ``preprocessor_config.json`` and ``model.safetensors``, all of them or none.
 
     Args:
         model: the model.
-        folder: made if missing; these three files in it are replaced, others stay.
+        folder: created if missing; these three files in it are replaced, other files stay.
         dtype: precision on disk, such as ``torch.float16``; default: the model's own. Loading gives float32 again.
 
     Raises:
-        OSError: the folder cannot be made or written.
-        ValueError: a parameter has no place in the format, does not fit the config, or is not finite in ``dtype``.
+        OSError: the folder cannot be created or written.
+        ValueError: the format has no name for a parameter, or a parameter does not fit the config or is not finite in
+            ``dtype``.
     """
     save_as(model, folder, "published", dtype=dtype)
 
 
 def save_as(
-    model: ConditionalDETR, target: str | Path, family: Family, *, dtype: torch.dtype | None = None
+    model: ConditionalDETR, target: str | Path, name_format: NameFormat, *, dtype: torch.dtype | None = None
 ) -> tuple[Path, ...]:
-    """Save a model with the names of a family of files; ``from_pretrained`` reads each of them.
+    """Save a model in a name format; ``from_pretrained`` reads each of them.
 
-    "published" and "transformers 5" are folders of the same three files; the weights of the latter are for
-    ``load_state_dict`` of a transformers 5 model. "original" is one ``.pth`` as the authors' training writes it, with
-    "model" and "args". It holds the weights and the architecture and nothing else: a warning says when that loses
-    class names, category ids or preprocessing. Their code builds 91 classes unless it is changed.
+    "published" and "transformers5" are folders of the same three files; the weights of "transformers5" are for
+    ``load_state_dict`` of a transformers 5 model. "original" is one ``.pth`` file as the authors' training writes it,
+    with "model" and "args". It stores only the weights and the architecture: a warning reports class names, category
+    ids or preprocessing that are lost. The authors' code builds 91 classes unless it is changed.
 
     Args:
         model: the model.
-        target: the folder, made if missing, or the ``.pth``; files that are there are replaced.
-        family: whose names.
+        target: the folder, created if missing, or the ``.pth`` file; existing files are replaced.
+        name_format: "published", "transformers5" or "original".
         dtype: precision on disk, such as ``torch.float16``; default: the model's own. Loading gives float32 again.
 
     Returns:
@@ -66,59 +67,69 @@ def save_as(
 
     Raises:
         OSError: the target cannot be written.
-        ValueError: no such family; the target is a file where a folder is meant, or the other way round; a parameter
-            does not fit the config, or is not finite in ``dtype``; "original": the authors' code does not build this
-            backbone.
+        ValueError: an unknown name format; the target is a file instead of a folder, or a folder instead of a file; a
+            parameter does not fit the config, or is not finite in ``dtype``; "original": the authors' code does not
+            build this backbone.
     """
-    writers = writers_of(model, target, family, dtype=dtype)
+    writers = writers_of(model, target, name_format, dtype=dtype)
     files = tuple(writers)
     files[0].parent.mkdir(parents=True, exist_ok=True)
     write_tensors(writers)
-    if family == "original":
-        _tell_what_is_lost(model, files[0])
+    if name_format == "original":
+        _warn_of_lost_metadata(model, files[0])
     return files
 
 
 def writers_of(
-    model: ConditionalDETR, target: str | Path, family: Family = "published", *, dtype: torch.dtype | None = None
+    model: ConditionalDETR,
+    target: str | Path,
+    name_format: NameFormat = "published",
+    *,
+    dtype: torch.dtype | None = None,
 ) -> dict[Path, Callable[[Path], object]]:
-    """Return what writes each file of :func:`save_as`, the weights first, for those who write others with them.
+    """Return a function for each file of :func:`save_as` that writes it, the weights first.
+
+    Callers use it to write further files together with these.
 
     Raises:
-        ValueError: as of :func:`save_as`.
+        ValueError: as :func:`save_as` raises.
     """
-    files = files_of(target, family)
+    files = files_of(target, name_format)
     state = _checked_state(model, dtype)
-    if family == "original":
-        _check_backbone_is_the_authors(model.config, state)
-    tensors = _renamed(state, Naming(family))
-    if family == "original":
+    if name_format == "original":
+        _check_authors_backbone(model.config, state)
+    tensors = _renamed(state, KeyMap(name_format))
+    if name_format == "original":
         return {files[0]: partial(torch.save, {"model": tensors, "args": write_arguments(model.config)})}
     jsons = (write_config(model.config, model.metadata), write_preprocessor(model.metadata.preprocessing))
     writers = [partial(_write_safetensors, tensors), *(partial(_write_json, content) for content in jsons)]
     return dict(zip(files, writers, strict=True))
 
 
-def files_of(target: str | Path, family: Family) -> tuple[Path, ...]:
+def files_of(target: str | Path, name_format: NameFormat) -> tuple[Path, ...]:
     """Return the files that :func:`save_as` writes, the weights first.
 
     Raises:
-        ValueError: no such family; the target is a file where a folder is meant, or the other way round.
+        ValueError: an unknown name format; the target is a file instead of a folder, or a folder instead of a file.
     """
-    if family not in get_args(Family):
-        raise ValueError(f"family: expected one of {', '.join(get_args(Family))}, got {family!r}")
+    if name_format not in get_args(NameFormat):
+        raise ValueError(f"name_format: expected one of {', '.join(get_args(NameFormat))}, got {name_format!r}")
     target = Path(target)
-    if family == "original":
+    if name_format == "original":
         if target.suffix != _AUTHORS_SUFFIX or target.is_dir():
-            raise ValueError(f"{target}: expected a file *{_AUTHORS_SUFFIX} to hold {family} names")
+            raise ValueError(f"{target}: expected a file *{_AUTHORS_SUFFIX} for {name_format} names")
         return (target,)
     if target.suffix in _WEIGHT_SUFFIXES or target.is_file():
-        raise ValueError(f"{target}: expected a folder to hold the files of {family} names, got a file's name")
+        raise ValueError(f"{target}: expected a folder for {name_format} names, got a file name")
     return tuple(target / file for file in (SAFETENSORS, CONFIG, PREPROCESSOR))
 
 
 def _checked_state(model: ConditionalDETR, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return a model's tensors as they are to be stored, by native names; or name all that a file cannot hold."""
+    """Return a model's tensors on the CPU in their stored precision, by native name.
+
+    Raises:
+        ValueError: a tensor is missing, does not fit the config or is not finite; the message lists all of them.
+    """
     with MetaInit():
         described = ConditionalDETR(model.config, model.metadata).state_dict()
     state = model.state_dict()
@@ -133,15 +144,15 @@ def _checked_state(model: ConditionalDETR, dtype: torch.dtype | None) -> dict[st
     infinite = not_finite(stored, [tensor.sum() for tensor in stored.values()])
     problems += [f"{native}: not finite in {stored[native].dtype}" for native in infinite]
     if problems:
-        raise ValueError(f"the model cannot be saved: {some(problems)}")
+        raise ValueError(f"the model cannot be saved: {abbreviate(problems)}")
     return stored
 
 
-def _renamed(state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
-    """Return native tensors by the names of a family, joined where it keeps three in one."""
+def _renamed(state: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
+    """Return native tensors by their names in a file, concatenated where the file stores three in one tensor."""
     thirds: dict[str, dict[int, Tensor]] = {}
     for native, tensor in state.items():
-        source = source_of(native, naming)
+        source = source_of(native, key_map)
         thirds.setdefault(source.name, {})[source.third or 0] = tensor
     return {
         name: torch.cat([parts[i] for i in sorted(parts)]) if len(parts) > 1 else parts[0]
@@ -149,12 +160,14 @@ def _renamed(state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
     }
 
 
-def _check_backbone_is_the_authors(config: Config, state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the authors' code would build this backbone: torchvision's of that name, all its stages."""
-    ours = {
-        name.removeprefix(NATIVE_BACKBONE): t.shape for name, t in state.items() if name.startswith(NATIVE_BACKBONE)
+def _check_authors_backbone(config: Config, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the authors' code builds this backbone: torchvision's of that name, with all stages."""
+    backbone = {
+        name.removeprefix(NATIVE_BACKBONE): tensor.shape
+        for name, tensor in state.items()
+        if name.startswith(NATIVE_BACKBONE)
     }
-    if ours != _authors_backbone(config):
+    if backbone != _authors_backbone(config):
         raise ValueError(
             "original: expected a backbone that the authors' code builds, a ResNet of torchvision up to stage 4,"
             f" got {config.backbone!r} up to stage {config.backbone_stage}{', dilated' if config.dilation else ''}"
@@ -162,7 +175,7 @@ def _check_backbone_is_the_authors(config: Config, state: Mapping[str, Tensor]) 
 
 
 def _authors_backbone(config: Config) -> dict[str, torch.Size] | None:
-    """Return names and shapes of the backbone the authors' code builds; None if it cannot."""
+    """Return parameter names and shapes of the backbone that the authors' code builds; None if it cannot build it."""
     from torchvision.models import get_model
 
     try:
@@ -174,17 +187,20 @@ def _authors_backbone(config: Config) -> dict[str, torch.Size] | None:
     return {name: shape for name, shape in stored.items() if not name.endswith(".num_batches_tracked")}
 
 
-def _tell_what_is_lost(model: ConditionalDETR, path: Path) -> None:
-    """Warn of what the authors' format does not hold and loading will not assume."""
+def _warn_of_lost_metadata(model: ConditionalDETR, path: Path) -> None:
+    """Warn of metadata that the authors' format does not store and that loading cannot infer."""
     assumed = default_metadata(model.config.num_classes)
     names = [field.name for field in fields(assumed)]
     lost = [name.replace("_", " ") for name in names if getattr(model.metadata, name) != getattr(assumed, name)]
     if lost:
-        _log.warning("%s holds no %s: this format has no place for them", path, ", ".join(lost))
+        _log.warning("%s: the original format does not store %s", path, ", ".join(lost))
 
 
 def write_tensors(writers: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Write files, all of them or none, some with torch or safetensors.
+    """Write the files of a checkpoint, all of them or none.
+
+    Args:
+        writers: the function that writes each file, by the file's path; the weights first.
 
     Raises:
         OSError: a file cannot be written.
@@ -193,9 +209,9 @@ def write_tensors(writers: Mapping[Path, Callable[[Path], object]]) -> None:
 
     try:
         write_atomically(writers)
-    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of an OSError
+    except (RuntimeError, SafetensorError) as error:  # torch and safetensors hide the OSError
         weights = next(iter(writers))
-        raise OSError(f"{weights}: cannot be written; is there room, and permission? ({error})") from error
+        raise OSError(f"{weights}: cannot be written; check disk space and permissions ({error})") from error
 
 
 def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What loading and saving both ask of tensors, and how they name what they find."""
+"""Check tensors for NaN and infinity, and list names in messages."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -6,17 +6,18 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-_SHOWN = 8  # how many keys a message spells out before it counts the rest
+_SHOWN = 8  # names that a message lists before it counts the rest
 
 
 def not_finite(tensors: dict[str, Tensor], sums: Sequence[Tensor]) -> list[str]:
     """Return the names of the tensors that hold NaN or infinity.
 
-    A finite sum tells that none is there; one that is not finite may have overflowed by itself.
+    A finite sum proves that all values are finite. A sum that is not finite may be an overflow, so only those tensors
+    are checked value by value.
 
     Args:
-        tensors: by name.
-        sums: of each of them, in their order.
+        tensors: the tensors, by name.
+        sums: the sum of each tensor, in the same order.
     """
     if not sums:
         return []
@@ -25,7 +26,7 @@ def not_finite(tensors: dict[str, Tensor], sums: Sequence[Tensor]) -> list[str]:
     return [name for name in suspects if not tensors[name].isfinite().all()]
 
 
-def some(keys: Sequence[str]) -> str:
-    """Spell out the first few and count the rest."""
-    rest = len(keys) - _SHOWN
-    return ", ".join(keys[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+def abbreviate(names: Sequence[str]) -> str:
+    """Return the first few names and the number of the others."""
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,60 +1,58 @@
-"""``conditional-detr convert``: weights from any family of files into any."""
+"""``conditional-detr convert``: convert a checkpoint from any name format to any other."""
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-from conditional_detr.checkpoints.key_maps import Family
-from conditional_detr.checkpoints.loading import from_pretrained
-from conditional_detr.checkpoints.saving import files_of, save_as
 from conditional_detr.cli.console import Precision, megabytes, one_line_errors
+from conditional_detr.cli.options import OVERWRITE, REVISION, SOURCE
+
+if TYPE_CHECKING:
+    from conditional_detr.checkpoints.key_maps import NameFormat
 
 
 class Target(str, Enum):
-    """What the command line calls the families."""
+    """The name formats, as the command line's choices."""
 
     PUBLISHED = "published"
     TRANSFORMERS5 = "transformers5"
     ORIGINAL = "original"
 
 
-_FAMILIES: dict[Target, Family] = {
-    Target.PUBLISHED: "published",
-    Target.TRANSFORMERS5: "transformers 5",
-    Target.ORIGINAL: "original",
-}
-
-
 def convert(
-    source: Annotated[str, typer.Argument(help="Weights of any family: a folder, a file, or a hub id 'owner/name'.")],
+    source: Annotated[str, typer.Argument(help=SOURCE)],
     target: Annotated[Path, typer.Argument(help="The folder to write; with --to original, the .pth file.")],
     to: Annotated[Target, typer.Option(help="The format to write, see above.")] = Target.PUBLISHED,
     dtype: Annotated[Precision, typer.Option(help="Precision on disk. Loading gives float32.")] = Precision.FLOAT32,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
-    """Convert weights from any family of files into any other.
+    """Convert a checkpoint from any name format to any other.
 
-    published: a folder that transformers and this library read.
+    **published**: a folder that transformers and this library read.
 
-    transformers5: the same folder, its weights under the names that
-    transformers 5 has in memory, for load_state_dict.
+    **transformers5**: the same folder, with the parameter names that transformers 5 uses in memory, for
+    load_state_dict.
 
-    original: one .pth for the authors' code. It takes only backbones which that
-    code builds, ResNets of torchvision, and has no place for class names,
-    category ids and preprocessing; a warning tells when these are lost.
+    **original**: one .pth file for the authors' code. It supports only backbones that this code builds, ResNets of
+    torchvision, and does not store class names, category ids and preprocessing; a warning reports when these are
+    lost.
     """
-    family = _FAMILIES[to]
+    name_format: NameFormat = to.value
     with one_line_errors():
-        there = [file.name for file in files_of(target, family) if file.exists()]
-        if there and not overwrite:
-            raise FileExistsError(f"{target}: already there: {', '.join(there)}; --overwrite replaces")
+        import torch
+
+        from conditional_detr.checkpoints.loading import from_pretrained
+        from conditional_detr.checkpoints.saving import files_of, save_as
+
+        existing = [file.name for file in files_of(target, name_format) if file.exists()]
+        if existing and not overwrite:
+            raise FileExistsError(f"{target}: already exists: {', '.join(existing)}; use --overwrite to replace")
         model = from_pretrained(source, revision=revision)
-        weights, *_ = save_as(model, target, family, dtype=getattr(torch, dtype.value))
+        weights, *_ = save_as(model, target, name_format, dtype=getattr(torch, dtype.value))
     report = model.load_report
     assert report is not None  # a loaded model has one
-    written = f"{weights} ({family} names, {dtype.value}, {megabytes(weights.stat().st_size)})"
-    typer.echo(f"read {report.source} ({report.family} names, {report.dtype}), wrote {written}")
+    written = f"{weights} ({name_format} names, {dtype.value}, {megabytes(weights.stat().st_size)})"
+    typer.echo(f"read {report.source} ({report.name_format} names, {report.dtype}), wrote {written}")

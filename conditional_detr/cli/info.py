@@ -1,63 +1,67 @@
-"""``conditional-detr info``: what a checkpoint is."""
+"""``conditional-detr info``: describe a checkpoint or an exported model."""
 
 import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from conditional_detr.checkpoints.loading import from_pretrained
 from conditional_detr.cli.console import megabytes, one_line_errors, out
-from conditional_detr.deploy.summary import Summary, summarise
-from conditional_detr.inference.exported import Description, ExportedModel, is_exported
-from conditional_detr.modeling.conditional_detr import Config
-from conditional_detr.modeling.metadata import Metadata
+from conditional_detr.cli.options import REVISION, WEIGHTS
+
+if TYPE_CHECKING:
+    from conditional_detr.deploy.summary import Summary
+    from conditional_detr.inference.exported import Description
+    from conditional_detr.modeling.conditional_detr import Config
+    from conditional_detr.modeling.metadata import Metadata
 
 
 def info(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(help="Weights of any family: a folder, a file, or a hub id 'owner/name'; or an exported file."),
-    ],
+    checkpoint: Annotated[str, typer.Argument(help=WEIGHTS)],
     size: Annotated[
         str | None,
         typer.Option(
             metavar="HEIGHTxWIDTH",
-            help="The image whose FLOPs are counted. Default: the checkpoint's shortest x longest edge.",
+            help="Image size to count FLOPs for.",
+            show_default="the checkpoint's shortest x longest edge",
         ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one json object instead.")] = False,
+    revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Tell what a checkpoint or an exported file is.
+    """Describe a checkpoint or an exported model.
 
-    Of an exported file what stands in it: classes, preprocessing, and how near
-    it was to its model.
+    Of a checkpoint: file, architecture, classes, preprocessing, parameters, and the cost of one image. FLOPs count an
+    addition and a multiplication as one each; multiply-adds count both together as one.
 
-    Of a checkpoint its file, architecture, classes, preprocessing, parameters, and what one
-    image costs: FLOPs count an addition and a multiplication as one each,
-    multiply-adds count both together as one.
+    Of an exported model: classes, preprocessing, and its differences from the model it was exported from.
     """
     height_width = None if size is None else _parsed(size)
     with one_line_errors():
+        from conditional_detr.inference.exported import ExportedModel, is_exported
+
         if is_exported(checkpoint):
             if size is not None or revision is not None:
-                raise ValueError("--size and --revision: of weights only, got an exported file")
+                raise ValueError("--size and --revision: expected a checkpoint, got an exported model")
             description = ExportedModel(checkpoint).description
-            content, rows = json.loads(description.to_json()), [*_rows_of_file(Path(checkpoint), description)]
+            content, rows = json.loads(description.to_json()), [*_rows_of_exported(Path(checkpoint), description)]
         else:
+            from conditional_detr.checkpoints.loading import from_pretrained
+            from conditional_detr.deploy.summary import summarise
+
             summary = summarise(from_pretrained(checkpoint, revision=revision), height_width)
             content, rows = summary.to_dict(), [*_rows(summary)]
     if as_json:
         typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
         return
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table.grid(padding=(0, 2))
-    for what, value in rows:
-        table.add_row(what, Text(value, overflow="fold"))
+    for name, value in rows:
+        table.add_row(name, Text(value, overflow="fold"))
     out.print(table)
 
 
@@ -71,21 +75,21 @@ def _parsed(size: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
-    """Say it line by line: what, and how much of it."""
+def _rows(summary: "Summary") -> Iterator[tuple[str, str]]:
+    """Yield the name and value of each line."""
     if report := summary.load_report:
         yield "file", report.source
-        yield "", f"{report.family} names, {report.dtype}, {megabytes(report.size)}"
+        yield "", f"{report.name_format} names, {report.dtype}, {megabytes(report.size)}"
     yield from _rows_of_network(summary.config, summary.metadata)
-    yield "parameters", f"{summary.total:,}, of which {summary.trainable:,} train"
+    yield "parameters", f"{summary.total:,}, {summary.trainable:,} of them trainable"
     for part, count in summary.parameters.items():
         yield f"  {part}", f"{count:>10,}"
     height, width = summary.size
     yield f"{height} x {width}", f"{summary.flops / 1e9:.2f} GFLOP, {summary.multiply_adds / 1e9:.2f} G multiply-adds"
 
 
-def _rows_of_network(config: Config, metadata: Metadata) -> Iterator[tuple[str, str]]:
-    """Say what architecture, classes and preprocessing are."""
+def _rows_of_network(config: "Config", metadata: "Metadata") -> Iterator[tuple[str, str]]:
+    """Yield architecture, classes and preprocessing."""
     yield "backbone", f"{config.backbone}, stage {config.backbone_stage}{', dilated' if config.dilation else ''}"
     yield "encoder", f"{config.encoder_layers} layers, width {config.width}, {config.heads} heads"
     yield "decoder", f"{config.decoder_layers} layers, {config.num_queries} queries"
@@ -98,8 +102,8 @@ def _rows_of_network(config: Config, metadata: Metadata) -> Iterator[tuple[str, 
     yield "", f"mean {preprocessing.mean}, std {preprocessing.std}"
 
 
-def _rows_of_file(path: Path, description: Description) -> Iterator[tuple[str, str]]:
-    """Say what an exported file says of itself."""
+def _rows_of_exported(path: Path, description: "Description") -> Iterator[tuple[str, str]]:
+    """Yield the description of an exported model."""
     yield "file", str(path)
     top_k = description.top_k
     after = "no post-processing" if top_k is None else f"post-processing to at most {top_k} detections"
@@ -108,14 +112,14 @@ def _rows_of_file(path: Path, description: Description) -> Iterator[tuple[str, s
     yield from _rows_of_network(description.config, description.metadata)
     for one in description.parity:
         size = f"{one.height} x {one.width}"
-        yield size, f"logits were within {one.logits:.1e} of the model's, boxes within {one.boxes:.1e}"
-    for what, measured in description.measured.items():
+        yield size, f"logits differ by at most {one.logits:.1e} from the model, boxes by {one.boxes:.1e}"
+    for name, measured in description.measured.items():
         many = measured.items() if isinstance(measured, Mapping) else {"": measured}.items()
-        yield what, ", ".join(f"{name} {_told(value)}".strip() for name, value in many)
+        yield name, ", ".join(f"{key} {_format(value)}".strip() for key, value in many)
 
 
-def _told(value: Any) -> str:
-    """Write what was measured."""
+def _format(value: Any) -> str:
+    """Format a measured value."""
     if isinstance(value, list):
         return " and ".join(value) or "nothing"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,34 +1,32 @@
-"""``conditional-detr train``: train on a data set in COCO's form, in one process or under torchrun or accelerate."""
+"""``conditional-detr train``: train or fine-tune on a dataset in COCO format, in one process or several."""
 
 import json
 from dataclasses import fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import distributed
 
-from conditional_detr.checkpoints.backbone_weights import load_backbone_weights
-from conditional_detr.checkpoints.loading import from_pretrained
-from conditional_detr.cli.console import INTERRUPTED, Precision, one_line_errors, out, tell
-from conditional_detr.data.annotations import name_rows
-from conditional_detr.data.coco import read_annotations
-from conditional_detr.data.dataset import Augmentation, CocoData
-from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
-from conditional_detr.modeling.metadata import Metadata, Preprocessing
-from conditional_detr.training.checkpoints import LAST, STATE
+from conditional_detr.cli.console import INTERRUPTED, Precision, one_line_errors, out, print_line
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.loop import TrainResult
-from conditional_detr.training.loop import train as run
 
-NOTHING = "none"
-"""What --weights says for a model that starts untrained."""
+if TYPE_CHECKING:
+    from conditional_detr.data.augmentation import Augmentation
+    from conditional_detr.data.dataset import CocoData
+    from conditional_detr.modeling.conditional_detr import ConditionalDETR
+    from conditional_detr.modeling.metadata import Preprocessing
+    from conditional_detr.training.loop import TrainResult
+
+UNTRAINED = "none"
+"""Value of ``--weights`` for a randomly initialised model."""
+
+_DATA, _MODEL, _IMAGES = "Data", "Model", "Image size and augmentation"
+_OPTIMIZER, _SPEED, _CHECKPOINTS = "Optimisation", "Speed and memory", "Evaluation and checkpoints"
 
 
 class Preset(str, Enum):
-    """Settings for the usual cases, by the names of TrainConfig's constructors."""
+    """Presets, by the names of TrainConfig's constructors."""
 
     FROM_SCRATCH = "from_scratch"
     FINETUNE = "finetune"
@@ -36,7 +34,7 @@ class Preset(str, Enum):
 
 
 class Augment(str, Enum):
-    """What is done to training images, by the names of Augmentation's constructors."""
+    """Augmentations, by the names of Augmentation's constructors."""
 
     PAPER = "paper"
     SMALL = "small"
@@ -44,7 +42,7 @@ class Augment(str, Enum):
 
 
 class Schedule(str, Enum):
-    """How the learning rates change."""
+    """Schedules of the learning rate."""
 
     STEP = "step"
     COSINE = "cosine"
@@ -52,65 +50,146 @@ class Schedule(str, Enum):
 
 
 def train(
-    data: Annotated[Path, typer.Option(help="COCO's json of the training data.")],
-    images: Annotated[Path, typer.Option(help="The folder of its images.")],
-    output: Annotated[Path, typer.Option(help="Where checkpoints, log and curves go.")],
-    val_data: Annotated[Path | None, typer.Option(help="COCO's json of the validation data, for AP.")] = None,
-    val_images: Annotated[Path | None, typer.Option(help="The folder of its images; else --images.")] = None,
+    data: Annotated[Path, typer.Option(help="COCO annotation file to train on.", rich_help_panel=_DATA)],
+    images: Annotated[Path, typer.Option(help="Image folder of --data.", rich_help_panel=_DATA)],
+    output: Annotated[
+        Path, typer.Option(help="Folder for checkpoints, log and curves.", rich_help_panel=_CHECKPOINTS)
+    ],
+    val_data: Annotated[
+        Path | None, typer.Option(help="COCO annotation file to measure AP on.", rich_help_panel=_DATA)
+    ] = None,
+    val_images: Annotated[
+        Path | None,
+        typer.Option(help="Image folder of --val-data.", show_default="--images", rich_help_panel=_DATA),
+    ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="What to start from: a folder, a file, a hub id; 'none': untrained.")
+        str | None,
+        typer.Option(
+            help="Checkpoint to start from: a folder, a file, a hub id; 'none': random weights.",
+            rich_help_panel=_MODEL,
+        ),
     ] = None,
     architecture: Annotated[
-        str, typer.Option(help="With --weights none: Config's fields, 'backbone=resnet18 num_queries=100'.")
+        str,
+        typer.Option(
+            help="With --weights none: fields of Config, such as 'backbone=resnet18 num_queries=100'.",
+            show_default="the published one",
+            rich_help_panel=_MODEL,
+        ),
     ] = "",
     backbone_weights: Annotated[
-        Path | None, typer.Option(help="With --weights none: a file with weights of timm's or torchvision's backbone.")
+        Path | None,
+        typer.Option(help="With --weights none: file with timm's or torchvision's weights.", rich_help_panel=_MODEL),
     ] = None,
-    num_queries: Annotated[int | None, typer.Option(min=1, help="Object queries; else those of the weights.")] = None,
-    preset: Annotated[Preset, typer.Option(help="Settings to start from.")] = Preset.FINETUNE_SMALL,
+    num_queries: Annotated[
+        int | None,
+        typer.Option(min=1, help="Object queries.", show_default="of the weights", rich_help_panel=_MODEL),
+    ] = None,
+    query_groups: Annotated[
+        int | None,
+        typer.Option(help="Groups of object queries that train side by side.", rich_help_panel=_MODEL),
+    ] = None,
+    dropout: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Dropout in training.", show_default="of the weights", rich_help_panel=_MODEL),
+    ] = None,
+    shortest_edge: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Pixels of the shorter side.", show_default="of the weights", rich_help_panel=_IMAGES
+        ),
+    ] = None,
+    longest_edge: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Most pixels of the longer side.", show_default="in proportion", rich_help_panel=_IMAGES
+        ),
+    ] = None,
     augmentation: Annotated[
-        Augment | None, typer.Option(help="Else small with finetune_small, paper with the other presets.")
+        Augment | None,
+        typer.Option(
+            help="Augmentation.", show_default="small with finetune_small, else paper", rich_help_panel=_IMAGES
+        ),
     ] = None,
     vertical_flip: Annotated[
-        bool, typer.Option("--vertical-flip", help="Upside down is as likely, as under a microscope or from above.")
+        bool,
+        typer.Option(
+            "--vertical-flip", help="Also flip upside down: microscopy, aerial images.", rich_help_panel=_IMAGES
+        ),
     ] = False,
     quarter_turn: Annotated[
-        bool, typer.Option("--quarter-turn", help="Lying on a side is as likely, as under a microscope or from above.")
+        bool,
+        typer.Option(
+            "--quarter-turn", help="Also turn by 90 degrees: microscopy, aerial images.", rich_help_panel=_IMAGES
+        ),
     ] = False,
-    dropout: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Dropout while training; else that of the weights.")
+    preset: Annotated[
+        Preset, typer.Option(help="Defaults of the options below.", rich_help_panel=_OPTIMIZER)
+    ] = Preset.FINETUNE_SMALL,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.", rich_help_panel=_OPTIMIZER)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per forward pass of a process.", rich_help_panel=_OPTIMIZER)
     ] = None,
-    shortest_edge: Annotated[int | None, typer.Option(min=1, help="Pixels of an image's shorter side.")] = None,
-    longest_edge: Annotated[int | None, typer.Option(min=1, help="The most pixels of its longer side.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="How often every image is seen.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a forward pass of one process.")] = None,
-    accumulation: Annotated[int | None, typer.Option(help="Forward passes a step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    backbone_lr: Annotated[float | None, typer.Option(help="Learning rate of the backbone; 0 freezes it.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW's.")] = None,
-    clip: Annotated[float | None, typer.Option(help="The largest norm of the gradients; 0: no limit.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Steps in which the rates rise from 0.")] = None,
-    schedule: Annotated[Schedule | None, typer.Option(help="How the rates then change.")] = None,
-    ema: Annotated[float | None, typer.Option(help="Decay of the weights' moving average; 0: none.")] = None,
-    query_groups: Annotated[int | None, typer.Option(help="Groups of queries that learn side by side.")] = None,
-    autocast: Annotated[Precision, typer.Option(help="Precision of the forward pass.")] = Precision.FLOAT32,
+    accumulation: Annotated[
+        int | None, typer.Option(help="Forward passes per step.", rich_help_panel=_OPTIMIZER)
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=_OPTIMIZER)] = None,
+    backbone_lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the backbone; 0 freezes it.", rich_help_panel=_OPTIMIZER)
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Weight decay of AdamW.", rich_help_panel=_OPTIMIZER)
+    ] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="Largest norm of the gradients; 0: no limit.", rich_help_panel=_OPTIMIZER)
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps in which the learning rate rises from 0.", rich_help_panel=_OPTIMIZER)
+    ] = None,
+    schedule: Annotated[
+        Schedule | None, typer.Option(help="Learning rate after the warm-up.", rich_help_panel=_OPTIMIZER)
+    ] = None,
+    ema: Annotated[
+        float | None, typer.Option(help="Decay of the weights' moving average; 0: none.", rich_help_panel=_OPTIMIZER)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", rich_help_panel=_OPTIMIZER)] = 0,
+    autocast: Annotated[
+        Precision, typer.Option(help="Precision of the forward pass.", rich_help_panel=_SPEED)
+    ] = Precision.FLOAT32,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+        bool, typer.Option("--gradient-checkpointing", help="Use less memory and more time.", rich_help_panel=_SPEED)
     ] = False,
-    patience: Annotated[int | None, typer.Option(help="Evaluations without a better AP; 0: any number.")] = None,
-    evaluate_every: Annotated[int | None, typer.Option(help="Epochs from one evaluation to the next.")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps from one checkpoint to the next.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that prepare images; 0: none.")] = None,
-    seed: Annotated[int, typer.Option(help="Everything drawn follows from it.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from --output, if there is a checkpoint.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that load images; 0: none.", rich_help_panel=_SPEED)
+    ] = None,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Epochs between evaluations.", rich_help_panel=_CHECKPOINTS)
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after this many evaluations without a better AP; 0: never.", rich_help_panel=_CHECKPOINTS
+        ),
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints.", rich_help_panel=_CHECKPOINTS)
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue from the checkpoint in --output, if any.", rich_help_panel=_CHECKPOINTS
+        ),
+    ] = False,
 ) -> None:
-    """Train, or fine-tune, on a data set in COCO's form; the classes are those of the data set.
+    """Train or fine-tune on a dataset in COCO format. The classes are those of the dataset.
 
-    Rows of the class head whose names the data set has, too, are kept; others start anew. Several processes train
-    together: torchrun --nproc-per-node 2 --no-python conditional-detr train ..., or accelerate launch --no_python.
+    Class head rows are kept where the weights have a class of the same name; all others are initialised anew.
 
-    In --output: best and last, checkpoints to detect with; log.jsonl, curves.png and tensorboard. What was stopped, in
-    whatever way, goes on with --resume and the same options.
+    --output receives the checkpoints "best" and "last", log.jsonl, curves.png and tensorboard. To continue a stopped
+    run, repeat the command with --resume.
+
+    Several processes train together under torchrun --nproc-per-node 2 --no-python conditional-detr train ..., or
+    under accelerate launch --no_python.
     """
     given = dict(locals())
     with one_line_errors():
@@ -125,10 +204,10 @@ def train(
             model = _with_dropout(model, dropout)
         edges = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
         preprocessing = _preprocessing(model.metadata.preprocessing, edges)
-        changes_of_images = _augmentation(augmentation, preset, vertical_flip, quarter_turn)
-        data_sets = _data_sets(data, images, val_data, val_images, changes_of_images, preprocessing, seed)
-        model.metadata = data_sets[0].metadata
-        result = _run(model, *data_sets, config, output, resume)
+        chosen = _augmentation(augmentation, preset, vertical_flip, quarter_turn)
+        datasets = _datasets(data, images, val_data, val_images, chosen, preprocessing, seed)
+        model.metadata = datasets[0].metadata
+        result = _run(model, *datasets, config, output, resume)
     if result is not None:
         _show(result)
 
@@ -141,31 +220,45 @@ def _model(
     backbone_weights: Path | None,
     num_queries: int | None,
     seed: int,
-) -> ConditionalDETR:
-    """Return the model to begin with: the output's own if it is to go on, else of weights, or untrained."""
-    names, _ = name_rows(read_annotations(data), None)
+) -> "ConditionalDETR":
+    """Return the initial model: from the output folder when resuming, else from weights, or randomly initialised."""
+    import torch
+
+    from conditional_detr.checkpoints.backbone_weights import load_backbone_weights
+    from conditional_detr.checkpoints.loading import from_pretrained
+    from conditional_detr.data.annotations import map_classes
+    from conditional_detr.data.coco import read_annotations
+    from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
+    from conditional_detr.modeling.metadata import Metadata
+    from conditional_detr.training.checkpoints import LAST, STATE
+
+    names, _ = map_classes(read_annotations(data), None)
     torch.manual_seed(seed)
     if output is not None and (output / LAST / STATE).exists():
         return from_pretrained(output / LAST)
     if weights is None:
-        raise ValueError("--weights: expected what to start from: a folder, a file, a hub id, or none for untrained")
-    if weights != NOTHING:
+        raise ValueError(
+            "--weights: expected a checkpoint to start from: a folder, a file, a hub id, or none for random weights"
+        )
+    if weights != UNTRAINED:
         for name, value in (("architecture", architecture), ("backbone-weights", backbone_weights)):
             if value:
-                raise ValueError(f"--{name}: weights have their own, got {str(value)!r} with --weights {weights}")
+                raise ValueError(f"--{name}: expected none with --weights {weights}, got {str(value)!r}")
         return from_pretrained(weights, class_names=names, num_queries=num_queries)
     queries = {} if num_queries is None else {"num_queries": num_queries}
     config = Config(**{**_read_architecture(architecture), **queries, "num_classes": len(names)})
     model = ConditionalDETR(config, Metadata(names))
     if backbone_weights is not None:
         report = load_backbone_weights(model, backbone_weights)
-        unused = f", and {len(report.left_over)} tensors that it does not have" if report.left_over else ""
-        tell(f"{backbone_weights}: all {len(report.filled)} tensors of the backbone{unused}")
+        unused = f", and {len(report.unused)} tensors that it does not have" if report.unused else ""
+        print_line(f"{backbone_weights}: all {len(report.loaded)} tensors of the backbone{unused}")
     return model
 
 
-def _with_dropout(model: ConditionalDETR, dropout: float) -> ConditionalDETR:
-    """Return the same model with another dropout."""
+def _with_dropout(model: "ConditionalDETR", dropout: float) -> "ConditionalDETR":
+    """Return a copy of the model with another dropout."""
+    from conditional_detr.modeling.conditional_detr import ConditionalDETR
+
     other = ConditionalDETR(replace(model.config, dropout=dropout), model.metadata)
     other.load_state_dict(model.state_dict())
     other.load_report = model.load_report
@@ -173,7 +266,9 @@ def _with_dropout(model: ConditionalDETR, dropout: float) -> ConditionalDETR:
 
 
 def _read_architecture(text: str) -> dict[str, Any]:
-    """Read 'backbone=resnet18 num_queries=100'; numbers and true or false as in json, all else is text."""
+    """Read 'backbone=resnet18 num_queries=100'; values are JSON, or else text."""
+    from conditional_detr.modeling.conditional_detr import Config
+
     found: dict[str, Any] = {}
     known = [f.name for f in fields(Config) if f.name != "num_classes"]
     for part in text.replace(",", " ").split():
@@ -187,8 +282,8 @@ def _read_architecture(text: str) -> dict[str, Any]:
     return found
 
 
-def _preprocessing(present: Preprocessing, edges: dict[str, int | None]) -> Preprocessing:
-    """Return the preprocessing with other sizes; if only the shorter side is told, the ratio of the two stays."""
+def _preprocessing(present: "Preprocessing", edges: dict[str, int | None]) -> "Preprocessing":
+    """Return the preprocessing with other sizes; the longer side follows the shorter one unless it is given."""
     short, long = edges["shortest_edge"], edges["longest_edge"]
     if short is not None and long is None:
         long = round(short * present.longest_edge / present.shortest_edge)
@@ -197,8 +292,10 @@ def _preprocessing(present: Preprocessing, edges: dict[str, int | None]) -> Prep
 
 def _augmentation(
     wish: Augment | None, preset: Preset, vertical_flip: bool, quarter_turn: bool
-) -> Augmentation | None:
-    """Return what is to be done to training images."""
+) -> "Augmentation | None":
+    """Return the augmentation of training images; None: none."""
+    from conditional_detr.data.augmentation import Augmentation
+
     if wish is None:
         wish = Augment.SMALL if preset is Preset.FINETUNE_SMALL else Augment.PAPER
     chosen = Augmentation() if wish is Augment.NOTHING else getattr(Augmentation, wish.value)()
@@ -209,16 +306,18 @@ def _augmentation(
     return None if chosen == Augmentation() else chosen
 
 
-def _data_sets(
+def _datasets(
     data: Path,
     images: Path,
     val_data: Path | None,
     val_images: Path | None,
-    augmentation: Augmentation | None,
-    preprocessing: Preprocessing,
+    augmentation: "Augmentation | None",
+    preprocessing: "Preprocessing",
     seed: int,
-) -> tuple[CocoData, CocoData | None]:
-    """Return the data to train on, and to validate with."""
+) -> "tuple[CocoData, CocoData | None]":
+    """Return the datasets for training and validation."""
+    from conditional_detr.data.dataset import CocoData
+
     training = CocoData(data, images, augmentation=augmentation, preprocessing=preprocessing, seed=seed)
     if val_data is None:
         return training, None
@@ -227,30 +326,35 @@ def _data_sets(
 
 
 def _run(
-    model: ConditionalDETR,
-    train_data: CocoData,
-    val_data: CocoData | None,
+    model: "ConditionalDETR",
+    train_data: "CocoData",
+    val_data: "CocoData | None",
     config: TrainConfig,
     output: Path,
     resume: bool,
-) -> TrainResult | None:
-    """Train; returns the result in the first process."""
+) -> "TrainResult | None":
+    """Train; return the result in the first process, None in the others."""
+    from torch import distributed
+
+    from conditional_detr.training.checkpoints import LAST
+    from conditional_detr.training.loop import train
+
     try:
-        result = run(model, train_data, val_data, config, folder=output, resume=resume)
+        result = train(model, train_data, val_data, config, folder=output, resume=resume)
         first = not distributed.is_initialized() or distributed.get_rank() == 0
         return result if first else None
     except KeyboardInterrupt:
-        tell(f"interrupted; --resume goes on from {output / LAST}")
+        print_line(f"interrupted; --resume continues from {output / LAST}")
         raise typer.Exit(INTERRUPTED) from None
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
 
-def _show(result: TrainResult) -> None:
-    """Print where things are."""
+def _show(result: "TrainResult") -> None:
+    """Print the results and their files."""
     if result.stopped_early:
-        out.print("stopped early: AP had not risen for as long as the patience lasts", markup=False)
+        out.print("stopped early: AP has not improved within the patience", markup=False)
     if result.best is not None:
         out.print(f"best AP {result.best_ap:.3f}: {result.best}", markup=False, soft_wrap=True)
     out.print(f"after {result.steps} steps: {result.last}", markup=False, soft_wrap=True)

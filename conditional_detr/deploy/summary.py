@@ -1,31 +1,30 @@
-"""What a model is, in numbers: parameters by part, and what an image costs."""
+"""Summarise a model: parameters by part, and operations per image."""
 
-from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from conditional_detr.checkpoints.meta_init import MetaInit
+from conditional_detr.deploy.optimize import OptimizedDETR
+from conditional_detr.deploy.parameters import count_parameters
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
 from conditional_detr.modeling.metadata import LoadReport, Metadata
-
-_HEADS = {"class_head", "box_head"}
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A model in numbers.
+    """Summary of a model.
 
     Attributes:
         config: the architecture.
-        metadata: classes and preprocessing.
-        load_report: where the weights came from; None for a model that was not loaded.
-        parameters: how many each part has, by its name in the model; "heads" are both of them.
-        trainable: how many of all are not frozen.
-        size: height and width of the image that ``flops`` is for.
-        flops: operations of one image, an addition and a multiplication counting one each; of the architecture as
-            ``config`` describes it, whatever has been put in place of a head since.
+        metadata: class names, category ids and preprocessing.
+        load_report: source of the weights; None: the model was not loaded.
+        parameters: number of parameters of each part, by its name in the model; "heads" is the sum of both heads.
+        trainable: number of parameters that are not frozen.
+        size: image height and width for ``flops``.
+        flops: operations per image, counting an addition and a multiplication as one each. They are those of the
+            architecture in ``config``, even if a head was replaced.
     """
 
     config: Config
@@ -38,20 +37,20 @@ class Summary:
 
     @property
     def total(self) -> int:
-        """How many parameters there are; what frozen BatchNorm keeps is none."""
+        """Return the number of parameters; the buffers of frozen BatchNorm are not included."""
         return sum(self.parameters.values())
 
     @property
     def multiply_adds(self) -> int:
-        """Operations of one image, a multiplication and the addition of its result counting one together."""
+        """Return the operations per image, counting a multiplication with its addition as one."""
         return self.flops // 2
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it all as json can hold it; an unused row of the class head is null."""
+        """Return a JSON-compatible dict; the name of an unused row of the class head is None."""
         names = self.metadata.class_names
         weights = None
         if report := self.load_report:
-            weights = {"file": report.source, "bytes": report.size, "family": report.family, "dtype": report.dtype}
+            weights = {"file": report.source, "bytes": report.size, "name_format": report.name_format, "dtype": report.dtype}
         return {
             "weights": weights,
             "architecture": asdict(self.config),
@@ -72,44 +71,48 @@ class Summary:
 
 
 def summarise(model: ConditionalDETR, size: tuple[int, int] | None = None) -> Summary:
-    """Count a model's parameters and what one image costs it.
+    """Count the parameters of a model and its operations per image.
 
     Args:
-        model: the model.
-        size: height and width in pixels; default: the shortest and the longest edge of its preprocessing.
+        model: a plain model, or an optimised copy, which gives the numbers of the plain model that it was made from.
+        size: image height and width in pixels; None: the shortest and the longest edge of its preprocessing.
+
+    Returns:
+        The summary.
 
     Raises:
-        ValueError: a size that is not positive, or too small for the backbone.
+        ValueError: the size is not positive, or too small for the backbone.
     """
     preprocessing = model.metadata.preprocessing
     size = size or (preprocessing.shortest_edge, preprocessing.longest_edge)
-    parts: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        part = name.partition(".")[0]
-        parts["heads" if part in _HEADS else part] += parameter.numel()
+    counts = model.plain_parameters if isinstance(model, OptimizedDETR) else count_parameters(model)
     return Summary(
         config=model.config,
         metadata=model.metadata,
         load_report=model.load_report,
-        parameters=dict(parts),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=dict(counts.parts),
+        trainable=counts.trainable,
         size=size,
         flops=count_flops(model.config, *size),
     )
 
 
 def count_flops(config: Config, height: int, width: int) -> int:
-    """Count the operations of detecting objects on one image, an addition and a multiplication counting one each.
+    """Count the operations of a forward pass on one image, an addition and a multiplication as one each.
 
-    What torch's counter counts: convolutions, matrix products, attention; normalisation and the like are left out.
+    Convolutions, matrix products and attention are counted, as in torch's FLOP counter; normalisation, activations and
+    other elementwise operations are not.
 
     Args:
         config: the architecture.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
+        height: image height in pixels.
+        width: image width in pixels.
+
+    Returns:
+        The number of operations.
 
     Raises:
-        ValueError: a size that is not positive, or too small for the backbone.
+        ValueError: the size is not positive, or too small for the backbone.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -117,11 +120,11 @@ def count_flops(config: Config, height: int, width: int) -> int:
         raise ValueError(f"size: expected at least 1 x 1, got {height} x {width}")
     with MetaInit():
         model = ConditionalDETR(config).eval()
-    # on the meta device nothing is computed; and on a CPU some versions of the counter miss the fused attention
+    # the meta device computes nothing; on a CPU, some versions of the counter miss fused attention
     pixels = torch.empty(1, 3, height, width, device="meta")
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(pixels)
     except RuntimeError as error:
-        raise ValueError(f"size: {height} x {width} does not go through {config.backbone}: {error}") from error
+        raise ValueError(f"size: {config.backbone} cannot process {height} x {width}: {error}") from error
     return counter.get_total_flops()

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+PUBLISHED = "microsoft/conditional-detr-resnet-50"
+"""Hub id of the authors' ResNet-50 checkpoint, the default wherever weights are optional."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -70,57 +73,58 @@ class Metadata:
 
 
 @dataclass(frozen=True)
-class HeadChanges:
-    """What became of a checkpoint's classes and object queries when a model was made of it.
+class HeadReplacement:
+    """Classes and object queries that were kept, added and dropped when heads were replaced.
 
     Attributes:
-        kept_classes: names whose row of the class head is the checkpoint's.
-        made_classes: names with a new row.
-        dropped_classes: names of the checkpoint that the model no longer has.
-        kept_queries: how many leading object queries are the checkpoint's.
-        made_queries: how many are new.
-        dropped_queries: how many of the checkpoint's the model no longer has.
+        kept_classes: names whose row of the class head comes from the checkpoint.
+        new_classes: names with a new row.
+        dropped_classes: names of the checkpoint that the model does not have.
+        kept_queries: number of leading object queries that come from the checkpoint.
+        new_queries: number of new object queries.
+        dropped_queries: number of the checkpoint's object queries that the model does not have.
     """
 
     kept_classes: tuple[str, ...]
-    made_classes: tuple[str, ...]
+    new_classes: tuple[str, ...]
     dropped_classes: tuple[str, ...]
     kept_queries: int
-    made_queries: int
+    new_queries: int
     dropped_queries: int
 
     @property
     def changed(self) -> bool:
-        """Whether anything is new or lost."""
-        return any((self.made_classes, self.dropped_classes, self.made_queries, self.dropped_queries))
+        """Whether any class or query is new or dropped."""
+        return any((self.new_classes, self.dropped_classes, self.new_queries, self.dropped_queries))
 
     def __str__(self) -> str:
-        classes = (self.kept_classes, self.made_classes, self.dropped_classes)
-        queries = (self.kept_queries, self.made_queries, self.dropped_queries)
+        classes = (self.kept_classes, self.new_classes, self.dropped_classes)
+        queries = (self.kept_queries, self.new_queries, self.dropped_queries)
         lines = []
-        for what, names, count in zip(("kept", "made", "dropped"), classes, queries, strict=True):
+        for change, names, count in zip(("kept", "new", "dropped"), classes, queries, strict=True):
             listed = f" ({', '.join(names)})" if names else ""
-            lines.append(f"{what}: {count} queries, {len(names)} classes{listed}")
+            lines.append(f"{change}: {count} queries, {len(names)} classes{listed}")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading a checkpoint did; print it, or read it from ``model.load_report``.
+    """Result of loading a checkpoint, in ``model.load_report``; printing it gives a summary.
 
     Attributes:
-        source: the file the weights came from.
-        family: whose parameter names the file uses.
-        dtype: precision of the file's tensors, such as "float16"; several are listed.
-        size: of the file, in bytes.
-        heads: which classes and queries came from it.
+        source: path of the weight file.
+        name_format: the file's parameter names: "published", "transformers5" or "original", with a note if the
+            backbone is transformers' own ResNet.
+        dtype: precision of the file's tensors, such as "float16"; comma-separated if there are several.
+        size: size of the file in bytes.
+        heads: which classes and queries come from the checkpoint.
     """
 
     source: str
-    family: str
+    name_format: str
     dtype: str
     size: int
-    heads: HeadChanges
+    heads: HeadReplacement
 
     def __str__(self) -> str:
-        return f"{self.source} ({self.family} names)\n{self.heads}"
+        return f"{self.source} ({self.name_format} names)\n{self.heads}"

@@ -1,4 +1,4 @@
-"""Weights of a classifier become those of the backbone: torchvision's ResNet gives the same maps."""
+"""Classifier weights loaded into the backbone: torchvision's ResNet gives the same feature maps."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ PIXELS = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def classifier():
-    """torchvision's ResNet-18 with statistics that count."""
+    """torchvision's ResNet-18 with BatchNorm statistics that change the result."""
     torch.manual_seed(0)
     model = resnet18().eval()
     for module in model.modules():
@@ -34,7 +34,7 @@ def fresh(stage=3, backbone="resnet18"):
 
 
 def folded(classifier):
-    """The state dict with BatchNorm folded into the convolutions, as the definition of BatchNorm says."""
+    """The state dict with BatchNorm folded into the convolutions, by the definition of BatchNorm."""
     modules, state = dict(classifier.named_modules()), {}
     for path, module in modules.items():
         if isinstance(module, nn.BatchNorm2d):
@@ -67,14 +67,14 @@ def test_maps_equal_torchvisions(classifier, tmp_path, kind, stage):
     with torch.no_grad():
         features, _ = model.backbone(PIXELS)
     torch.testing.assert_close(features, maps(classifier, stage), rtol=1e-4, atol=1e-5)
-    assert set(report.filled) == set(model.backbone.body.state_dict())
-    left = {name for name in state if name.startswith(("fc", *(f"layer{i}" for i in range(stage + 1, 5))))}
-    assert set(report.left_over) == {name for name in left if not name.endswith("num_batches_tracked")}
+    assert set(report.loaded) == set(model.backbone.body.state_dict())
+    unused = {name for name in state if name.startswith(("fc", *(f"layer{i}" for i in range(stage + 1, 5))))}
+    assert set(report.unused) == {name for name in unused if not name.endswith("num_batches_tracked")}
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in others.items())
 
 
-def test_names_that_timm_writes_in_two_ways(tmp_path):
-    """A backbone that gives maps has stages_0 where the classifier has stages.0."""
+def test_names_with_underscores_for_dots(tmp_path):
+    """timm's feature extractor has stages_0 where the classifier has stages.0."""
     import timm
 
     torch.manual_seed(0)
@@ -82,23 +82,23 @@ def test_names_that_timm_writes_in_two_ways(tmp_path):
     torch.save(classifier.state_dict(), tmp_path / "backbone.pth")
     model = fresh(1, "convnext_atto")
     report = load_backbone_weights(model, tmp_path / "backbone.pth")
-    assert any(name.startswith("stages.3") for name in report.left_over)
+    assert any(name.startswith("stages.3") for name in report.unused)
     with torch.no_grad():
         expected = classifier.stages[1](classifier.stages[0](classifier.stem(PIXELS)))
         torch.testing.assert_close(model.backbone(PIXELS)[0], expected)
 
 
-def test_a_deeper_network_of_the_family_does_not_pass_for_a_shallow_one(tmp_path):
+def test_weights_of_a_deeper_network_are_an_error(tmp_path):
     torch.save(resnet34().state_dict(), tmp_path / "backbone.pth")
-    with pytest.raises(ValueError, match=r"left over, in stages that the backbone has: layer1\.2\.conv1\.weight, "):
+    with pytest.raises(ValueError, match=r"unexpected, in stages that the backbone has: layer1\.2\.conv1\.weight, "):
         load_backbone_weights(fresh(), tmp_path / "backbone.pth")
     with pytest.raises(TypeError, match="expected a ConditionalDETR, got Linear"):
         load_backbone_weights(nn.Linear(2, 2), tmp_path / "backbone.pth")
-    with pytest.raises(ValueError, match="expected a plain model, got one whose backbone is none of timm's"):
+    with pytest.raises(ValueError, match="expected a plain model, got one whose backbone is not from timm"):
         load_backbone_weights(optimize(fresh()), tmp_path / "backbone.pth")
 
 
-def test_what_does_not_fit_is_named_and_nothing_is_loaded(classifier, tmp_path):
+def test_tensors_that_do_not_fit_are_listed_and_nothing_is_loaded(classifier, tmp_path):
     state = dict(classifier.state_dict())
     del state["layer2.0.conv1.weight"], state["bn1.bias"]
     state["layer1.0.conv1.weight"] = torch.zeros(64, 64, 1, 1)
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(classifier, tmp_path):
     with pytest.raises(ValueError, match="does not fit the backbone 'resnet18'") as error:
         load_backbone_weights(model, tmp_path / "backbone.pth")
     assert "missing: bn1.bias, layer2.0.conv1.weight\n" in str(error.value)
-    assert "of another shape: layer1.0.conv1.weight: expected (64, 64, 3, 3)" in str(error.value)
+    assert "wrong shape: layer1.0.conv1.weight: expected (64, 64, 3, 3)" in str(error.value)
     assert "not finite: layer3.1.bn2.running_mean" in str(error.value)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
 
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(classifier, tmp_path):
         ("missing.pth", None, FileNotFoundError, "missing.pth"),
     ],
 )
-def test_files_that_are_none(tmp_path, name, content, error, message):
+def test_files_of_the_wrong_kind(tmp_path, name, content, error, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=message):
@@ -134,5 +134,5 @@ def test_files_that_are_none(tmp_path, name, content, error, message):
 
 def test_objects_in_an_npz_are_not_unpickled(tmp_path):
     np.savez(tmp_path / "backbone.npz", x=np.array([{}], dtype=object))
-    with pytest.raises(ValueError, match="truncated, or not an npz file of numbers"):
+    with pytest.raises(ValueError, match="truncated, or not an npz file of numeric arrays"):
         load_backbone_weights(fresh(), tmp_path / "backbone.npz")

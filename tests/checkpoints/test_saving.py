@@ -1,4 +1,4 @@
-"""Any family of files out: the same model, whole or not at all, and what a format cannot hold is said."""
+"""Saving in every name format: the same model, all files or none, and reports of what a format does not store."""
 
 import argparse
 import logging
@@ -20,12 +20,12 @@ from helpers.models import TINY, TINY_CONFIG, assert_same, transformers_model, t
 from helpers.name_formats import to_original
 from helpers.reference import distance, rounding, transformers_output
 
-TARGETS = {"published": "folder", "transformers 5": "folder5", "original": "authors.pth"}
+TARGETS = {"published": "folder", "transformers5": "folder5", "original": "authors.pth"}
 
 
 @pytest.fixture(scope="module")
 def small() -> ConditionalDETR:
-    """A small model whose backbone goes to its last stage, as the authors' code has it; no two values are alike."""
+    """A small model whose backbone goes to its last stage, as in the authors' code; no two values are equal."""
     torch.manual_seed(0)
     model = ConditionalDETR(replace(TINY_CONFIG, backbone_stage=4, dropout=0.25)).eval()
     for tensor in model.state_dict().values():
@@ -37,7 +37,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# ---- the published format, which is what transformers reads
+# ---- the published format, which transformers reads
 
 
 def reopened_by_transformers(folder):
@@ -49,7 +49,7 @@ def reopened_by_transformers(folder):
 
 
 def assert_transformers_agrees(model, folder):
-    """What was saved gives the same numbers in transformers, and comes back the same here."""
+    """Assert that the checkpoint gives the same numbers in transformers and loads here as the same model."""
     reference = reopened_by_transformers(folder)
     pixels, padding = two_images()
     limits = rounding(reference, pixels, padding)
@@ -99,7 +99,7 @@ def test_the_published_preprocessor_is_what_transformers_reads(tiny, tmp_path):
     assert list(processor.image_mean) == [0.485, 0.456, 0.406]
 
 
-def test_a_model_that_the_format_cannot_hold(tiny, tmp_path):
+def test_a_model_that_the_format_cannot_store(tiny, tmp_path):
     model = from_pretrained(tiny.folder)
     model.save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
@@ -126,25 +126,25 @@ def test_a_model_that_the_format_cannot_hold(tiny, tmp_path):
     ]
 
 
-# ---- every family to every family
+# ---- every name format to every name format
 
 
 @pytest.mark.parametrize("source", TARGETS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_family_to_every_family(small, tmp_path, source, target):
+def test_every_name_format_to_every_name_format(small, tmp_path, source, target):
     first, second = tmp_path / "first", tmp_path / "second"
     save_as(small, first / TARGETS[source], source)
     read = from_pretrained(first / TARGETS[source])
     save_as(read, second / TARGETS[target], target)
     again = from_pretrained(second / TARGETS[target])
-    assert (read.load_report.family, again.load_report.family) == (source, target)
+    assert (read.load_report.name_format, again.load_report.name_format) == (source, target)
     assert_same(again, small)
     assert again.config == small.config
-    assert again.metadata == small.metadata, "numbered classes are what is assumed"
+    assert again.metadata == small.metadata, "numbered classes are assumed"
 
 
-def test_transformers_takes_the_names_it_has_in_memory(tiny, tmp_path):
-    save_as(from_pretrained(tiny.folder), tmp_path, "transformers 5")
+def test_transformers_loads_the_names_it_uses_in_memory(tiny, tmp_path):
+    save_as(from_pretrained(tiny.folder), tmp_path, "transformers5")
     twin = transformers_model(seed=1, **TINY)
     pixels, padding = two_images()
     expected = transformers_output(tiny.transformers, pixels, padding)
@@ -155,7 +155,7 @@ def test_transformers_takes_the_names_it_has_in_memory(tiny, tmp_path):
 
 
 def test_the_authors_names_by_other_rules(small, tmp_path):
-    """As the tests' own rules translate the published file."""
+    """The file equals the published file converted by the tests' own rules."""
     small.save_pretrained(tmp_path)
     save_as(small, tmp_path / "authors.pth", "original")
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -179,7 +179,7 @@ def test_the_authors_names_by_other_rules(small, tmp_path):
 
 
 def test_the_authors_file_of_the_resnet_50(shared, dc5, tmp_path, caplog):
-    """Names and shapes are the reference list's; the args tell the dilation, which no tensor does."""
+    """Names and shapes equal the reference list; the args contain the dilation, which no tensor does."""
     model = from_pretrained(dc5.folder)
     model.metadata = Metadata(COCO_NAMES)
     path = tmp_path / "r50.pth"
@@ -198,9 +198,9 @@ def test_the_authors_file_of_the_resnet_50(shared, dc5, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("family", TARGETS)
-def test_half_precision_in_every_family(small, tmp_path, family, dtype):
-    weights, *_ = save_as(small, tmp_path / TARGETS[family], family, dtype=dtype)
+@pytest.mark.parametrize("name_format", TARGETS)
+def test_half_precision_in_every_name_format(small, tmp_path, name_format, dtype):
+    weights, *_ = save_as(small, tmp_path / TARGETS[name_format], name_format, dtype=dtype)
     assert {tensor.dtype for tensor in open_checkpoint(weights).tensors.values()} == {dtype}
     loaded = from_pretrained(weights)
     assert loaded.load_report.dtype == str(dtype).removeprefix("torch.")
@@ -209,7 +209,7 @@ def test_half_precision_in_every_family(small, tmp_path, family, dtype):
     assert [name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, rounded[name])] == []
 
 
-# ---- what a format cannot hold
+# ---- what a format does not store
 
 
 @pytest.mark.parametrize(
@@ -220,12 +220,12 @@ def test_half_precision_in_every_family(small, tmp_path, family, dtype):
         (Metadata(tuple("abcdefg"), (), Preprocessing(480, 640)), "class names, preprocessing"),
     ],
 )
-def test_what_the_authors_file_loses_is_said(small, tmp_path, caplog, metadata, lost):
+def test_lost_metadata_is_a_warning(small, tmp_path, caplog, metadata, lost):
     model = from_pretrained(save_as(small, tmp_path / "folder", "published")[0])
     model.metadata = metadata
     with caplog.at_level(logging.WARNING):
         save_as(model, tmp_path / "authors.pth", "original")
-    assert caplog.messages == [f"{tmp_path / 'authors.pth'} holds no {lost}: this format has no place for them"]
+    assert caplog.messages == [f"{tmp_path / 'authors.pth'}: the original format does not store {lost}"]
     assert from_pretrained(tmp_path / "authors.pth").metadata == Metadata.numbered(7)
 
 
@@ -248,40 +248,40 @@ def test_a_backbone_that_the_authors_code_does_not_build(tmp_path, config, got):
 
 
 @pytest.mark.parametrize(
-    ("target", "family", "message"),
+    ("target", "name_format", "message"),
     [
-        ("folder", "original", r"folder: expected a file \*\.pth to hold original names"),
-        ("model.safetensors", "original", r"model\.safetensors: expected a file \*\.pth to hold original names"),
+        ("folder", "original", r"folder: expected a file \*\.pth for original names"),
+        ("model.safetensors", "original", r"model\.safetensors: expected a file \*\.pth for original names"),
         ("there.pth", "original", r"there\.pth: expected a file \*\.pth"),
-        ("x.pth", "published", r"x\.pth: expected a folder to hold the files of published names, got a file's name"),
-        ("model.safetensors", "transformers 5", r"expected a folder to hold the files of transformers 5 names"),
+        ("x.pth", "published", r"x\.pth: expected a folder for published names, got a file name"),
+        ("model.safetensors", "transformers5", r"expected a folder for transformers5 names"),
         ("there", "published", r"there: expected a folder"),
-        ("new", "hub", "family: expected one of published, transformers 5, original, got 'hub'"),
+        ("new", "hub", "name_format: expected one of published, transformers5, original, got 'hub'"),
     ],
 )
-def test_a_file_for_a_folder_and_a_folder_for_a_file(small, tmp_path, target, family, message):
+def test_a_file_instead_of_a_folder_and_a_folder_instead_of_a_file(small, tmp_path, target, name_format, message):
     (tmp_path / "there.pth").mkdir()
     (tmp_path / "there").touch()
     with pytest.raises(ValueError, match=message):
-        save_as(small, tmp_path / target, family)
+        save_as(small, tmp_path / target, name_format)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "there.pth"]
 
 
-# ---- whole or not at all
+# ---- all files or none
 
 
 @pytest.mark.parametrize(
-    ("family", "writer"),
+    ("name_format", "writer"),
     [
         ("published", "safetensors.torch.save_file"),
         ("published", "conditional_detr.checkpoints.saving._write_json"),
-        ("transformers 5", "conditional_detr.checkpoints.saving._write_json"),
+        ("transformers5", "conditional_detr.checkpoints.saving._write_json"),
         ("original", "torch.save"),
     ],
 )
-def test_saving_that_breaks_off_leaves_the_old_files(small, tmp_path, monkeypatch, family, writer):
-    target = tmp_path / TARGETS[family]
-    weights, *_ = save_as(small, target, family)
+def test_interrupted_saving_leaves_the_old_files(small, tmp_path, monkeypatch, name_format, writer):
+    target = tmp_path / TARGETS[name_format]
+    weights, *_ = save_as(small, target, name_format)
     before = contents(weights.parent)
     changed = from_pretrained(weights)
     changed.class_head.weight.data += 1
@@ -293,33 +293,33 @@ def test_saving_that_breaks_off_leaves_the_old_files(small, tmp_path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(writer, full)
         with pytest.raises(OSError, match="No space left"):
-            save_as(changed, target, family)
+            save_as(changed, target, name_format)
     assert contents(weights.parent) == before
-    save_as(changed, target, family)
+    save_as(changed, target, name_format)
     assert contents(weights.parent) != before
     assert contents(weights.parent).keys() == before.keys()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems end a process that writes beyond its limit")
-@pytest.mark.parametrize("family", TARGETS)
-def test_no_room_for_the_file_is_an_oserror(small, tmp_path, family):
-    """The libraries raise errors of their own."""
+@pytest.mark.parametrize("name_format", TARGETS)
+def test_a_full_disk_is_an_oserror(small, tmp_path, name_format):
+    """torch and safetensors raise other errors."""
     import resource
 
-    target = tmp_path / "folder" / TARGETS[family]
-    weights, *_ = save_as(small, target, family)
+    target = tmp_path / "folder" / TARGETS[name_format]
+    weights, *_ = save_as(small, target, name_format)
     before = contents(weights.parent)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=rf"{weights.name}: cannot be written; is there room, and permission\? \("):
-            save_as(small, target, family)
+        with pytest.raises(OSError, match=rf"{weights.name}: cannot be written; check disk space and permissions \("):
+            save_as(small, target, name_format)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(weights.parent) == before
 
 
-def test_files_are_as_readable_as_the_user_makes_them(tiny, tmp_path):
+def test_files_have_the_users_default_permissions(tiny, tmp_path):
     ConditionalDETR.from_pretrained(tiny.folder).save_pretrained(tmp_path)
     (tmp_path / "plain").touch()
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}

@@ -1,4 +1,4 @@
-"""The weights that are shipped: what their cards say is what their files give."""
+"""The shipped weights: their files give the numbers of their cards."""
 
 import hashlib
 import re
@@ -20,14 +20,14 @@ def test_names():
 
 
 @pytest.mark.parametrize(("name", "most"), [("shapes", 10e6), ("bccd", 30e6)])
-def test_files_are_those_of_the_cards(name, most):
-    """Their checksum, half precision, sizes, and the images of their curves."""
+def test_files_match_their_cards(name, most):
+    """Checksum, half precision, size, and the images of the training curves."""
     folder = WEIGHTS / name
     content = (folder / "model.safetensors").read_bytes()
     assert hashlib.sha256(content).hexdigest() in (folder / "README.md").read_text()
     assert len(content) < most
     with safe_open(folder / "model.safetensors", framework="pt") as file:
-        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}  # noqa: SIM118  # it is no dict
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}  # noqa: SIM118  # not a dict
     for image in re.findall(r"\]\(([\w.]+\.png)\)", (folder / "README.md").read_text()):
         assert (folder / image).read_bytes()[:4] == b"\x89PNG"
     model = ConditionalDETR.from_pretrained(name)
@@ -35,7 +35,7 @@ def test_files_are_those_of_the_cards(name, most):
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in (folder / "README.md").read_text()
 
 
-def test_shapes_on_images_that_it_was_not_trained_on(tmp_path):
+def test_shapes_on_held_out_images(tmp_path):
     """The first hundred of the five hundred held-out images of the card."""
     data = write_shapes(tmp_path, 100, seed=0, split="test")
     result = evaluate(Detector.from_pretrained("shapes"), data, tmp_path / "test")
@@ -45,7 +45,7 @@ def test_shapes_on_images_that_it_was_not_trained_on(tmp_path):
 
 
 def test_bccd_on_its_official_test_split(shared):
-    """The stored file, by our evaluator."""
+    """The stored file, measured by this library's evaluation."""
     data = shared / "data" / "bccd"
     result = evaluate(Detector.from_pretrained("bccd"), data / "instances_test.json", data / "images")
     for metric in ("AP", "AP50", "AP75"):

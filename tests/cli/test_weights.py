@@ -48,7 +48,7 @@ def test_convert_there_and_back(tiny, tmp_path):
     size = f"{weights.stat().st_size / 1e6:.1f} MB"
     assert result.stdout == (
         f"read {tiny.folder / 'model.safetensors'} (published names, float32),"
-        f" wrote {weights} (transformers 5 names, float32, {size})\n"
+        f" wrote {weights} (transformers5 names, float32, {size})\n"
     )
     assert files_in(there) == FILES
     assert load_file(weights).keys() == tiny.transformers.state_dict().keys()
@@ -87,16 +87,16 @@ def test_convert_onto_its_own_source(tiny, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "both")
     assert run("convert", tmp_path / "both", tmp_path / "both", "--to", "transformers5", "--overwrite").exit_code == 0
     model = from_pretrained(tmp_path / "both")
-    assert model.load_report.family == "transformers 5"
+    assert model.load_report.name_format == "transformers5"
     assert_same(model, from_pretrained(tiny.folder))
 
 
 @pytest.mark.parametrize(
     ("source", "target", "options", "message"),
     [
-        ("nothing", "target", (), "error: weights: got 'nothing', which is no file or folder"),
-        (None, "target", ("--to", "original"), "target: expected a file *.pth to hold original names"),
-        (None, "target.pth", (), "target.pth: expected a folder to hold the files of published names"),
+        ("nothing", "target", (), "error: weights: expected a file, a folder, a short name"),
+        (None, "target", ("--to", "original"), "target: expected a file *.pth for original names"),
+        (None, "target.pth", (), "target.pth: expected a folder for published names"),
         (
             None,
             "target.pth",
@@ -193,7 +193,7 @@ def test_info_as_json(named):
     assert content["weights"] == {
         "file": str(weights),
         "bytes": weights.stat().st_size,
-        "family": "published",
+        "name_format": "published",
         "dtype": "float16",
     }
     assert Config(**content["architecture"]) == TINY_CONFIG

@@ -1,4 +1,4 @@
-"""The same weights in the other families' names, by rules of their own and not by the library's table."""
+"""Convert published weights to the authors' names, by independent rules instead of the library's table."""
 
 import re
 
@@ -23,7 +23,7 @@ _ORIGINAL = [
 
 
 def to_original(published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' names: the encoder's three projections stand in one tensor, query above key above value."""
+    """Return tensors by the authors' names; the encoder's query, key and value rows are concatenated in this order."""
     original, encoder = {}, {}
     for name, tensor in published.items():
         for pattern, replacement in _ORIGINAL:
