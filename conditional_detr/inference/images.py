@@ -1,4 +1,4 @@
-"""Images become pixels: opened, turned upright, resized and normalised as the weights were trained."""
+"""Open images and preprocess them to pixels: apply the EXIF orientation, resize and normalise."""
 
 import io
 import warnings
@@ -13,8 +13,8 @@ from torch import Tensor
 from conditional_detr.inference.sources import DEFAULT_LIMITS, ImageSource, Limits, resolve_source, source_name
 from conditional_detr.modeling.metadata import Preprocessing
 
-# What people hand over in place of images: where a file of that kind says so, how, and what to call it.
-_KINDS = (
+# Files that are often passed by mistake: offset of the signature, signature, description for the error message.
+_SIGNATURES = (
     (0, b"%PDF", "a PDF document"),
     (0, b"%!PS", "a PostScript document"),
     (4, b"ftyphei", "a HEIC image, which PIL opens once pillow-heif is installed and registered"),
@@ -27,81 +27,83 @@ _KINDS = (
     (0, b"\x00\x00\x01\xb3", "a video (MPEG)"),
     (0, b"PK\x03\x04", "a zip archive"),
     (0, b"\x1f\x8b", "a gzip archive"),
-    (0, b"version https://git-lfs", "a Git LFS pointer: the image itself was not checked out"),
+    (0, b"version https://git-lfs", "a Git LFS pointer: the image was not checked out"),
     (0, b"<svg", "an SVG drawing"),
     (0, b"<!", "a web page"),
     (0, b"<html", "a web page"),
 )
-_DOCUMENTS = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}  # PIL's names; it would run ghostscript on the first
+_REFUSED_FORMATS = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}  # PIL would run Ghostscript on EPS
 
 
 def open_image(image: ImageSource, name: str, limits: Limits = DEFAULT_LIMITS) -> Image.Image | Tensor:
-    """Open an image of any kind.
+    """Open an image from any supported source.
+
+    PIL limits the number of pixels to twice ``PIL.Image.MAX_IMAGE_PIXELS``.
 
     Args:
         image: the image.
-        name: what messages call it if it has no path or address of its own, such as ``images[3]``.
-        limits: for addresses. The largest number of pixels is PIL's: twice ``PIL.Image.MAX_IMAGE_PIXELS``.
+        name: name for messages if the image has no path or URL, such as ``images[3]``.
+        limits: limits of a download.
 
     Returns:
-        A PIL image in RGB, upright as its EXIF says; or, for floating point input, a tensor (3, H, W) in [0, 1].
-        Of an animation, the first image. Transparency is dropped, 16 bits are scaled to 8.
+        A PIL image in RGB with its EXIF orientation applied; for floating point input, a tensor (3, H, W) in [0, 1].
+        The first frame of an animation. Transparency is dropped; 16-bit values are scaled to 8 bits.
 
     Raises:
-        OSError: no such file or address, or one that is truncated or corrupt.
-        TypeError: a kind of image, or a dtype, that is not known.
-        ValueError: a file that is no image, a shape that is none of an image, values out of range, too many pixels.
+        OSError: the file or URL does not exist, or the image is truncated or corrupt.
+        TypeError: an unsupported type or dtype.
+        ValueError: not an image file, an unsupported shape, values out of range, or too many pixels.
     """
     name = source_name(image, name)
-    local = resolve_source(image, name, limits)
-    if isinstance(local, Path | bytes):
-        return _open_file(local, name)
-    if isinstance(local, Image.Image):
-        return _decode(local, name)
-    if isinstance(local, Tensor):
-        if local.dim() != 3 or local.shape[0] not in (1, 3, 4) or 0 in local.shape:
+    source = resolve_source(image, name, limits)
+    if isinstance(source, Path | bytes):
+        return _open_file(source, name)
+    if isinstance(source, Image.Image):
+        return _decode(source, name)
+    if isinstance(source, Tensor):
+        if source.dim() != 3 or source.shape[0] not in (1, 3, 4) or 0 in source.shape:
             raise ValueError(
-                f"{name}: expected a tensor (3, H, W), (4, H, W) or (1, H, W), got {tuple(local.shape)}"
-                + _hint(tuple(local.shape))
+                f"{name}: expected a tensor (3, H, W), (4, H, W) or (1, H, W), got {tuple(source.shape)}"
+                + _hint(tuple(source.shape))
             )
-        local = local.detach().cpu()
+        source = source.detach().cpu()
         # numpy has no bfloat16
-        return _from_array((local.float() if local.is_floating_point() else local).permute(1, 2, 0).numpy(), name)
-    values = local[..., None] if local.ndim == 2 else local
+        return _from_array((source.float() if source.is_floating_point() else source).permute(1, 2, 0).numpy(), name)
+    values = source[..., None] if source.ndim == 2 else source
     if values.ndim != 3 or values.shape[2] not in (1, 3, 4) or 0 in values.shape:
         raise ValueError(
-            f"{name}: expected an array (H, W, 3), (H, W, 4) or (H, W), got {local.shape}" + _hint(local.shape)
+            f"{name}: expected an array (H, W, 3), (H, W, 4) or (H, W), got {source.shape}" + _hint(source.shape)
         )
     return _from_array(values, name)
 
 
 def size_of(opened: Image.Image | Tensor) -> tuple[int, int]:
-    """Return (height, width) in pixels."""
+    """Return the (height, width) of an opened image in pixels."""
     if isinstance(opened, Tensor):
         return opened.shape[1], opened.shape[2]
     return opened.height, opened.width
 
 
 def size_of_file(path: Path) -> tuple[int, int]:
-    """Return (height, width) of an image file, upright, by its head alone.
+    """Read the header of an image file and return its (height, width), with the EXIF orientation applied.
 
     Raises:
-        OSError: no such file, or one that is truncated or corrupt.
-        ValueError: a file that is no image.
+        OSError: the file does not exist, or it is truncated or corrupt.
+        ValueError: not an image file.
     """
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except Exception:  # whatever is wrong, opening it in full says so
+            swapped = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return (image.width, image.height) if swapped else (image.height, image.width)
+    except Exception:  # open_image() raises the documented errors
         return size_of(open_image(path, str(path)))
 
 
 def resized_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Return the (height, width) an image is resized to, its sides' ratio kept.
+    """Return the (height, width) that an image is resized to. The aspect ratio is kept.
 
-    The shorter side becomes ``shortest_edge``, unless the longer one then exceeds ``longest_edge``, which then
-    decides. Sides are truncated to whole pixels, as the weights' publisher does.
+    The shorter side becomes ``shortest_edge``; if the longer side then exceeds ``longest_edge``, it becomes
+    ``longest_edge`` instead. Sides are truncated to whole pixels, as in transformers.
     """
     short, long = min(height, width), max(height, width)
     shortest: float = preprocessing.shortest_edge
@@ -116,20 +118,20 @@ def resized_size(height: int, width: int, preprocessing: Preprocessing) -> tuple
 
 
 def to_pixels(opened: Image.Image | Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Resize and normalise an opened image: (3, H, W) float32."""
+    """Resize and normalise an opened image and return (3, H, W) float32."""
     return normalise(resize(opened, preprocessing), preprocessing)
 
 
 def resize(opened: Image.Image | Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Resize an opened image to the size it was trained at.
+    """Resize an opened image to the size that the model was trained with.
 
     Args:
-        opened: what :func:`open_image` returned.
-        preprocessing: the sizes.
+        opened: a result of :func:`open_image`.
+        preprocessing: ``shortest_edge`` and ``longest_edge``.
 
     Returns:
-        (3, H, W). 8-bit images are resized by PIL, bilinear with antialiasing, as for training, and stay uint8;
-        floating point images alike, without rounding to 8 bits between.
+        (3, H, W): uint8 for a PIL image, resized by PIL with bilinear interpolation and antialiasing, as in training;
+        floating point for a tensor, resized in the same way but without rounding to 8 bits.
     """
     height, width = size = resized_size(*size_of(opened), preprocessing)
     if isinstance(opened, Tensor):
@@ -146,7 +148,7 @@ def normalise(values: Tensor, preprocessing: Preprocessing) -> Tensor:
         preprocessing: mean and std.
 
     Returns:
-        (..., 3, H, W) float32, where the values are.
+        (..., 3, H, W) float32, on the device of the values.
     """
     if values.dtype == torch.uint8:
         values = values.to(torch.float32) / 255
@@ -155,14 +157,14 @@ def normalise(values: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def to_pil(opened: Image.Image | Tensor) -> Image.Image:
-    """Return an opened image as an 8-bit RGB image, for people to look at."""
+    """Return an opened image as an 8-bit RGB image."""
     if isinstance(opened, Image.Image):
         return opened
     return Image.fromarray((opened * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def _open_file(file: Path | bytes, name: str) -> Image.Image | Tensor:
-    """Open an image file, or the bytes of one; every failure names it."""
+    """Open an image file or its bytes."""
     if isinstance(file, Path):
         if not file.exists():
             raise FileNotFoundError(f"{name}: no such file")
@@ -173,24 +175,24 @@ def _open_file(file: Path | bytes, name: str) -> Image.Image | Tensor:
     try:
         image = Image.open(file if isinstance(file, Path) else io.BytesIO(file))
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: expected an image, got {_kind(file)}") from error
+        raise ValueError(f"{name}: expected an image, got {_describe(file)}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error}; PIL.Image.MAX_IMAGE_PIXELS sets the limit") from error
-    except Exception as error:  # what PIL raises of broken headers differs from format to format
+    except Exception as error:  # the type of PIL's error for a broken header depends on the format
         raise _unreadable(name, error) from error
     with image:
-        if image.format in _DOCUMENTS:
-            raise ValueError(f"{name}: expected an image, got {_kind(file)}")
+        if image.format in _REFUSED_FORMATS:
+            raise ValueError(f"{name}: expected an image, got {_describe(file)}")
         return _decode(image, name)
 
 
 def _unreadable(name: str, error: Exception) -> OSError:
-    """Return the error of an image that PIL gave up on."""
+    """Return the error for an image that PIL cannot read."""
     return OSError(f"{name}: the image cannot be read: {str(error) or type(error).__name__}")
 
 
-def _kind(file: Path | bytes) -> str:
-    """Say what a file is that is no image, as far as its first bytes tell."""
+def _describe(file: Path | bytes) -> str:
+    """Return a description of a file that is not an image, from its first bytes."""
     if isinstance(file, bytes):
         head = file[:64]
     else:
@@ -199,14 +201,14 @@ def _kind(file: Path | bytes) -> str:
     if not head:
         return "an empty file (0 bytes)"
     text = head.lstrip().lower() if head.isascii() else b""
-    for place, sign, kind in _KINDS:
-        if head[place:].startswith(sign) or text.startswith(sign):
-            return kind
-    return "a text file" if text and text.decode().isprintable() else "a file of a kind PIL does not know"
+    for offset, signature, description in _SIGNATURES:
+        if head[offset:].startswith(signature) or text.startswith(signature):
+            return description
+    return "a text file" if text and text.decode().isprintable() else "a file in a format that PIL does not support"
 
 
 def _hint(shape: tuple[int, ...]) -> str:
-    """Say what is probably meant by an array or tensor of another shape."""
+    """Return advice for an array or tensor of an unsupported shape; an empty string if there is none."""
     if len(shape) == 4:
         return "; for a batch, pass a list of images"
     if len(shape) == 3 and shape[0] in (1, 3) and shape[2] not in (1, 3):
@@ -217,18 +219,18 @@ def _hint(shape: tuple[int, ...]) -> str:
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image | Tensor:
-    """Decode an image and turn it upright and into RGB; what PIL raises meanwhile differs from format to format."""
+    """Decode an image, apply its EXIF orientation and convert it to RGB."""
     if 0 in image.size:
         raise ValueError(f"{name}: expected an image with pixels, got {image.width} x {image.height}")
     try:
         image.load()
-        upright = _upright(image, name)
-        # PIL has no direct way from these: through a palette's own colours, out of multiplied transparency
+        upright = _apply_orientation(image, name)
+        # two steps: keep the colours of transparent palette entries, and undo premultiplied alpha
         via = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
         if not upright.mode.startswith(("I", "F")):
             return upright.convert(via.get(upright.mode, upright.mode)).convert("RGB")
         values = np.asarray(upright)[..., None]
-    except Exception as error:
+    except Exception as error:  # the type of PIL's error depends on the format
         raise _unreadable(name, error) from error
     if upright.mode == "F":
         return _from_array(values, name)
@@ -237,23 +239,23 @@ def _decode(image: Image.Image, name: str) -> Image.Image | Tensor:
     return _from_array(values.astype(np.uint16), name)
 
 
-def _upright(image: Image.Image, name: str) -> Image.Image:
-    """Turn an image as its EXIF says; one whose EXIF is broken stays as it is, and a warning tells."""
+def _apply_orientation(image: Image.Image, name: str) -> Image.Image:
+    """Apply the EXIF orientation and return the image; if the EXIF data is broken, warn and return it unchanged."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception as error:  # what PIL raises depends on where the EXIF is broken
-        warnings.warn(f"{name}: its EXIF cannot be read ({error}); taken as upright", stacklevel=2)
+    except Exception as error:  # the type of PIL's error depends on where the EXIF data is broken
+        warnings.warn(f"{name}: the EXIF data cannot be read ({error}); the image is not rotated", stacklevel=2)
         return image
 
 
 def _from_array(values: np.ndarray, name: str) -> Image.Image | Tensor:
-    """Make an image of values (H, W, 3), (H, W, 4) or (H, W, 1)."""
+    """Convert values (H, W, 3), (H, W, 4) or (H, W, 1) to a PIL image, or a tensor (3, H, W) if floating point."""
     values = np.broadcast_to(values[..., :3], (*values.shape[:2], 3))
     if np.issubdtype(values.dtype, np.floating):
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
             raise ValueError(
                 f"{name}: expected floating point values in [0, 1],"
-                f" got {values.min()}..{values.max()}; 0..255 is for uint8"
+                f" got {values.min()}..{values.max()}; use uint8 for 0..255"
             )
         return torch.from_numpy(np.array(values, dtype=np.float32)).permute(2, 0, 1)
     values = values.astype(values.dtype.newbyteorder("="), copy=False)

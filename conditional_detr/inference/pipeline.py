@@ -1,4 +1,4 @@
-"""Two ways of working through images one after the other, in bounded memory: ahead of the model, and in batches."""
+"""Process a stream of items in bounded memory: in threads, ahead of the consumer, or in batches of equal keys."""
 
 import itertools
 from collections import deque
@@ -7,29 +7,28 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
-Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 
 
 def map_in_threads(
-    prepare: Callable[[Item], Prepared], items: Iterable[Item], *, workers: int, depth: int
-) -> Generator[Prepared, None, None]:
-    """Apply a function to items in threads, so that the next ones are ready when the caller comes back for them.
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, depth: int
+) -> Generator[Result, None, None]:
+    """Apply a function to items in threads, ahead of the consumer.
 
     Args:
-        prepare: the function; its threads run beside the caller only where it lets go of Python's lock, as PIL does.
-        items: drawn from in the caller's thread, no further ahead than ``depth``.
+        function: runs in parallel with the consumer only where it releases the GIL, as PIL does.
+        items: read in the consumer's thread, at most ``depth`` items ahead.
         workers: number of threads.
-        depth: how many items are at work or done and not yet taken.
+        depth: maximum number of items that are in progress, or done and not yet consumed.
 
     Returns:
-        What the function returned, in the items' order; what it raised is raised at that item's turn, and what
-        drawing an item raised after all items before it.
+        A generator of the results in the order of the items. An exception of the function is raised at its item; an
+        exception of the iterator ``items`` is raised after the results of all items before it.
     """
     source = iter(items)
     failure: Exception | None = None
 
-    def draw(count: int) -> Iterator[Item]:
+    def read(count: int) -> Iterator[Item]:
         nonlocal failure
         try:
             yield from itertools.islice(source, count if failure is None else 0)
@@ -37,10 +36,10 @@ def map_in_threads(
             failure = error
 
     with ThreadPoolExecutor(workers, thread_name_prefix="conditional_detr") as pool:
-        queue: deque[Future[Prepared]] = deque()
+        queue: deque[Future[Result]] = deque()
         try:
             while True:
-                queue.extend(pool.submit(prepare, item) for item in draw(depth - len(queue)))
+                queue.extend(pool.submit(function, item) for item in read(depth - len(queue)))
                 if not queue:
                     break
                 yield queue.popleft().result()
@@ -56,30 +55,33 @@ def map_in_batches(
     key: Callable[[Item], Hashable | None],
     run: Callable[[list[Item]], Iterable[Result]],
     *,
-    size: int,
+    batch_size: int,
     window: int,
 ) -> Iterator[Result]:
-    """Run items of one key together, and give the results in the items' order.
+    """Apply a function to batches of items that have equal keys, and yield the results in the order of the items.
 
-    What drawing an item raises is raised after the results of all items before it.
+    An exception of the iterator ``items`` is raised after the results of all items before it.
 
     Args:
-        items: in any order of keys.
-        key: what items must share to run together; None: the item runs alone and at once.
-        run: takes items of one key, returns their results in the same order.
-        size: the most items that run together.
-        window: a group runs before it is full when its first item lies this far behind; so at most this many items
-            and results are held, however rare a key is.
-    """
-    waiting: dict[Hashable, list[tuple[int, Item]]] = {}  # by the age of their first item: dicts keep their order
-    done: dict[int, Result] = {}
-    turn = 0  # place of the next result to give
+        items: may have their keys in any order.
+        key: returns the key of an item; None: the item runs at once, in a batch of one.
+        run: takes a batch and returns its results in the same order.
+        batch_size: maximum number of items in a batch.
+        window: a batch runs before it is full once its first item is this many items back. This bounds the number of
+            items and results in memory, even for a rare key.
 
-    def run_group(group: list[tuple[int, Item]]) -> None:
-        done.update(zip((place for place, _ in group), run([item for _, item in group]), strict=True))
+    Returns:
+        An iterator of the results.
+    """
+    waiting: dict[Hashable, list[tuple[int, Item]]] = {}  # unfinished batches, the oldest first
+    done: dict[int, Result] = {}
+    next_index = 0  # of the next result to yield
+
+    def run_batch(batch: list[tuple[int, Item]]) -> None:
+        done.update(zip((index for index, _ in batch), run([item for _, item in batch]), strict=True))
 
     source, failure = iter(items), None
-    for place in itertools.count():
+    for index in itertools.count():
         try:
             item = next(source)
         except StopIteration:
@@ -87,22 +89,22 @@ def map_in_batches(
         except Exception as error:
             failure = error
             break
-        group_key = key(item)
-        if group_key is None:
-            run_group([(place, item)])
+        item_key = key(item)
+        if item_key is None:
+            run_batch([(index, item)])
         else:
-            group = waiting.setdefault(group_key, [])
-            group.append((place, item))
-            if len(group) == size:
-                run_group(waiting.pop(group_key))
-        if waiting and place - next(iter(waiting.values()))[0][0] + 1 >= window:
-            run_group(waiting.pop(next(iter(waiting))))
-        while turn in done:
-            yield done.pop(turn)
-            turn += 1
-    for group in waiting.values():
-        run_group(group)
-    for place in sorted(done):
-        yield done.pop(place)
+            batch = waiting.setdefault(item_key, [])
+            batch.append((index, item))
+            if len(batch) == batch_size:
+                run_batch(waiting.pop(item_key))
+        if waiting and index - next(iter(waiting.values()))[0][0] + 1 >= window:
+            run_batch(waiting.pop(next(iter(waiting))))
+        while next_index in done:
+            yield done.pop(next_index)
+            next_index += 1
+    for batch in waiting.values():
+        run_batch(batch)
+    for index in sorted(done):
+        yield done.pop(index)
     if failure is not None:
         raise failure

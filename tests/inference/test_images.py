@@ -124,7 +124,7 @@ def test_exif_orientation_is_honoured(tmp_path):
     [
         ("no.jpg", FileNotFoundError, r"no\.jpg: no such file"),
         (".", IsADirectoryError, "expected an image file, got a folder"),
-        (3, TypeError, r"images\[0\]: expected a path, address, base64, bytes, open file, PIL image, .*, got int"),
+        (3, TypeError, r"images\[0\]: expected a path, URL, base64, bytes, open file, PIL image, .*, got int"),
         (b"x", ValueError, r"images\[0\]: expected an image, got a text file"),
         (None, TypeError, "got NoneType"),
         (np.zeros((4, 4, 5), np.uint8), ValueError, r"expected an array \(H, W, 3\), .* or \(H, W\), got \(4, 4, 5\)"),

@@ -66,7 +66,7 @@ def test_results_keep_the_items_order(keys, size, window):
         return [place for place, _ in group]
 
     results = []
-    for result in map_in_batches(items(), lambda item: item[1].strip("-") or None, run, size=size, window=window):
+    for result in map_in_batches(items(), lambda item: item[1].strip("-") or None, run, batch_size=size, window=window):
         results.append(result)
         held -= 1
         assert held <= window
@@ -84,7 +84,7 @@ def test_full_groups_where_the_keys_allow():
         runs.append("".join(group))
         return group
 
-    list(map_in_batches(keys, lambda key: key, run, size=4, window=8))
+    list(map_in_batches(keys, lambda key: key, run, batch_size=4, window=8))
     assert runs == ["aaaa", "bbbb"]
 
 
@@ -94,7 +94,7 @@ def test_what_the_callers_iterator_raises_comes_after_all_that_was_drawn():
         raise KeyError("camera")
 
     ahead = map_in_threads(lambda i: 10 * i, broken(), workers=2, depth=4)
-    together = map_in_batches(ahead, lambda item: item % 20, list, size=4, window=16)
+    together = map_in_batches(ahead, lambda item: item % 20, list, batch_size=4, window=16)
     assert [next(together) for _ in range(5)] == [0, 10, 20, 30, 40]
     with pytest.raises(KeyError, match="camera"):
         next(together)
