@@ -1,4 +1,4 @@
-"""What was found on one image: read it, go through it, draw it, write it."""
+"""Detections on one image: index, filter, sort, draw and convert them."""
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,26 +19,35 @@ from conditional_detr.inference.sources import ReadableSource
 Detection: TypeAlias = tuple[list[float], float, str]
 """Box [x0, y0, x1, y1] in pixels, score, class name."""
 
-_SHOWN = 5  # how many objects repr spells out
+_MAX_IN_REPR = 5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Detections:
-    """The objects found on one image, best first.
+    """Detections on one image, as :class:`~conditional_detr.Detector` returns them: the highest score is first.
 
-    ``found[0]`` is one (box, score, name), as iterating gives them; ``found[:5]``, ``found[found.scores > 0.9]`` and
-    ``found[[0, 2]]`` are Detections again.
+    K is the number of detections, ``len(detections)``; it may be 0. All tensors are on the CPU.
+
+    Example::
+
+        detections = detector("street.jpg", threshold=0.5)
+        for box, score, name in detections:       # [x0, y0, x1, y1] in pixels, float, str
+            print(name, score, box)
+        detections[0]                             # one (box, score, name)
+        detections[:5]                            # a slice, a mask or a list of indices gives Detections
+        detections[detections.scores > 0.9]
+        detections.filter(classes=["person", "car"]).sort("area").draw().save("out.png")
 
     Attributes:
-        boxes: (K, 4) float32, x0 y0 x1 y1 in pixels of the image as it was given, inside it.
+        boxes: (K, 4) float32, corners x0 y0 x1 y1 in pixels of the original image, clipped to the image:
+            0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height.
         scores: (K,) float32, in [0, 1].
-        labels: (K,) int64, rows of the class head.
+        labels: (K,) int64, row of the class head, in [0, C).
         names: K class names.
-        category_ids: K ids of the classes in the data set the model was trained on.
-        queries: (K,) int64, the object query that found it.
-        size: (height, width) of the image in pixels.
-        source: the image itself: a path, or the object that was given; of an address, base64 or an open file, the
-            bytes that were read.
+        category_ids: K category ids of the dataset that the model was trained on, such as COCO's 1..90.
+        queries: (K,) int64, object query of each detection, in [0, N). One query may have several detections.
+        size: (height, width) of the original image in pixels.
+        source: the image, for :meth:`draw`: a path, the given object, or the bytes of a URL, base64 or open file.
     """
 
     boxes: Tensor
@@ -54,53 +63,68 @@ class Detections:
         return len(self.names)
 
     def __iter__(self) -> Iterator[Detection]:
-        """Give box [x0, y0, x1, y1], score and name of each object."""
+        """Yield (box, score, name) of each detection, with the box as [x0, y0, x1, y1] in pixels."""
         return iter(zip(self.boxes.tolist(), self.scores.tolist(), self.names, strict=True))
 
     @overload
-    def __getitem__(self, which: int) -> Detection: ...
+    def __getitem__(self, index: int) -> Detection: ...
 
     @overload
-    def __getitem__(self, which: slice | Sequence[int] | Tensor | np.ndarray) -> "Detections": ...
+    def __getitem__(self, index: slice | Sequence[int] | Tensor | np.ndarray) -> "Detections": ...
 
-    def __getitem__(self, which: int | slice | Sequence[int] | Tensor | np.ndarray) -> "Detection | Detections":
-        if isinstance(which, slice):
-            return self._take(range(len(self))[which])
-        scalar = isinstance(which, Tensor | np.ndarray) and which.ndim == 0
-        if scalar or not isinstance(which, Tensor | np.ndarray | Sequence):
-            place = operator.index(which.item() if scalar else which)  # type: ignore[union-attr, arg-type]
-            return self.boxes[place].tolist(), self.scores[place].item(), self.names[place]
-        if isinstance(which, str):  # type: ignore[unreachable]  # the annotation asks, this checks
-            raise TypeError(f"expected a place, a slice or several places, got {which!r}; filter() takes names")
-        chosen = torch.as_tensor(which)
-        if chosen.dtype == torch.bool and chosen.shape == (len(self),):
-            return self._take(chosen.nonzero().flatten().tolist())
-        if chosen.dim() == 1 and (not len(chosen) or not (chosen.dtype == torch.bool or chosen.is_floating_point())):
-            return self._take(chosen.tolist())
-        raise IndexError(f"expected {len(self)} bools or some whole numbers, got {chosen.dtype} {tuple(chosen.shape)}")
-
-    def __repr__(self) -> str:
-        found = [f"{name} {score:.2f}" for _, score, name in self[:_SHOWN]]
-        rest = [f"and {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
-        return f"Detections({len(self)} on {self.size[0]}x{self.size[1]}: {', '.join(found + rest)})"
-
-    def filter(self, *, threshold: float = 0.0, classes: Iterable[str | int] | None = None) -> "Detections":
-        """Keep some of the objects.
-
-        Args:
-            threshold: keep those that score above this.
-            classes: keep those of these names or rows; None: all.
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor | np.ndarray) -> "Detection | Detections":
+        """Return one (box, score, name) for an int; Detections for a slice, a mask (K,) of bools or several indices.
 
         Raises:
-            TypeError: one string in place of a list of names.
+            IndexError: an index out of range, or a mask or indices of another shape or dtype.
+            TypeError: neither of these, such as a class name.
+        """
+        if isinstance(index, slice):
+            return self._take(range(len(self))[index])
+        scalar = isinstance(index, Tensor | np.ndarray) and index.ndim == 0
+        if scalar or not isinstance(index, Tensor | np.ndarray | Sequence):
+            i = operator.index(index.item() if scalar else index)  # type: ignore[union-attr, arg-type]
+            return self.boxes[i].tolist(), self.scores[i].item(), self.names[i]
+        if isinstance(index, str):  # type: ignore[unreachable]  # callers may ignore the annotation
+            raise TypeError(
+                f"expected an index, a slice, a mask or indices, got {index!r}; for class names use filter()"
+            )
+        indices = torch.as_tensor(index)
+        if indices.dtype == torch.bool and indices.shape == (len(self),):
+            return self._take(indices.nonzero().flatten().tolist())
+        if indices.dim() == 1 and (
+            not len(indices) or not (indices.dtype == torch.bool or indices.is_floating_point())
+        ):
+            return self._take(indices.tolist())
+        raise IndexError(
+            f"expected a mask of {len(self)} bools or a list of integers, got {indices.dtype} {tuple(indices.shape)}"
+        )
+
+    def __repr__(self) -> str:
+        shown = [f"{name} {score:.2f}" for _, score, name in self[:_MAX_IN_REPR]]
+        rest = [f"and {len(self) - _MAX_IN_REPR} more"] if len(self) > _MAX_IN_REPR else []
+        return f"Detections({len(self)} on {self.size[0]}x{self.size[1]}: {', '.join(shown + rest)})"
+
+    def filter(self, *, threshold: float = 0.0, classes: Iterable[str | int] | None = None) -> "Detections":
+        """Return the detections above a threshold and of some classes.
+
+        Args:
+            threshold: keep detections with a higher score, in [0, 1].
+            classes: keep detections of these class names or labels; None: of all classes.
+
+        Returns:
+            New Detections, in the same order.
+
+        Raises:
+            TypeError: ``classes`` is a string instead of a list.
         """
         if isinstance(classes, str):
             raise TypeError(f"classes: expected a list of names or rows, got the string {classes!r}")
         wanted = None if classes is None else set(classes)
         return self._take(
             [
-                place
-                for place, (score, label, name) in enumerate(
+                i
+                for i, (score, label, name) in enumerate(
                     zip(self.scores.tolist(), self.labels.tolist(), self.names, strict=True)
                 )
                 if score > threshold and (wanted is None or name in wanted or label in wanted)
@@ -108,10 +132,14 @@ class Detections:
         )
 
     def sort(self, by: Literal["score", "area", "name", "x", "y"] = "score") -> "Detections":
-        """Order the objects: the best, the largest, or the first by name, from the left or from the top, first.
+        """Return the detections in another order. The sort is stable.
+
+        Args:
+            by: "score" or "area": the largest first. "name": in alphabetical order. "x" or "y": the leftmost x0 or the
+                topmost y0 first.
 
         Raises:
-            ValueError: another ``by``.
+            ValueError: an unsupported ``by``.
         """
         keys: dict[str, Sequence[Any]] = {
             "score": (-self.scores).tolist(),
@@ -125,13 +153,16 @@ class Detections:
         return self._take(sorted(range(len(self)), key=keys[by].__getitem__))
 
     def draw(self, *, font: str | Path | None = None) -> Image.Image:
-        """Return the image with its boxes, names and scores drawn; the image is opened anew.
+        """Open the image again, draw the boxes with class names and scores, and return it.
 
         Args:
-            font: a TrueType file, for names in a script that PIL's own font does not have.
+            font: path of a TrueType font, for scripts that PIL's built-in font does not support.
+
+        Returns:
+            An RGB image of the size of the original.
 
         Raises:
-            OSError: the image's file is gone, or the font cannot be read.
+            OSError: the image or the font cannot be read.
         """
         image = to_pil(open_image(self.source, "image"))
         return draw_boxes(
@@ -139,7 +170,12 @@ class Detections:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the image as plain numbers and strings, for json."""
+        """Return plain numbers and strings for JSON.
+
+        Returns:
+            {"size": {"height", "width"}, "detections": K of {"box": [x0, y0, x1, y1], "score", "label", "name"}}, the
+            size and boxes in pixels.
+        """
         return {
             "size": {"height": self.size[0], "width": self.size[1]},
             "detections": [
@@ -149,10 +185,10 @@ class Detections:
         }
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """Return COCO's list of results, as pycocotools' ``loadRes`` reads it.
+        """Return results in COCO's format, which pycocotools' ``loadRes`` reads.
 
         Args:
-            image_id: the image's id in the data set.
+            image_id: id of the image in the dataset.
 
         Returns:
             K of {"image_id", "category_id", "bbox": [x, y, width, height] in pixels, "score"}.
@@ -164,18 +200,20 @@ class Detections:
         ]
 
     def to_torchvision(self) -> dict[str, Tensor]:
-        """Return "boxes" (K, 4) x0 y0 x1 y1, "scores" (K,) and "labels" (K,).
+        """Return the dictionary that torchvision's detection models return for an image.
 
-        What torchvision's detection models return for an image, and transformers'
-        ``post_process_object_detection``.
+        transformers' ``post_process_object_detection`` returns the same.
+
+        Returns:
+            {"boxes": (K, 4) x0 y0 x1 y1 in pixels, "scores": (K,), "labels": (K,)}.
         """
         return {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
 
     def to_transformers(self) -> list[dict[str, Any]]:
-        """Return what transformers' pipeline "object-detection" returns for an image, boxes not rounded.
+        """Return the list that transformers' pipeline "object-detection" returns for an image.
 
         Returns:
-            K of {"score", "label": the name, "box": {"xmin", "ymin", "xmax", "ymax"} in pixels}.
+            K of {"score", "label": class name, "box": {"xmin", "ymin", "xmax", "ymax"} in pixels, not rounded}.
         """
         return [
             {"score": score, "label": name, "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))}
@@ -183,7 +221,7 @@ class Detections:
         ]
 
     def to_supervision(self) -> Any:
-        """Return a ``supervision.Detections``, the names under ``data["class_name"]``.
+        """Return a ``supervision.Detections`` with the class names in ``data["class_name"]``.
 
         Raises:
             ImportError: the package supervision is not installed.
@@ -199,15 +237,15 @@ class Detections:
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
-    def _take(self, places: Sequence[int]) -> "Detections":
-        """Return the objects at some places, in that order."""
-        rows = torch.tensor(places, dtype=torch.int64)
+    def _take(self, indices: Sequence[int]) -> "Detections":
+        """Return the detections at some indices, in that order."""
+        rows = torch.tensor(indices, dtype=torch.int64)
         return replace(
             self,
             boxes=self.boxes[rows],
             scores=self.scores[rows],
             labels=self.labels[rows],
-            names=tuple(self.names[place] for place in places),
-            category_ids=tuple(self.category_ids[place] for place in places),
+            names=tuple(self.names[i] for i in indices),
+            category_ids=tuple(self.category_ids[i] for i in indices),
             queries=self.queries[rows],
         )

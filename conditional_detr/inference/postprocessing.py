@@ -58,7 +58,9 @@ def postprocess(
         boxes (K, 4) x0 y0 x1 y1 in pixels, clipped to the image; scores (K,); labels (K,); queries (K,). The highest
         score is first.
     """
-    detections = top_k_detections(logits[None], boxes[None], torch.tensor([size]), postprocessing.rows, postprocessing.top_k)
+    detections = top_k_detections(
+        logits[None], boxes[None], torch.tensor([size]), postprocessing.rows, postprocessing.top_k
+    )
     corners, scores, labels, queries = (x[0] for x in detections)
     kept = scores > postprocessing.threshold
     return corners[kept], scores[kept], labels[kept], queries[kept]

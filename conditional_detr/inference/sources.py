@@ -167,7 +167,9 @@ def _read(file: IO[bytes], name: str) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: the file is closed
         raise OSError(f"{name}: the open file cannot be read: {error}") from error
     if not isinstance(content, bytes):
-        raise TypeError(f"{name}: expected a file opened in binary mode, got one that returns {type(content).__name__}")
+        raise TypeError(
+            f"{name}: expected a file opened in binary mode, got one that returns {type(content).__name__}"
+        )
     return content
 
 

@@ -1,4 +1,4 @@
-"""What can be done with one image's detections: choosing, ordering, and the forms other libraries read."""
+"""Detections of one image: indexing, sorting, and the formats of other libraries."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from conditional_detr import Detections
 
 
 @pytest.fixture
-def found() -> Detections:
+def detections() -> Detections:
     return Detections(
         boxes=torch.tensor([[10.0, 20.0, 30.5, 40.0], [0.0, 0.0, 64.0, 48.0], [5.0, 1.0, 6.0, 3.0]]),
         scores=torch.tensor([0.9, 0.75, 0.5]),
@@ -25,19 +25,19 @@ def found() -> Detections:
     )
 
 
-def test_one(found):
-    assert found[0] == ([10.0, 20.0, 30.5, 40.0], pytest.approx(0.9), "dog")
-    assert found[-1] == found[2] == list(found)[2]
-    assert found[np.int64(1)][2] == "cat"
-    assert found[found.scores.argmax()] == found[np.array(0)] == found[0]
-    with pytest.raises(TypeError, match=r"got 'cat'; filter\(\) takes names"):
-        found["cat"]
+def test_single_index(detections):
+    assert detections[0] == ([10.0, 20.0, 30.5, 40.0], pytest.approx(0.9), "dog")
+    assert detections[-1] == detections[2] == list(detections)[2]
+    assert detections[np.int64(1)][2] == "cat"
+    assert detections[detections.scores.argmax()] == detections[np.array(0)] == detections[0]
+    with pytest.raises(TypeError, match=r"got 'cat'; for class names use filter\(\)"):
+        detections["cat"]
     with pytest.raises(IndexError):
-        found[3]
+        detections[3]
 
 
 @pytest.mark.parametrize(
-    ("which", "queries"),
+    ("index", "queries"),
     [
         (slice(1, None), [3, 9]),
         (slice(None, None, -1), [9, 3, 7]),
@@ -48,59 +48,59 @@ def test_one(found):
         (torch.tensor([1, 1]), [3, 3]),
     ],
 )
-def test_some(found, which, queries):
-    some = found[which]
+def test_several_indices(detections, index, queries):
+    some = detections[index]
     assert isinstance(some, Detections)
     assert some.queries.tolist() == queries
-    rows = [found.queries.tolist().index(query) for query in queries]
-    assert some.boxes.tolist() == [found.boxes[row].tolist() for row in rows]
-    assert some.scores.tolist() == [found.scores[row].item() for row in rows]
-    assert some.labels.tolist() == [found.labels[row].item() for row in rows]
-    assert some.names == tuple(found.names[row] for row in rows)
-    assert some.category_ids == tuple(found.category_ids[row] for row in rows)
-    assert (some.size, some.source) == (found.size, found.source)
+    rows = [detections.queries.tolist().index(query) for query in queries]
+    assert some.boxes.tolist() == [detections.boxes[row].tolist() for row in rows]
+    assert some.scores.tolist() == [detections.scores[row].item() for row in rows]
+    assert some.labels.tolist() == [detections.labels[row].item() for row in rows]
+    assert some.names == tuple(detections.names[row] for row in rows)
+    assert some.category_ids == tuple(detections.category_ids[row] for row in rows)
+    assert (some.size, some.source) == (detections.size, detections.source)
 
 
-@pytest.mark.parametrize("which", [torch.tensor([True]), torch.tensor([0.5]), torch.zeros(2, 2), [[0]]])
-def test_what_chooses_nothing(found, which):
-    with pytest.raises(IndexError, match="expected 3 bools or some whole numbers, got"):
-        found[which]
+@pytest.mark.parametrize("index", [torch.tensor([True]), torch.tensor([0.5]), torch.zeros(2, 2), [[0]]])
+def test_invalid_indices(detections, index):
+    with pytest.raises(IndexError, match="expected a mask of 3 bools or a list of integers, got"):
+        detections[index]
 
 
-def test_filter(found):
-    assert found.filter(threshold=0.5).queries.tolist() == [7, 3]
-    assert found.filter(classes=["dog"]).queries.tolist() == [7, 9]
-    assert found.filter(classes=[0, "ant"]).queries.tolist() == [3]
-    assert found.filter(threshold=0.6, classes=["dog"]).queries.tolist() == [7]
-    assert len(found.filter(classes=[])) == 0
+def test_filter(detections):
+    assert detections.filter(threshold=0.5).queries.tolist() == [7, 3]
+    assert detections.filter(classes=["dog"]).queries.tolist() == [7, 9]
+    assert detections.filter(classes=[0, "ant"]).queries.tolist() == [3]
+    assert detections.filter(threshold=0.6, classes=["dog"]).queries.tolist() == [7]
+    assert len(detections.filter(classes=[])) == 0
     with pytest.raises(TypeError, match="classes: expected a list of names or rows, got the string 'dog'"):
-        found.filter(classes="dog")
+        detections.filter(classes="dog")
 
 
 @pytest.mark.parametrize(
     ("by", "queries"),
     [("score", [7, 3, 9]), ("area", [3, 7, 9]), ("name", [3, 7, 9]), ("x", [3, 9, 7]), ("y", [3, 9, 7])],
 )
-def test_sort(found, by, queries):
-    assert found.sort(by).queries.tolist() == queries
-    assert found[::-1].sort("score").queries.tolist() == [7, 3, 9]
+def test_sort(detections, by, queries):
+    assert detections.sort(by).queries.tolist() == queries
+    assert detections[::-1].sort("score").queries.tolist() == [7, 3, 9]
 
 
-def test_sort_by_something_else(found):
+def test_sort_by_an_unsupported_key(detections):
     with pytest.raises(ValueError, match="by: expected any of score, area, name, x, y, got 'size'"):
-        found.sort("size")
+        detections.sort("size")
 
 
-def test_repr(found):
-    assert repr(found) == "Detections(3 on 48x64: dog 0.90, cat 0.75, dog 0.50)"
-    assert repr(found[[0] * 7]).endswith("dog 0.90, and 2 more)")
-    assert repr(found[[]]) == "Detections(0 on 48x64: )"
+def test_repr(detections):
+    assert repr(detections) == "Detections(3 on 48x64: dog 0.90, cat 0.75, dog 0.50)"
+    assert repr(detections[[0] * 7]).endswith("dog 0.90, and 2 more)")
+    assert repr(detections[[]]) == "Detections(0 on 48x64: )"
 
 
-def test_coco_results_are_what_pycocotools_reads(found):
+def test_pycocotools_reads_the_coco_results(detections):
     from pycocotools.coco import COCO
 
-    results = found.to_coco(image_id=42)
+    results = detections.to_coco(image_id=42)
     assert results[0] == {
         "image_id": 42,
         "category_id": 18,
@@ -114,49 +114,49 @@ def test_coco_results_are_what_pycocotools_reads(found):
     assert [a["area"] for a in read.loadAnns(read.getAnnIds())] == [410.0, 64.0 * 48, 2.0]
 
 
-def test_torchvisions_dicts_are_what_its_operations_take(found):
+def test_torchvision_operations_take_the_dict(detections):
     from torchvision.ops import batched_nms
 
-    result = found.to_torchvision()
+    result = detections.to_torchvision()
     assert result.keys() == {"boxes", "scores", "labels"}
     assert batched_nms(result["boxes"], result["scores"], result["labels"], 0.5).tolist() == [0, 1, 2]
 
 
-def test_transformers_dicts(found):
-    assert found.to_transformers()[1] == {
+def test_transformers_dicts(detections):
+    assert detections.to_transformers()[1] == {
         "score": 0.75,
         "label": "cat",
         "box": {"xmin": 0.0, "ymin": 0.0, "xmax": 64.0, "ymax": 48.0},
     }
 
 
-def test_dict_is_json(found):
-    content = json.loads(json.dumps(found.to_dict()))
+def test_dict_is_json(detections):
+    content = json.loads(json.dumps(detections.to_dict()))
     assert content["size"] == {"height": 48, "width": 64}
     assert content["detections"][2] == {"box": [5.0, 1.0, 6.0, 3.0], "score": 0.5, "label": 2, "name": "dog"}
 
 
 @pytest.mark.filterwarnings("ignore:OpenCV")  # which it can do without here
-def test_supervision(found):
+def test_supervision(detections):
     import supervision
 
-    converted = found.to_supervision()
+    converted = detections.to_supervision()
     assert isinstance(converted, supervision.Detections)
     assert converted.area.tolist() == [410.0, 64.0 * 48, 2.0]
     assert converted.class_id.tolist() == [2, 0, 2]
     assert converted["class_name"].tolist() == ["dog", "cat", "dog"]
     assert converted[converted.confidence > 0.8].xyxy.tolist() == [[10.0, 20.0, 30.5, 40.0]]
-    assert len(found[[]].to_supervision()) == 0
+    assert len(detections[[]].to_supervision()) == 0
 
 
-def test_supervision_that_is_not_installed(found, monkeypatch):
+def test_supervision_not_installed(detections, monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ImportError, match="pip install supervision"):
-        found.to_supervision()
+        detections.to_supervision()
 
 
-def test_drawing_an_image_that_is_gone(found, tmp_path):
+def test_drawing_a_deleted_image(detections, tmp_path):
     from dataclasses import replace
 
     with pytest.raises(FileNotFoundError, match=r"gone\.jpg: no such file"):
-        replace(found, source=tmp_path / "gone.jpg").draw()
+        replace(detections, source=tmp_path / "gone.jpg").draw()

@@ -122,7 +122,11 @@ def test_drawing_changes_boxes_and_nothing_else(detector, photograph):
         ({"threshold": 1.5}, ValueError, r"threshold: expected 0\.\.1, got 1.5"),
         ({"top_k": 0}, ValueError, "top_k: expected an int of at least 1, got 0"),
         ({"batch_size": 2.0}, ValueError, "batch_size: expected an int of at least 1, got 2.0"),
-        ({"classes": ["cow"]}, ValueError, "classes: expected names or rows .*, got 'cow'; the names are cat, dog, bird"),
+        (
+            {"classes": ["cow"]},
+            ValueError,
+            "classes: expected names or rows .*, got 'cow'; the names are cat, dog, bird",
+        ),
         ({"classes": [0]}, ValueError, "classes: expected names or rows .*, got 0; the names are"),
         ({"classes": "cat"}, TypeError, "classes: expected a list of names or rows, got the string 'cat'"),
     ],
@@ -138,14 +142,16 @@ def test_images_that_make_no_sense(detector, photograph):
     for image in (3, {"a": photograph}, {photograph}):
         with pytest.raises(TypeError, match="images: expected an image, or a list or iterator of them, got"):
             detector(image)
-    with pytest.raises(TypeError, match="model: expected a ConditionalDETR, its optimised copy or an ExportedModel, got str"):
+    with pytest.raises(
+        TypeError, match="model: expected a ConditionalDETR, its optimised copy or an ExportedModel, got str"
+    ):
         Detector("model")
 
 
 def test_a_replaced_head_needs_names(tiny, photograph):
     model = ConditionalDETR.from_pretrained(tiny.folder)
     model.class_head = torch.nn.Linear(32, 2)
-    with pytest.raises(ValueError, match="model.metadata: expected 2 class names, .*, got 7"):
+    with pytest.raises(ValueError, match=r"model\.metadata: expected 2 class names, .*, got 7"):
         Detector(model)(photograph)
     model.metadata = Metadata(["a", "b"])
     assert set(Detector(model)(photograph, threshold=0).names) == {"a", "b"}

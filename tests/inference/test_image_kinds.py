@@ -190,7 +190,11 @@ BAD = {
     "a number": (3, TypeError, "got int"),
     "a list in the list": ([IMAGE], TypeError, "got list"),
     "empty string": ("", ValueError, "got an empty string"),
-    "base64 of text": (base64.b64encode(b"no image at all" * 30).decode(), ValueError, r"got a string of \d+ characters"),
+    "base64 of text": (
+        base64.b64encode(b"no image at all" * 30).decode(),
+        ValueError,
+        r"got a string of \d+ characters",
+    ),
     "text": (io.StringIO("x"), TypeError, "binary mode"),
     "empty PIL": (Image.new("RGB", (0, 5)), ValueError, "expected an image with pixels, got 0 x 5"),
     "truncated PIL": (Image.open(io.BytesIO(GOOD["jpeg"][:900])), OSError, "truncated"),

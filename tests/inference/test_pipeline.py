@@ -66,7 +66,9 @@ def test_results_keep_the_items_order(keys, size, window):
         return [place for place, _ in group]
 
     results = []
-    for result in map_in_batches(items(), lambda item: item[1].strip("-") or None, run, batch_size=size, window=window):
+    for result in map_in_batches(
+        items(), lambda item: item[1].strip("-") or None, run, batch_size=size, window=window
+    ):
         results.append(result)
         held -= 1
         assert held <= window

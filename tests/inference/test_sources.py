@@ -149,7 +149,11 @@ def test_bytes_and_open_files(tmp_path):
             ValueError,
             "ftp://host/a.jpg: expected an http or https URL, got the scheme 'ftp'",
         ),
-        ("A" * 4000, ValueError, r"images\[4\]: expected a path, URL or base64 of an image, got a string of 4000 characters"),
+        (
+            "A" * 4000,
+            ValueError,
+            r"images\[4\]: expected a path, URL or base64 of an image, got a string of 4000 characters",
+        ),
         ("data:image/png;base64", ValueError, r"images\[4\]: expected a data URI such as"),
         (
             io.StringIO("text"),
