@@ -1,4 +1,4 @@
-"""Images for people: boxes with names and scores, and attention as heat over the photograph."""
+"""Draw boxes with class names and scores, and attention maps as heat maps over the image."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,23 +13,24 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 Colour: TypeAlias = tuple[int, int, int]
-Rectangle: TypeAlias = tuple[int, int, int, int]  # x0 y0 x1 y1 in whole pixels; x1 and y1 are the first outside
+Rectangle: TypeAlias = tuple[int, int, int, int]  # x0 y0 x1 y1 in whole pixels; x1 and y1 are exclusive
 Font: TypeAlias = ImageFont.FreeTypeFont
 
-HALO_OPACITY = 150  # opacity of the thin line around lines and labels, 0..255
-MIN_FONT_SIZE = 11  # pixels: the smallest type that is read without effort
-# One hexadecimal digit each of red, green and blue, for the 91 classes of the published checkpoint. After seven of
-# plainly different hue, each is the vivid colour that eyes (OKLab) tell best from all before, the last six above all.
+HALO_OPACITY = 150  # 0..255, of the thin contrasting line around boxes and labels
+MIN_FONT_SIZE = 11  # pixels: the smallest size that is easy to read
+# One hexadecimal digit each of red, green and blue, for the 91 classes of the published checkpoint. The first seven
+# differ in hue. Each of the others is the saturated colour with the largest distance (in OKLab, which models human
+# vision) to all earlier colours, above all to the previous six.
 COLOURS = (
     "37f f54 3d4 fd1 a3d 0cd f9c 562 c03 06b af0 c90 8ef e6f 080 a07 68b 62d fa6 0fb f5a 6a0 940 7af 75b fcf be9 d08 "
     "097 b60 b8f 81b 05e bc0 f88 077 a56 bbf 0b9 86f fd9 980 c2b c78 658 0ac 3d9 eb1 862 e10 c6b a0a 19f 8a7 e84 0f7 "
     "7cf f26 96a e9f bc8 b85 e4c 681 08a 846 a8c 7dc fba c54 f7d 9b4 949 b5f 78e 3fe a22 d8b 9e6 b48 074 65e 0bf 4a6 "
     "268 d98 d58 a25 a6d aec 0c6"
 )
-CELL_SIZE = (240, 300)  # attention: a photograph is fitted into this width and height
-COLUMNS = 8  # attention: heads side by side; more go on below, as those of several layers do
-BOX_COLOUR = (64, 224, 255)  # attention: a colour that neither grey nor heat has
-GAP = 6  # attention: pixels between photographs
+CELL_SIZE = (240, 300)  # attention: largest width and height of the image in a cell
+MAX_COLUMNS = 8  # attention: heads per row; more heads, also those of several layers, wrap to another block of rows
+BOX_COLOUR = (64, 224, 255)  # attention: does not occur in the grey image or the heat map
+GAP = 6  # attention: pixels between cells
 HEAT_COLOURS = np.array([(24, 14, 68), (98, 24, 138), (188, 42, 116), (238, 104, 62), (252, 182, 68), (255, 250, 204)])
 
 
@@ -42,32 +43,33 @@ def draw_boxes(
     *,
     font: str | Path | None = None,
 ) -> Image.Image:
-    """Draw boxes with their names and scores.
+    """Draw boxes with class names and scores.
 
     Args:
-        image: the image, of any mode; it stays as it is.
-        boxes: K boxes x0 y0 x1 y1 in pixels, best first: the best lie on top, and their labels choose places first.
-        labels: K class numbers; each has its own colour, see :func:`class_colour`.
+        image: the image, in any mode; it is not changed.
+        boxes: K boxes x0 y0 x1 y1 in pixels, the best first: earlier boxes are drawn on top, and their labels are
+            placed first.
+        labels: K class indices; they set the colours, see :func:`class_colour`.
         names: K class names.
-        scores: K numbers, written with two digits; None: the names alone.
-        font: a TrueType file, for scripts that PIL's built-in font lacks.
+        scores: K scores, drawn with two decimals; None: draw only the names.
+        font: path of a TrueType font, for scripts that PIL's built-in font does not support.
 
     Returns:
         A new RGB image of the same size.
 
     Raises:
-        OSError: the font's file is missing or no font.
-        ValueError: not K of each, or boxes that are not four finite numbers.
+        OSError: the font file is missing or invalid.
+        ValueError: different numbers of boxes, labels, names and scores, or a box that is not four finite numbers.
     """
     scored: Sequence[float | None] = [None] * len(boxes) if scores is None else scores
     counts = [len(boxes), len(labels), len(names), len(scored)]
     if len(set(counts)) > 1:
-        raise ValueError(f"expected as many boxes as labels, names and scores, got {counts}")
-    sized = load_font(font)
+        raise ValueError(f"expected equal numbers of boxes, labels, names and scores, got {counts}")
+    font_at = load_font(font)
     drawn = image.convert("RGB")
     line = math.ceil(math.sqrt(drawn.width * drawn.height) / 350)
     frames = [_frame(box, line, drawn.size) for box in boxes]
-    tags = _arrange(frames, list(zip(names, scored, strict=True)), drawn.size, sized)
+    tags = _arrange_labels(frames, list(zip(names, scored, strict=True)), drawn.size, font_at)
     colours = [class_colour(label) for label in labels]
     canvas = ImageDraw.Draw(drawn, "RGBA")
     for frame, colour in reversed(list(zip(frames, colours, strict=True))):
@@ -75,49 +77,62 @@ def draw_boxes(
     for (text, size, (x0, y0, x1, y1)), colour in reversed(list(zip(tags, colours, strict=True))):
         if text:
             canvas.rectangle((x0, y0, x1 - 1, y1 - 1), fill=colour, outline=(*_contrast(colour), HALO_OPACITY))
-            baseline = y0 + 1 + sized(size).getmetrics()[0]
-            canvas.text(((x0 + x1) / 2, baseline), text, _contrast(colour), sized(size), "ms")
+            baseline = y0 + 1 + font_at(size).getmetrics()[0]
+            canvas.text(((x0 + x1) / 2, baseline), text, _contrast(colour), font_at(size), "ms")
     return drawn
 
 
 def class_colour(label: int) -> Colour:
-    """Return a class's colour: always the same, far from the other 90 and further from its neighbours."""
+    """Return the colour of a class index, modulo 91. All 91 differ, those of near indices the most."""
     red, green, blue = (17 * int(digit, 16) for digit in COLOURS.split()[label % 91])
     return red, green, blue
 
 
 def fit_label(
-    name: str, score: float | None, room: float, size: int, measure: Callable[[str, int], float]
+    name: str, score: float | None, max_width: float, size: int, measure: Callable[[str, int], float]
 ) -> tuple[str, int]:
-    """Return a label's text and size of type for the room there is; ``measure`` gives a text's width at a size.
+    """Return the text and font size of a label that fits into a width.
 
-    Too wide, it is set smaller, down to readable type; then loses its score; then is cut short, to nothing at worst.
+    If the label is too wide, first the font size decreases to ``MIN_FONT_SIZE``, then the score is dropped, then the
+    name is shortened, if necessary to nothing.
+
+    Args:
+        name: class name.
+        score: score; None: only the name.
+        max_width: largest width in pixels.
+        size: largest font size in pixels.
+        measure: returns the width of a text at a font size.
     """
     name = " ".join(name.split())
     text = name if score is None else f"{name} {score:.2f}".strip()
     for smaller in range(size, MIN_FONT_SIZE - 1, -1):
-        if measure(text, smaller) <= room:
+        if measure(text, smaller) <= max_width:
             return text, smaller
-    return _cut(name, room, lambda part: measure(part, MIN_FONT_SIZE)), MIN_FONT_SIZE
+    return _shorten(name, max_width, lambda part: measure(part, MIN_FONT_SIZE)), MIN_FONT_SIZE
 
 
 def place_labels(
     boxes: Sequence[Rectangle], sizes: Sequence[tuple[int, int]], image: tuple[int, int]
 ) -> list[Rectangle]:
-    """Return a place for each box's label, the first boxes choosing first; sizes and image are (width, height).
+    """Return a rectangle for the label of each box; the first boxes are placed first.
 
-    A place lies at its box and inside the image; of those that cover least of the labels before, the one is taken
-    that hides least of the objects.
+    Each rectangle is next to or inside its box, and inside the image. Of the candidates, those that cover the least
+    area of earlier labels remain; of these, the one that covers the smallest shares of all boxes is used.
+
+    Args:
+        boxes: K boxes.
+        sizes: K label sizes (width, height).
+        image: (width, height) of the image.
     """
     count = len(boxes)
-    taken = np.array([*boxes, *boxes]).reshape(-1, 4)  # the objects, then the labels, as they are placed
+    taken = np.array([*boxes, *boxes]).reshape(-1, 4)  # the boxes, then the labels that are placed
     areas = (taken[:count, 2:] - taken[:count, :2]).prod(1).clip(min=1)
     for i, (box, size) in enumerate(zip(boxes, sizes, strict=True)):
-        options = _options(box, size, image)
-        shared = _overlap(options, taken[: count + i])
-        # as shares: a small object is soon lost, a large one is not; the later options are a little less liked
-        hidden = (shared[:, :count] / areas).sum(1) + 0.05 * np.arange(len(options))
-        taken[count + i] = options[np.lexsort((hidden, shared[:, count:].sum(1)))[0]]
+        candidates = _candidates(box, size, image)
+        shared = _overlap(candidates, taken[: count + i])
+        # shares, not pixels: a label easily hides a small object; later candidates have a small penalty
+        hidden = (shared[:, :count] / areas).sum(1) + 0.05 * np.arange(len(candidates))
+        taken[count + i] = candidates[np.lexsort((hidden, shared[:, count:].sum(1)))[0]]
     return [(x0, y0, x1, y1) for x0, y0, x1, y1 in taken[count:].tolist()]
 
 
@@ -131,60 +146,63 @@ def draw_attention(
     title: str = "",
     font: str | Path | None = None,
 ) -> Image.Image:
-    """Draw where one query's heads look, as the paper's figure 1: rows of content, spatial and combined attention.
+    """Draw the cross-attention maps of one query, as in the paper's figure 1: rows of content, spatial and combined.
 
-    Each map is scaled by its own maximum: heat compares the places of one map, not one map with another.
+    Each map is scaled to its own maximum, so colours are comparable within a map, but not between maps.
 
     Args:
-        image: the image, of any mode; it stays as it is.
-        content: (M, h, w), the softmax of the content part, a map a head.
-        spatial: (M, h, w), of the spatial part.
-        combined: (M, h, w), of their sum.
-        box: x0 y0 x1 y1 in pixels of the image, outlined on each map.
-        title: a line on top, such as the name and score.
-        font: a TrueType file, for scripts that PIL's built-in font lacks.
+        image: the image, in any mode; it is not changed.
+        content: (M, h, w), softmax of the content part, one map per head.
+        spatial: (M, h, w), softmax of the spatial part.
+        combined: (M, h, w), softmax of their sum.
+        box: x0 y0 x1 y1 in pixels of the image, drawn on each map; None: no box.
+        title: one line of text at the top, such as the class name and score.
+        font: path of a TrueType font, for scripts that PIL's built-in font does not support.
 
     Returns:
-        An RGB image with a column a head; past eight heads the rows begin anew below.
+        An RGB image with one column per head, and a new block of three rows after eight heads.
 
     Raises:
-        OSError: the font's file is missing or no font.
-        ValueError: maps not all (M, h, w), or not finite and at least 0; a box that is not four finite numbers.
+        OSError: the font file is missing or invalid.
+        ValueError: maps of different shapes, empty, negative or not finite; a box that is not four finite numbers.
     """
     rows = {"content": content, "spatial": spatial, "combined": combined}
     for name, maps in rows.items():
         if maps.dim() != 3 or 0 in maps.shape or maps.shape != content.shape:
-            raise ValueError(f"{name}: expected (M, h, w), not empty, the same for all three, got {tuple(maps.shape)}")
+            raise ValueError(
+                f"{name}: expected (M, h, w), not empty and the same for all three maps, got {tuple(maps.shape)}"
+            )
         if not bool(torch.isfinite(maps).all()) or float(maps.min()) < 0:
             raise ValueError(f"{name}: expected finite values of at least 0, got {maps.min()}..{maps.max()}")
     scale = min(CELL_SIZE[0] / image.width, CELL_SIZE[1] / image.height)
     width, height = (max(round(scale * side), 1) for side in image.size)
-    photo = image.convert("RGB").resize((width, height), reducing_gap=3)
-    cells = {name: [overlay_heat(photo, attention) for attention in maps] for name, maps in rows.items()}
+    resized = image.convert("RGB").resize((width, height), reducing_gap=3)
+    cells = {name: [overlay_heat(resized, attention) for attention in maps] for name, maps in rows.items()}
     if box is not None:
-        frame = _frame([scale * side for side in box], 2, photo.size)
+        frame = _frame([scale * side for side in box], 2, resized.size)
         for cell in (cell for row in cells.values() for cell in row):
             _outline(ImageDraw.Draw(cell, "RGBA"), frame, BOX_COLOUR, 2)
-    return _sheet(cells, title, load_font(font)(16))
+    return _compose_sheet(cells, title, load_font(font)(16))
 
 
-def overlay_heat(photo: Image.Image, attention: Tensor) -> Image.Image:
-    """Lay a map (h, w) over a dimmed photograph as heat: clear where it is zero, pale yellow at its own maximum."""
+def overlay_heat(image: Image.Image, attention: Tensor) -> Image.Image:
+    """Return a dimmed grey image with a map (h, w) as heat: transparent at zero, pale yellow at the map's maximum."""
     values = attention.detach().float().cpu()[None, None]
-    heat = F.interpolate(values, photo.size[::-1], mode="bilinear", align_corners=False)[0, 0].numpy()
+    heat = F.interpolate(values, image.size[::-1], mode="bilinear", align_corners=False)[0, 0].numpy()
     heat = heat / max(heat.max(), np.finfo(np.float32).tiny)
     opacity = 0.9 * np.sqrt(heat)[..., None]
-    grey = 0.55 * np.asarray(photo.convert("L"), dtype=np.float32)[..., None]
+    grey = 0.55 * np.asarray(image.convert("L"), dtype=np.float32)[..., None]
     return Image.fromarray((grey * (1 - opacity) + heat_colours(heat) * opacity).round().astype(np.uint8))
 
 
 def heat_colours(values: np.ndarray) -> np.ndarray:
-    """Colour values in [0, 1]: (...) becomes (..., 3) in 0..255, from dark violet to pale yellow, ever lighter."""
-    return np.stack([np.interp(values, np.linspace(0, 1, len(HEAT_COLOURS)), channel) for channel in HEAT_COLOURS.T], axis=-1)
+    """Return colours (..., 3) in 0..255 for values (...) in [0, 1], from dark violet to pale yellow."""
+    positions = np.linspace(0, 1, len(HEAT_COLOURS))
+    return np.stack([np.interp(values, positions, channel) for channel in HEAT_COLOURS.T], axis=-1)
 
 
 def load_font(font: str | Path | None) -> Callable[[int], Font]:
-    """Return what gives a font, PIL's built-in one or a file's, at a size in pixels."""
+    """Load a TrueType font, or PIL's built-in font, and return a function from a size in pixels to the font."""
     try:
         face = cast(Font, ImageFont.load_default(MIN_FONT_SIZE)) if font is None else ImageFont.truetype(font)
     except OSError as error:
@@ -193,7 +211,7 @@ def load_font(font: str | Path | None) -> Callable[[int], Font]:
 
 
 def _frame(box: Sequence[float], line: int, image: tuple[int, int]) -> Rectangle:
-    """Return the outer edge of a box's line, which lies around the box unless the image ends there."""
+    """Return the outer edge of a box's line. The line is outside the box, but inside the image."""
     if len(box) != 4 or not all(math.isfinite(side) for side in box):
         raise ValueError(f"expected a box of four finite numbers x0 y0 x1 y1, got {list(box)}")
     x0, y0, x1, y1 = (round(side) for side in box)
@@ -202,7 +220,7 @@ def _frame(box: Sequence[float], line: int, image: tuple[int, int]) -> Rectangle
 
 
 def _outline(canvas: ImageDraw.ImageDraw, frame: Rectangle, colour: Colour, line: int) -> None:
-    """Draw a box's line between two thin ones of the opposite lightness, so that it shows on any background."""
+    """Draw the line of a box between two thin contrasting lines, so that it is visible on any background."""
     x0, y0, x1, y1 = frame
     halo = max(line // 3, 1)
     outer = (x0 - halo, y0 - halo, x1 - 1 + halo, y1 - 1 + halo)
@@ -210,70 +228,70 @@ def _outline(canvas: ImageDraw.ImageDraw, frame: Rectangle, colour: Colour, line
     canvas.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=line)
 
 
-def _arrange(
+def _arrange_labels(
     frames: Sequence[Rectangle],
-    named: Sequence[tuple[str, float | None]],
+    scored_names: Sequence[tuple[str, float | None]],
     image: tuple[int, int],
-    sized: Callable[[int], Font],
+    font_at: Callable[[int], Font],
 ) -> list[tuple[str, int, Rectangle]]:
-    """Return text, size of type and place of each label; where they crowd, all are set in smaller type."""
+    """Return the text, font size and rectangle of each label; if labels overlap, use a smaller font size for all."""
 
     def width(text: str, size: int) -> int:
-        return math.ceil(sized(size).getlength(text)) + 2 * (size // 3)
+        return math.ceil(font_at(size).getlength(text)) + 2 * (size // 3)
 
     def height(size: int) -> int:
-        return sum(sized(size).getmetrics()) + 2
+        return sum(font_at(size).getmetrics()) + 2
 
     largest = max(round(math.sqrt(image[0] * image[1]) / 44), MIN_FONT_SIZE + 1)
     for size in (max(round(share * largest), MIN_FONT_SIZE) for share in (1, 0.85, 0.7)):
-        titles = [fit_label(name, score, image[0], size, width) for name, score in named]
-        titles = [(text if height(small) <= image[1] else "", small) for text, small in titles]
-        sizes = [(width(text, small), height(small)) if text else (0, 0) for text, small in titles]
-        places = place_labels(frames, sizes, image)
-        corners = np.array(places).reshape(-1, 4)
+        labels = [fit_label(name, score, image[0], size, width) for name, score in scored_names]
+        labels = [(text if height(fitted) <= image[1] else "", fitted) for text, fitted in labels]
+        sizes = [(width(text, fitted), height(fitted)) if text else (0, 0) for text, fitted in labels]
+        rectangles = place_labels(frames, sizes, image)
+        corners = np.array(rectangles).reshape(-1, 4)
         if _overlap(corners, corners).sum() == sum(math.prod(size) for size in sizes):
-            break  # each shares pixels with itself alone
-    return [(text, small, place) for (text, small), place in zip(titles, places, strict=True)]
+            break  # each label overlaps only itself
+    return [(text, fitted, rectangle) for (text, fitted), rectangle in zip(labels, rectangles, strict=True)]
 
 
-def _options(box: Rectangle, size: tuple[int, int], image: tuple[int, int]) -> np.ndarray:
-    """Return places (P, 4) for a label that lie inside the image, the most wanted first."""
+def _candidates(box: Rectangle, size: tuple[int, int], image: tuple[int, int]) -> np.ndarray:
+    """Return rectangles (P, 4) for a label inside the image, the best first."""
     (x0, y0, x1, y1), (width, height) = box, size
     last_x, last_y = image[0] - width, image[1] - height
     left, right, middle = (min(max(x, 0), last_x) for x in (x0, x1 - width, (x0 + x1 - width) // 2))
     above, inside, low, below = y0 - height, y0, y1 - height, y1
-    wanted = [(left, above), (left, inside), (right, above), (left, below), (right, below)]
-    wanted += [(x, y) for x in (x1, x0 - width) for y in (inside, low)]
-    wanted += [(middle, above), (middle, below), (right, inside), (left, low), (right, low), (middle, inside)]
-    inner = [(x, y) for x, y in wanted if 0 <= x <= last_x and 0 <= y <= last_y]
+    positions = [(left, above), (left, inside), (right, above), (left, below), (right, below)]
+    positions += [(x, y) for x in (x1, x0 - width) for y in (inside, low)]
+    positions += [(middle, above), (middle, below), (right, inside), (left, low), (right, low), (middle, inside)]
+    inner = [(x, y) for x, y in positions if 0 <= x <= last_x and 0 <= y <= last_y]
     corners = np.array([*inner, (left, min(inside, last_y))])
     return np.concatenate([corners, corners + np.array(size)], axis=1)
 
 
 def _overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the areas (A, B) that rectangles (A, 4) and (B, 4) share."""
+    """Return the intersection areas (A, B) of rectangles (A, 4) and (B, 4)."""
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
     return (high - low).clip(min=0).prod(-1)
 
 
-def _cut(text: str, room: float, measure: Callable[[str], float]) -> str:
-    """Shorten a text to the room there is, ending in an ellipsis; nothing is left where not even that fits."""
+def _shorten(text: str, max_width: float, measure: Callable[[str], float]) -> str:
+    """Shorten a text with an ellipsis to a width; return an empty string if not even the ellipsis fits."""
     parts = [text, *(text[:end].rstrip() + "\N{HORIZONTAL ELLIPSIS}" for end in range(len(text) - 1, -1, -1))]
-    return next((part for part in parts if measure(part) <= room), "")
+    return next((part for part in parts if measure(part) <= max_width), "")
 
 
 def _contrast(colour: Colour) -> Colour:
-    """Return black or white, whichever reads better: WCAG's contrast to both is the same at a luminance of 0.179."""
+    """Return black or white, the one with more contrast: by WCAG both are equal at a luminance of 0.179."""
     red, green, blue = ((value / 255) ** 2.2 for value in colour)
     return (0, 0, 0) if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else (255, 255, 255)
 
 
-def _sheet(cells: dict[str, list[Image.Image]], title: str, font: Font) -> Image.Image:
-    """Lay cells out in rows with their names, columns with the heads' numbers, a title and the scale of colours."""
+def _compose_sheet(cells: dict[str, list[Image.Image]], title: str, font: Font) -> Image.Image:
+    """Return an image of the cells in named rows and a numbered column per head, with a title and a colour scale."""
     heads, cell = len(cells["content"]), cells["content"][0]
-    columns = math.ceil(heads / math.ceil(heads / COLUMNS))
-    text = sum(font.getmetrics()) + 2  # pixels of a line
+    columns = math.ceil(heads / math.ceil(heads / MAX_COLUMNS))
+    text = sum(font.getmetrics()) + 2  # height of a line of text
     step_x = max(cell.width, math.ceil(font.getlength(f"head {heads}"))) + GAP
     step_y = max(cell.height, text) + GAP
     block = text + 3 * step_y + GAP
@@ -283,7 +301,7 @@ def _sheet(cells: dict[str, list[Image.Image]], title: str, font: Font) -> Image
     width = max(columns * step_x, 340) + GAP
     drawn = Image.new("RGB", (left + width, bottom + text + GAP), "white")
     canvas = ImageDraw.Draw(drawn)
-    canvas.text((left, top - GAP), _cut(" ".join(title.split()), width, font.getlength), "black", font, "ld")
+    canvas.text((left, top - GAP), _shorten(" ".join(title.split()), width, font.getlength), "black", font, "ld")
     for row, (name, images) in enumerate(cells.items()):
         for head, image in enumerate(images):
             x = left + head % columns * step_x + (step_x - GAP - cell.width) // 2

@@ -1,4 +1,4 @@
-"""Images for people: where labels go, what is left untouched, and that heat lies where attention does."""
+"""Drawing: label positions, pixels that must not change, and heat maps that match the attention."""
 
 import time
 
@@ -20,17 +20,17 @@ from conditional_detr.inference.drawing import (
 
 
 def noise(width: int, height: int) -> Image.Image:
-    """A busy image in which no two pixels are likely to be alike."""
+    """Return an image of random pixels."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 def changed(before: Image.Image, after: Image.Image) -> np.ndarray:
-    """Where two images differ: (H, W) bool."""
+    """Return where two images differ, (H, W) bool."""
     return (np.asarray(before) != np.asarray(after)).any(-1)
 
 
 def lab(colours: np.ndarray) -> np.ndarray:
-    """CIELAB of colours (K, 3) in 0..255, by PIL's own colour management."""
+    """Convert colours (K, 3) in 0..255 to CIELAB by PIL's colour management."""
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     transform = ImageCms.buildTransform(*profiles, "RGB", "LAB")
     image = ImageCms.applyTransform(Image.fromarray(colours.astype(np.uint8)[None]), transform)
@@ -56,8 +56,8 @@ def test_each_class_has_its_own_colour():
     assert class_colour(3) == class_colour(3) == class_colour(3 + 91)
 
 
-def test_text_reads_on_every_colour():
-    """A label's text has the 4.5 to 1 of contrast that web pages are asked for."""
+def test_text_has_contrast_on_every_colour():
+    """The contrast of a label's text is at least 4.5, as WCAG requires."""
     for label in range(91):
         image = np.asarray(draw_boxes(Image.new("RGB", (200, 100)), [[20, 60, 180, 90]], [label], ["III"], [1]))
         text = image[44:58, 22:50]
@@ -81,36 +81,36 @@ SIZE = (60, 14)
         [(100 + 8 * i, 100 + 8 * i, 200 + 8 * i, 180 + 8 * i) for i in range(10)],
     ],
 )
-def test_labels_lie_in_the_image_and_cover_none_where_there_is_room(boxes):
-    places = place_labels(boxes, [SIZE] * len(boxes), (400, 300))
-    assert len(places) == len(boxes)
-    for i, (x0, y0, x1, y1) in enumerate(places):
+def test_labels_are_inside_the_image_and_do_not_overlap(boxes):
+    positions = place_labels(boxes, [SIZE] * len(boxes), (400, 300))
+    assert len(positions) == len(boxes)
+    for i, (x0, y0, x1, y1) in enumerate(positions):
         assert (x1 - x0, y1 - y0) == SIZE
         assert x0 >= 0
         assert y0 >= 0
         assert x1 <= 400
         assert y1 <= 300
-        assert all(shared_area(places[i], other) == 0 for other in places[:i])
+        assert all(shared_area(positions[i], other) == 0 for other in positions[:i])
         grown = (boxes[i][0] - 60, boxes[i][1] - 14, boxes[i][2] + 60, boxes[i][3] + 14)
-        assert shared_area(places[i], grown) == 60 * 14  # at its own box
+        assert shared_area(positions[i], grown) == 60 * 14  # at its own box
 
 
-def test_the_best_choose_first_and_the_rest_cover_least():
+def test_first_labels_are_placed_first_and_later_ones_overlap_least():
     boxes = [(100, 100, 300, 180)] * 60
-    places = place_labels(boxes, [SIZE] * 60, (400, 300))
-    assert places[0] == (100, 86, 160, 100)
-    assert place_labels(boxes[:1], [SIZE], (400, 300)) == places[:1]
-    assert len(set(places)) == 15  # every place is taken before any is taken twice
+    positions = place_labels(boxes, [SIZE] * 60, (400, 300))
+    assert positions[0] == (100, 86, 160, 100)
+    assert place_labels(boxes[:1], [SIZE], (400, 300)) == positions[:1]
+    assert len(set(positions)) == 15  # all positions are used before any is used twice
 
 
-def test_labels_spare_small_objects():
+def test_labels_do_not_hide_small_boxes():
     large, small = (100, 100, 220, 180), (110, 88, 120, 98)
     assert place_labels([large], [SIZE], (400, 300)) == [(100, 86, 160, 100)]
-    place, _ = place_labels([large, small], [SIZE, SIZE], (400, 300))
-    assert shared_area(place, small) == 0
+    position, _ = place_labels([large, small], [SIZE, SIZE], (400, 300))
+    assert shared_area(position, small) == 0
 
 
-def test_a_label_too_wide_is_set_smaller_then_loses_its_score_then_is_cut_short():
+def test_a_wide_label_gets_a_smaller_font_then_loses_its_score_then_is_shortened():
     def measure(text, size):
         return len(text) * size
 
@@ -148,7 +148,7 @@ def test_only_lines_and_labels_change(background):
     assert changed(same, draw_boxes(same, [[100, 100, 200, 180]], [1], [""], [1]))[140].sum() == 4
 
 
-def test_the_best_lie_on_top():
+def test_first_boxes_are_on_top():
     drawn = draw_boxes(noise(400, 300), [[100, 100, 200, 180]] * 2, [1, 2], ["a", "b"], [0.9, 0.8])
     assert drawn.getpixel((99, 140)) == class_colour(1)
 
@@ -171,7 +171,7 @@ def test_any_size_and_any_box(size):
     assert drawn.getpixel((0, height // 2)) == class_colour(0)
 
 
-def test_lines_and_type_grow_with_the_image():
+def test_lines_and_fonts_scale_with_the_image():
     thickness, tallness = [], []
     for width, height in [(64, 64), (640, 480), (1333, 800), (6000, 4000)]:
         box = [width / 4, height / 2, 3 * width / 4, 7 * height / 8]
@@ -213,7 +213,7 @@ def test_another_font(tmp_path):
     assert draw_attention(image, *[torch.ones(1, 3, 4)] * 3, title="person", font=str(path)).width > 240
 
 
-def test_fonts_that_are_none(tmp_path):
+def test_invalid_fonts(tmp_path):
     text = tmp_path / "text.ttf"
     text.write_text("no font")
     for path in [tmp_path / "missing.ttf", text, tmp_path]:
@@ -225,9 +225,11 @@ def test_fonts_that_are_none(tmp_path):
                 draw(path)
 
 
-def test_boxes_that_are_none():
+def test_invalid_boxes():
     image = noise(40, 30)
-    with pytest.raises(ValueError, match=r"expected as many boxes as labels, names and scores, got \[1, 1, 0, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"expected equal numbers of boxes, labels, names and scores, got \[1, 1, 0, 1\]"
+    ):
         draw_boxes(image, [[0, 0, 1, 1]], [1], [], [0.5])
     for box in [[0, 0, 1], [0, 0, 1, float("nan")], [0, 0, 1, float("inf")]]:
         with pytest.raises(ValueError, match=r"expected a box of four finite numbers x0 y0 x1 y1, got \[0, 0, 1"):
@@ -237,11 +239,11 @@ def test_boxes_that_are_none():
 
 
 @pytest.mark.parametrize("peak", [(0, 0), (3, 7), (9, 15), (5, 0)])
-def test_heat_lies_where_the_map_does(peak):
+def test_heat_is_at_the_peak_of_the_map(peak):
     attention = torch.full((10, 16), 0.001)
     attention[peak] = 0.5
     heat = np.asarray(overlay_heat(noise(160, 100), attention)).astype(int)
-    warmth = heat[..., 0] - heat[..., 2]  # the grey photograph has none
+    warmth = heat[..., 0] - heat[..., 2]  # the grey image has none
     y, x = np.unravel_index(heat.sum(-1).argmax(), warmth.shape)
     assert (y // 10, x // 10) == peak
     assert warmth[y, x] > 40
@@ -250,21 +252,21 @@ def test_heat_lies_where_the_map_does(peak):
 
 
 def test_each_map_is_scaled_by_its_own_maximum():
-    photo, attention = noise(80, 60), torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
-    assert overlay_heat(photo, attention) == overlay_heat(photo, attention / 512)
-    assert overlay_heat(photo, attention.bfloat16().requires_grad_()).size == (80, 60)
-    nothing = np.asarray(overlay_heat(photo, torch.zeros(6, 8)))
+    image, attention = noise(80, 60), torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
+    assert overlay_heat(image, attention) == overlay_heat(image, attention / 512)
+    assert overlay_heat(image, attention.bfloat16().requires_grad_()).size == (80, 60)
+    nothing = np.asarray(overlay_heat(image, torch.zeros(6, 8)))
     assert (nothing == nothing[..., :1]).all()  # grey
 
 
-def test_heat_grows_ever_lighter_in_even_steps():
+def test_heat_gets_lighter_in_even_steps():
     lightness = lab(heat_colours(np.linspace(0, 1, 21)))[:, 0]
     assert np.diff(lightness).min() > 2
     assert np.diff(lightness).max() < 8
 
 
 def find(cell: Image.Image, sheet: Image.Image) -> tuple[int, int]:
-    """Where a cell lies in a sheet: (x, y); it must be there exactly once."""
+    """Return the position (x, y) of a cell in a sheet; it must occur exactly once."""
     inner, outer = (np.asarray(image).astype(np.int32) @ (1, 256, 65536) for image in (cell, sheet))
     height, width = inner.shape
     corners = np.argwhere((outer[:-1, :-1] == inner[0, 0]) & (outer[:-1, 1:] == inner[0, 1]))
@@ -280,17 +282,17 @@ def test_rows_are_the_parts_and_columns_the_heads(heads, columns):
     maps = [torch.rand(heads, 5, 7, generator=generator) for _ in range(3)]
     sheet = draw_attention(image, *maps, title="person 0.93")
 
-    def places(head):
-        """Where the head's three cells lie: (3, 2), x y each."""
+    def positions(head):
+        """Return the positions of the head's three cells, (3, 2) x y."""
         return np.array([find(overlay_heat(image, part[head]), sheet) for part in maps])
 
-    first = places(0)
+    first = positions(0)
     assert (first - first[0]).tolist() == [[0, 0], [0, 66], [0, 132]]
     block = np.array([0, 198 + 22 + 6])  # three rows, a line of type, a gap
     for head in {heads // 2, heads - 1}:
         row, column = divmod(head, columns)
         expected = first + row * block + (246 * column, 0)
-        assert np.abs(places(head) - expected).max() <= 4 * row  # versions of PIL's font differ in height
+        assert np.abs(positions(head) - expected).max() <= 4 * row  # versions of PIL's font differ in height
 
 
 def test_the_box_is_outlined_on_each_map():
@@ -313,7 +315,7 @@ def test_attention_on_any_size(size, heads):
     assert 100 < sheet.height < 1100
 
 
-def test_maps_that_are_none():
+def test_invalid_maps():
     image, good = noise(40, 30), torch.ones(8, 3, 4)
     for bad in [torch.ones(3, 4), torch.ones(8, 3, 5), torch.ones(7, 3, 4)]:
         shape = str(tuple(bad.shape))[1:-1]
