@@ -7,7 +7,7 @@ such images, so that every step runs where nothing can be downloaded.
 import argparse
 
 from conditional_detr import Detector
-from conditional_detr.data.synthetic import draw_image, index_in
+from conditional_detr.data.synthetic import draw_image, image_index
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
 
     image = options.image
     if image is None:
-        image, _, _ = draw_image(0, index_in("demo", 0))
+        image, _, _ = draw_image(0, image_index("demo", 0))
     detections = Detector.from_pretrained(options.weights)(image, threshold=0.5)
 
     height, width = detections.size

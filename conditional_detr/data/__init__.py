@@ -1,1 +1,1 @@
-"""Datasets in COCO format: read, check, augment, batch; and one that is drawn from a seed."""
+"""Datasets in COCO format: read, check, augment and batch; and a synthetic dataset."""

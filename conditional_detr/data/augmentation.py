@@ -1,7 +1,7 @@
-"""Augmentation: an image and its boxes are changed together, by numbers drawn from one generator.
+"""Augment an image and its boxes together, with random numbers from one generator.
 
-torchvision's ``transforms.v2`` does the changing, its functions, not its random classes: those draw from the global
-generator, so what an image becomes would depend on workers and on what ran before.
+This uses the functions of torchvision's ``transforms.v2``, not its random classes. Those use the global generator, so
+that the result would depend on workers and on earlier calls.
 """
 
 import math
@@ -18,12 +18,12 @@ from conditional_detr.inference.images import resized_size
 from conditional_detr.modeling.metadata import Preprocessing
 
 Boxes: TypeAlias = Any  # tv_tensors.BoundingBoxes; torchvision has no types
-_ANY_LENGTH = 2**31 - 1
-_TRIES = 10  # windows that are drawn in search of one with an object
+_UNLIMITED = 2**31 - 1
+_MAX_ATTEMPTS = 10  # random windows, until one contains a box
 
 
 class Scene(NamedTuple):
-    """An image with its objects.
+    """An image with its boxes and labels.
 
     Attributes:
         image: a PIL image in RGB, or a tensor (3, H, W) in [0, 1].
@@ -44,31 +44,31 @@ class Scene(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What may be done to an image, in this order; as it stands, nothing but the resizing that every image gets.
+    """Random changes of an image, applied in this order. The defaults change nothing: images are only resized.
 
     Attributes:
-        horizontal_flip: the probability of left becoming right.
-        vertical_flip: the probability of top becoming bottom.
-        quarter_turn: the probability of a turn by 90 degrees to the left. The image keeps its size: what then is too
-            long is cut off at a random place, what is too short filled up with the mean colour. An object remains if
-            its centre does. If there are objects, at least one remains.
-        crop: the probability of the authors' crop: the image is resized to one of ``crop_edges`` and a rectangle cut
-            out; what remains of an object remains, however little.
-        crop_edges: lengths of the shorter side, of which one is drawn before cropping.
-        crop_sides: the least and the most pixels of a side of the rectangle.
-        zoom: the least and the greatest magnification; below 1 the image shrinks, on a ground of the mean colour.
-            The size of the pixels is as if there were no zoom. An object remains if its centre does. If there are
-            objects, at least one remains.
-        stretch: the most that one side is magnified over the other by the zoom, such as 1.2; either may be.
-        shortest_edges: lengths of the shorter side, of which one is drawn; none: the preprocessing's.
-        longest_edge: the most pixels of the longer side with ``shortest_edges``; None: the preprocessing's.
-        brightness: the most that it changes, as a share of it; so contrast and saturation.
-        contrast: see brightness.
-        saturation: see brightness.
-        hue: the most that it turns, in full turns, up to 0.5.
+        horizontal_flip: the probability of a flip from left to right.
+        vertical_flip: the probability of a flip from top to bottom.
+        quarter_turn: the probability of a rotation by 90 degrees counterclockwise. The image keeps its size: the side
+            that is then too long is cropped at a random position, the side that is too short is filled with the mean
+            colour. A box is kept if its centre remains inside. If the image has boxes, at least one is kept.
+        crop: the probability of the authors' crop: the image is resized to one of ``crop_edges``, then a random
+            rectangle is cropped. A box is kept if any part of it remains.
+        crop_edges: lengths of the shorter side before cropping, of which one is chosen at random.
+        crop_sides: the minimum and maximum side of the rectangle in pixels.
+        zoom: the minimum and maximum magnification. Below 1, the image shrinks, on a background of the mean colour.
+            The number of pixels is the same as without zoom. A box is kept if its centre remains inside. If the image
+            has boxes, at least one is kept.
+        stretch: the maximum ratio of the two sides' magnifications by the zoom, such as 1.2. Either may be larger.
+        shortest_edges: lengths of the shorter side, of which one is chosen at random; empty: the preprocessing's.
+        longest_edge: the maximum length of the longer side with ``shortest_edges``; None: the preprocessing's.
+        brightness: the maximum relative change, in [0, 1].
+        contrast: the maximum relative change, in [0, 1].
+        saturation: the maximum relative change, in [0, 1].
+        hue: the maximum rotation of the hue, in full turns, in [0, 0.5].
 
     Raises:
-        ValueError: a probability or share outside [0, 1], sizes that are not positive or in the wrong order.
+        ValueError: a value is outside its range, or a minimum exceeds its maximum.
     """
 
     horizontal_flip: float = 0.0
@@ -95,7 +95,7 @@ class Augmentation:
         for name in ("crop_sides", "zoom"):
             pair = getattr(self, name)
             if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
-                raise ValueError(f"{name}: expected the least and the greatest, above 0, got {pair}")
+                raise ValueError(f"{name}: expected a minimum and a maximum above 0, got {pair}")
         for name in ("crop_edges", "shortest_edges"):
             if min(getattr(self, name), default=1) < 1:
                 raise ValueError(f"{name}: expected lengths of at least 1 pixel, got {getattr(self, name)}")
@@ -114,18 +114,18 @@ class Augmentation:
 
     @classmethod
     def paper(cls) -> "Augmentation":
-        """What the authors train with, as DETR: flip, crop, the shorter side 480 to 800, the longer at most 1333."""
+        """Return the authors' augmentation: flip, crop, shorter side 480 to 800, longer side at most 1333."""
         return cls(horizontal_flip=0.5, crop=0.5, shortest_edges=tuple(range(480, 801, 32)), longest_edge=1333)
 
     @classmethod
     def small(cls, *, vertical_flip: bool = False, quarter_turn: bool = False) -> "Augmentation":
-        """For hundreds of images rather than a hundred thousand: flip, zoom, stretch and colour, sizes as they are.
+        """Return an augmentation for small datasets of hundreds of images: flip, zoom, stretch and colour.
 
-        Pixels have the size that the preprocessing says, so batches of a data set of one size are never padded.
+        Images are resized as in detection, so batches of a dataset with one image size need no padding.
 
         Args:
-            vertical_flip: whether upside down is as likely as upright, as under a microscope or from above.
-            quarter_turn: whether turned by 90 degrees is.
+            vertical_flip: flip half of the images from top to bottom, for example for microscopy or aerial images.
+            quarter_turn: rotate half of the images by 90 degrees.
         """
         return cls(
             horizontal_flip=0.5,
@@ -140,70 +140,70 @@ class Augmentation:
         )
 
     def __call__(self, scene: Scene, preprocessing: Preprocessing, generator: torch.Generator) -> Scene:
-        """Change an image and its objects, and resize it.
+        """Augment and resize an image with its boxes.
 
         Args:
-            scene: the image as it is in its file.
-            preprocessing: the size, where this says none; the mean colour.
-            generator: all that decides what becomes of the image.
+            scene: the original image, its boxes and labels.
+            preprocessing: the image size, unless ``shortest_edges`` is given; the mean colour.
+            generator: the only source of random numbers.
 
         Returns:
-            The image at its size for the model; the objects that remain, their boxes clipped to the image.
+            The image at its size for the model; the boxes that are kept, clipped to the image, and their labels.
         """
-        if _chance(self.horizontal_flip, generator):
+        if _random_bool(self.horizontal_flip, generator):
             scene = Scene(F.horizontal_flip(scene.image), F.horizontal_flip(scene.boxes), scene.labels)
-        if _chance(self.vertical_flip, generator):
+        if _random_bool(self.vertical_flip, generator):
             scene = Scene(F.vertical_flip(scene.image), F.vertical_flip(scene.boxes), scene.labels)
-        if _chance(self.crop, generator):
-            scene = self._cropped(scene, generator)
-        size = resized_size(*scene.size, self._sizes(preprocessing, generator))
+        if _random_bool(self.crop, generator):
+            scene = self._random_crop(scene, generator)
+        size = resized_size(*scene.size, self._choose_sizes(preprocessing, generator))
         window = scene.size
-        if turned := _chance(self.quarter_turn, generator):
-            scene = _turned(scene)
-        if turned or any(value != 1 for value in (*self.zoom, self.stretch)):
-            scene = self._zoomed(scene, window, preprocessing, generator)
+        if rotated := _random_bool(self.quarter_turn, generator):
+            scene = _rotate_90(scene)
+        if rotated or any(value != 1 for value in (*self.zoom, self.stretch)):
+            scene = self._random_zoom(scene, window, preprocessing, generator)
         scene = _resize(scene, size)
-        return Scene(self._coloured(scene.image, generator), scene.boxes, scene.labels)
+        return Scene(self._adjust_colours(scene.image, generator), scene.boxes, scene.labels)
 
-    def _sizes(self, preprocessing: Preprocessing, generator: torch.Generator) -> Preprocessing:
-        """Return the lengths of sides that hold for one image."""
+    def _choose_sizes(self, preprocessing: Preprocessing, generator: torch.Generator) -> Preprocessing:
+        """Return the preprocessing with the side lengths chosen for one image."""
         if not self.shortest_edges:
             return preprocessing
-        shortest = _one_of(self.shortest_edges, generator)
+        shortest = _random_choice(self.shortest_edges, generator)
         return Preprocessing(shortest, max(self.longest_edge or preprocessing.longest_edge, shortest))
 
-    def _cropped(self, scene: Scene, generator: torch.Generator) -> Scene:
-        """Cut a rectangle of random size and place out of the image, at a random scale."""
-        edge = _one_of(self.crop_edges, generator)
-        scene = _resize(scene, resized_size(*scene.size, Preprocessing(edge, _ANY_LENGTH)))
-        least, most = self.crop_sides
-        height, width = (_whole(least, min(side, most), generator) for side in scene.size)
+    def _random_crop(self, scene: Scene, generator: torch.Generator) -> Scene:
+        """Resize the image to a random scale and crop a rectangle of random size and position."""
+        edge = _random_choice(self.crop_edges, generator)
+        scene = _resize(scene, resized_size(*scene.size, Preprocessing(edge, _UNLIMITED)))
+        low, high = self.crop_sides
+        height, width = (_random_integer(low, min(side, high), generator) for side in scene.size)
         top, left = (
-            _whole(0, whole - part, generator) for whole, part in zip(scene.size, (height, width), strict=True)
+            _random_integer(0, side - part, generator) for side, part in zip(scene.size, (height, width), strict=True)
         )
-        return _cut_out(scene, top, left, height, width)
+        return _crop_and_pad(scene, top, left, height, width)
 
-    def _zoomed(
+    def _random_zoom(
         self, scene: Scene, size: tuple[int, int], preprocessing: Preprocessing, generator: torch.Generator
     ) -> Scene:
-        """Cut out a window around a random place; one that is larger than the image is filled up.
+        """Crop a random window. Where it extends beyond the image, it is filled with the mean colour.
 
         Args:
             scene: the image.
-            size: height and width of the window where nothing is magnified.
+            size: height and width of the window at a magnification of 1.
             preprocessing: for the mean colour.
-            generator: decides.
+            generator: the source of random numbers.
         """
         height, width = size
         centres = (scene.boxes[:, :2] + scene.boxes[:, 2:]).as_subclass(Tensor) / 2
-        for _ in range(_TRIES):
-            zoom = _log_uniform(*self.zoom, generator)
-            stretch = math.sqrt(_log_uniform(1 / self.stretch, self.stretch, generator))
+        for _ in range(_MAX_ATTEMPTS):
+            zoom = _random_log_uniform(*self.zoom, generator)
+            stretch = math.sqrt(_random_log_uniform(1 / self.stretch, self.stretch, generator))
             window = max(round(height / zoom * stretch), 1), max(round(width / zoom / stretch), 1)
-            # inside the image, or around it
+            # a smaller window lies inside the image, a larger one contains it
             top, left = (
-                _whole(min(0, whole - part), max(0, whole - part), generator)
-                for whole, part in zip(scene.size, window, strict=True)
+                _random_integer(min(0, side - part), max(0, side - part), generator)
+                for side, part in zip(scene.size, window, strict=True)
             )
             corner = torch.tensor([left, top])
             inside = ((centres >= corner) & (centres <= corner + torch.tensor(window[::-1]))).all(dim=1)
@@ -212,28 +212,28 @@ class Augmentation:
         else:
             return scene
         scene = Scene(scene.image, _boxes(scene.boxes[inside], scene.size), scene.labels[inside])
-        return _cut_out(scene, top, left, *window, ground=preprocessing.mean)
+        return _crop_and_pad(scene, top, left, *window, background=preprocessing.mean)
 
-    def _coloured(self, image: Image.Image | Tensor, generator: torch.Generator) -> Image.Image | Tensor:
-        """Change the colours of an image."""
+    def _adjust_colours(self, image: Image.Image | Tensor, generator: torch.Generator) -> Image.Image | Tensor:
+        """Change brightness, contrast, saturation and hue."""
         changes = (
             (self.brightness, F.adjust_brightness),
             (self.contrast, F.adjust_contrast),
             (self.saturation, F.adjust_saturation),
         )
-        for share, change in changes:
-            if share:
-                image = change(image, _uniform(1 - share, 1 + share, generator))
+        for amount, change in changes:
+            if amount:
+                image = change(image, _random_uniform(1 - amount, 1 + amount, generator))
         if self.hue:
-            image = F.adjust_hue(image, _uniform(-self.hue, self.hue, generator))
+            image = F.adjust_hue(image, _random_uniform(-self.hue, self.hue, generator))
         return image
 
 
-def scene_of(image: Image.Image | Tensor, boxes: Tensor, labels: Tensor) -> Scene:
-    """Put an image together with its objects.
+def make_scene(image: Image.Image | Tensor, boxes: Tensor, labels: Tensor) -> Scene:
+    """Combine an image with its boxes and labels.
 
     Args:
-        image: what ``images.open_image`` returned.
+        image: the result of ``images.open_image``.
         boxes: (T, 4) x0 y0 x1 y1 in its pixels.
         labels: (T,) int64.
     """
@@ -244,66 +244,66 @@ def scene_of(image: Image.Image | Tensor, boxes: Tensor, labels: Tensor) -> Scen
 
 
 def _boxes(boxes: Tensor, size: tuple[int, int]) -> Boxes:
-    """Return boxes (T, 4) that know the size (height, width) of their image."""
+    """Return boxes (T, 4) as torchvision's type, which includes the size (height, width) of their image."""
     return tv_tensors.BoundingBoxes(boxes.as_subclass(Tensor), format="XYXY", canvas_size=size)
 
 
-def _turned(scene: Scene) -> Scene:
-    """Turn by 90 degrees to the left: what was right is at the top."""
+def _rotate_90(scene: Scene) -> Scene:
+    """Rotate by 90 degrees counterclockwise: the right side becomes the top."""
     image = scene.image
     image = image.transpose(Image.Transpose.ROTATE_90) if isinstance(image, Image.Image) else image.rot90(1, (-2, -1))
     x0, y0, x1, y1 = scene.boxes.as_subclass(Tensor).unbind(dim=1)
     width = scene.size[1]
     boxes = torch.stack((y0, width - x1, y1, width - x0), dim=1)
-    return scene_of(image, boxes, scene.labels)
+    return make_scene(image, boxes, scene.labels)
 
 
 def _resize(scene: Scene, size: tuple[int, int]) -> Scene:
-    """Resize to (height, width), as ``images.resize`` does."""
+    """Resize to (height, width) in the same way as ``images.resize``."""
     if scene.size == size:
         return scene
     image, boxes = (F.resize(part, list(size), antialias=True) for part in (scene.image, scene.boxes))
     return Scene(image, boxes, scene.labels)
 
 
-def _cut_out(
-    scene: Scene, top: int, left: int, height: int, width: int, ground: tuple[float, float, float] = (0, 0, 0)
+def _crop_and_pad(
+    scene: Scene, top: int, left: int, height: int, width: int, background: tuple[float, float, float] = (0, 0, 0)
 ) -> Scene:
-    """Cut out a window; where it reaches beyond the image it gets the ground's colour, in [0, 1].
+    """Crop a window. Where it extends beyond the image, it is filled with the background colour, in [0, 1].
 
-    Boxes are clipped to the window and to what was the image; those of which nothing remains are left out.
+    Boxes are clipped to the window and to the original image; boxes that become empty are removed.
     """
     image, boxes = scene.image, scene.boxes
     low = max(-left, 0), max(-top, 0)
     high = max(left + width - scene.size[1], 0), max(top + height - scene.size[0], 0)
     if any((*low, *high)):
-        colour = [value * (1 if isinstance(image, Tensor) else 255) for value in ground]
+        colour = [value * (1 if isinstance(image, Tensor) else 255) for value in background]
         fill = colour if isinstance(image, Tensor) else tuple(round(value) for value in colour)
         image, boxes = (F.pad(part, [*low, *high], fill=fill) for part in (image, boxes))
         left, top = left + low[0], top + low[1]
     image, boxes = (F.crop(part, top, left, height, width) for part in (image, boxes))
     boxes = F.clamp_bounding_boxes(boxes)
-    remains = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).as_subclass(Tensor)
-    return Scene(image, _boxes(boxes[remains], (height, width)), scene.labels[remains])
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).as_subclass(Tensor)
+    return Scene(image, _boxes(boxes[kept], (height, width)), scene.labels[kept])
 
 
-def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+def _random_uniform(low: float, high: float, generator: torch.Generator) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
-def _log_uniform(low: float, high: float, generator: torch.Generator) -> float:
-    """Draw so that doubling is as likely as halving."""
-    return math.exp(_uniform(math.log(low), math.log(high), generator))
+def _random_log_uniform(low: float, high: float, generator: torch.Generator) -> float:
+    """Return a number whose logarithm is uniformly distributed: doubling is as likely as halving."""
+    return math.exp(_random_uniform(math.log(low), math.log(high), generator))
 
 
-def _whole(low: int, high: int, generator: torch.Generator) -> int:
-    """Draw a whole number, either end included."""
+def _random_integer(low: int, high: int, generator: torch.Generator) -> int:
+    """Return a random integer in [low, high], both included."""
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
-def _one_of(values: tuple[int, ...], generator: torch.Generator) -> int:
-    return values[_whole(0, len(values) - 1, generator)]
+def _random_choice(values: tuple[int, ...], generator: torch.Generator) -> int:
+    return values[_random_integer(0, len(values) - 1, generator)]
 
 
-def _chance(probability: float, generator: torch.Generator) -> bool:
-    return probability > 0 and _uniform(0, 1, generator) < probability
+def _random_bool(probability: float, generator: torch.Generator) -> bool:
+    return probability > 0 and _random_uniform(0, 1, generator) < probability

@@ -1,4 +1,4 @@
-"""COCO's two kinds of json, read and checked: the annotations of a data set, and detections on its images."""
+"""Read and check the two kinds of COCO JSON: annotations of a dataset, and detection results."""
 
 import json
 import math
@@ -12,194 +12,207 @@ Id: TypeAlias = int | str
 
 @dataclass(frozen=True)
 class Annotations:
-    """The objects of a data set.
+    """The checked annotations of a dataset.
 
     Attributes:
-        name: what messages call it: its path.
-        images: what it says of each image, by id: file_name, and perhaps height and width.
-        categories: class names by id, in any numbering.
-        objects: one dict an object: image_id, category_id, bbox [x0, y0, w, h] in pixels, area, iscrowd, id (None
-            where it has none), and place: which of the file's annotations it is.
+        name: the path of the file, for messages.
+        images: the JSON's entry of each image, by image id: file_name, and optionally height and width.
+        categories: class names by category id, in any numbering.
+        annotations: one dict per annotation: image_id, category_id, bbox [x0, y0, w, h] in pixels, area, iscrowd, id
+            (None if it has none), and index, its position in the file's list.
     """
 
     name: str
     images: dict[Id, Mapping[str, Any]]
     categories: dict[Id, str]
-    objects: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
 
 
 def read_annotations(
-    source: str | Path | Mapping[str, Any] | Annotations, *, refused: list[str] | None = None
+    source: str | Path | Mapping[str, Any] | Annotations, *, errors: list[str] | None = None
 ) -> Annotations:
-    """Read the annotations of a data set.
+    """Read the annotations of a dataset and check them.
 
     Args:
-        source: a json file, or what such a file holds, or annotations that were read before, which are given back.
-            An object may lack area, which is then that of its box, and iscrowd, which is then 0.
-        refused: takes the messages of objects that are none, which are then left out instead of raising.
+        source: a JSON file, or its content, or annotations that are already read, which are returned unchanged. An
+            annotation may lack area, which is then the area of its box, and iscrowd, which is then 0.
+        errors: collects one message per invalid annotation. These annotations are then skipped; without this list,
+            the first one raises.
+
+    Returns:
+        The annotations, crowds included.
 
     Raises:
-        OSError: a file that cannot be read.
-        ValueError: no json, or none of COCO's annotations; the message has the file and the place in it.
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or not in COCO's format; the message has the file and the position in it.
     """
     if isinstance(source, Annotations):
         return source
     name, content = _read(source, "annotations")
     if not isinstance(content, Mapping):
-        raise ValueError(f"{name}: expected an object with images, annotations and categories, got {_kind(content)}")
+        raise ValueError(
+            f"{name}: expected an object with images, annotations and categories, got {_describe_json(content)}"
+        )
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), Sequence):
             raise ValueError(f"{name}: expected a list under {key!r}, got the keys {', '.join(map(repr, content))}")
     images, categories = (_by_id(content[key], f"{name}: {key}") for key in ("images", "categories"))
-    names = {i: str(_get(category, "name", f"{name}: category {i}")) for i, category in categories.items()}
-    if twice := sorted({n for n in names.values() if list(names.values()).count(n) > 1}):
-        raise ValueError(f"{name}: expected each category's name once, got more than one {', '.join(twice)}")
-    annotations = Annotations(name, images, names, [])
+    class_names = {i: str(_get(category, "name", f"{name}: category {i}")) for i, category in categories.items()}
+    if duplicates := sorted({n for n in class_names.values() if list(class_names.values()).count(n) > 1}):
+        raise ValueError(f"{name}: expected distinct category names, got duplicates: {', '.join(duplicates)}")
+    data = Annotations(name, images, class_names, [])
     for i, entry in enumerate(content["annotations"]):
         try:
-            annotations.objects.append({**_object(entry, annotations, f"{name}: annotations[{i}]"), "place": i})
-        except ValueError as error:  # noqa: PERF203  # a message an object
-            if refused is None:
+            data.annotations.append({**_check_annotation(entry, data, f"{name}: annotations[{i}]"), "index": i})
+        except ValueError as error:  # noqa: PERF203  # one message per annotation
+            if errors is None:
                 raise
-            refused.append(str(error))
-    return annotations
+            errors.append(str(error))
+    return data
 
 
-def said_size(annotations: Annotations, image: Id) -> tuple[int, int] | None:
-    """Return the height and width of an image as the annotations have it, None if they lack one.
+def stated_size(data: Annotations, image_id: Id) -> tuple[int, int] | None:
+    """Return the height and width that the annotations state for an image, or None if one is missing.
 
     Raises:
-        ValueError: they are no whole pixels.
+        ValueError: one of them is not a positive integer.
     """
-    height, width = (annotations.images[image].get(side) for side in ("height", "width"))
+    height, width = (data.images[image_id].get(side) for side in ("height", "width"))
     for value in (height, width):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            where, got = f"{annotations.name}: image {image}", f"{height!r} and {width!r}"
-            raise ValueError(f"{where}: expected height and width in whole pixels, got {got}")
+            where, got = f"{data.name}: image {image_id}", f"{height!r} and {width!r}"
+            raise ValueError(f"{where}: expected height and width as positive integers, got {got}")
     return None if height is None or width is None else (height, width)
 
 
-def image_paths(annotations: Annotations, folder: str | Path) -> dict[Id, Path]:
-    """Return where each image is, having looked that it is there.
+def check_image_folder(folder: Path) -> None:
+    """Raise NotADirectoryError if the folder of the images does not exist."""
+    if not folder.is_dir():
+        got = "a file" if folder.exists() else "a path that does not exist"
+        raise NotADirectoryError(f"{folder}: expected the folder of the images, got {got}")
+
+
+def image_paths(data: Annotations, folder: str | Path) -> dict[Id, Path]:
+    """Check that every image file exists, and return the paths by image id.
 
     Raises:
-        OSError: no such folder, or an image that is not in it.
-        ValueError: an image without file_name.
+        OSError: the folder or an image does not exist.
+        ValueError: an image has no file_name.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        got = "a file" if folder.exists() else "nothing of that name"
-        raise NotADirectoryError(f"{folder}: expected the folder of the images, got {got}")
+    check_image_folder(folder)
     paths = {}
-    for image, entry in annotations.images.items():
-        if not isinstance(entry.get("file_name"), str):
-            raise ValueError(
-                f"{annotations.name}: image {image}: expected a file_name, got {entry.get('file_name')!r}"
-            )
-        paths[image] = folder / entry["file_name"]
+    for image_id, info in data.images.items():
+        if not isinstance(info.get("file_name"), str):
+            raise ValueError(f"{data.name}: image {image_id}: expected a file_name, got {info.get('file_name')!r}")
+        paths[image_id] = folder / info["file_name"]
     if missing := [path for path in paths.values() if not path.is_file()]:
-        count = f"{len(missing)} of the {len(paths)} images of {annotations.name} are missing"
+        count = f"{len(missing)} of the {len(paths)} images of {data.name} are missing"
         raise FileNotFoundError(f"{missing[0]}: no such file; {count}")
     return paths
 
 
-def check_size(entry: Mapping[str, Any], size: tuple[int, int], path: Path, name: str) -> None:
-    """Raise ValueError if annotations were made for an image of another size, such as before it was turned.
+def check_size(data: Annotations, image_id: Id, size: tuple[int, int], path: Path) -> None:
+    """Raise ValueError if the annotations state another size, for example because the image was rotated later.
 
     Args:
-        entry: what the annotations say of the image.
+        data: the annotations.
+        image_id: the image.
         size: its height and width, upright.
-        path: its file.
-        name: what the annotations are called.
+        path: its file, for the message.
     """
-    height, width = entry.get("height"), entry.get("width")
-    said = size[0] if height is None else height, size[1] if width is None else width
-    if said != size:
-        raise ValueError(f"{path}: expected {said[1]} x {said[0]} pixels, as {name} says, got {size[1]} x {size[0]}")
+    height, width = (data.images[image_id].get(side) for side in ("height", "width"))
+    stated = size[0] if height is None else height, size[1] if width is None else width
+    if stated != size:
+        raise ValueError(
+            f"{path}: expected {stated[1]} x {stated[0]} pixels, as in {data.name}, got {size[1]} x {size[0]}"
+        )
 
 
-def read_results(source: str | Path | Sequence[Mapping[str, Any]], annotations: Annotations) -> list[dict[str, Any]]:
-    """Read detections in COCO's form for results: a list of image_id, category_id, bbox [x0, y0, w, h] and score.
+def read_results(source: str | Path | Sequence[Mapping[str, Any]], data: Annotations) -> list[dict[str, Any]]:
+    """Read detections in COCO's results format: a list of image_id, category_id, bbox [x0, y0, w, h] and score.
 
     Raises:
-        OSError: a file that cannot be read.
-        ValueError: no json, or none of such detections on images and of categories of the annotations; the message
-            has the file and the place in it.
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or not in this format, or has an image or category that the annotations lack; the
+            message has the file and the position in it.
     """
     name, content = _read(source, "results")
     if isinstance(content, Mapping) or not isinstance(content, Sequence):
-        raise ValueError(f"{name}: expected a list of detections, got {_kind(content)}")
+        raise ValueError(f"{name}: expected a list of detections, got {_describe_json(content)}")
     results = []
     for i, entry in enumerate(content):
         where = f"{name}: [{i}]"
-        found = _checked(entry, annotations, where)
-        results.append({**found, "score": _number(_get(entry, "score", where), "score", where)})
+        fields = _check_fields(entry, data, where)
+        results.append({**fields, "score": _number(_get(entry, "score", where), "score", where)})
     return results
 
 
 def _read(source: Any, name: str) -> tuple[str, Any]:
-    """Return what messages call it, and the content of a json file, or what was given in place of one."""
+    """Return a name for messages, and the content of a JSON file; anything but a path is the content itself."""
     if not isinstance(source, str | Path):
         return name, source
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if path.is_dir():
-        raise IsADirectoryError(f"{path}: expected a json file, got a folder")
+        raise IsADirectoryError(f"{path}: expected a JSON file, got a folder")
     try:
         return str(path), json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also of bytes that are no text
-        raise ValueError(f"{path}: expected json, got something else: {error}") from error
+    except ValueError as error:  # also raised for bytes that are not UTF-8
+        raise ValueError(f"{path}: expected JSON, got something else: {error}") from error
     except OSError as error:
         raise OSError(f"{path}: cannot be read: {error}") from error
 
 
 def _by_id(entries: Sequence[Any], where: str) -> dict[Id, Mapping[str, Any]]:
-    """Return entries by their ids, which stand once each and are all numbers or all strings."""
-    found: dict[Id, Mapping[str, Any]] = {}
+    """Return entries by their ids, which must be distinct and either all integers or all strings."""
+    by_id: dict[Id, Mapping[str, Any]] = {}
     for i, entry in enumerate(entries):
         key = _get(entry, "id", f"{where}[{i}]")
-        if not isinstance(key, int | str) or isinstance(key, bool) or type(key) is not type(next(iter(found), key)):
-            raise ValueError(f"{where}[{i}]: expected ids that are all whole numbers or all strings, got {key!r}")
-        if key in found:
-            raise ValueError(f"{where}[{i}]: expected each id once, got {key!r} again")
-        found[key] = entry
-    if not found:
+        if not isinstance(key, int | str) or isinstance(key, bool) or type(key) is not type(next(iter(by_id), key)):
+            raise ValueError(f"{where}[{i}]: expected ids that are all integers or all strings, got {key!r}")
+        if key in by_id:
+            raise ValueError(f"{where}[{i}]: expected distinct ids, got {key!r} again")
+        by_id[key] = entry
+    if not by_id:
         raise ValueError(f"{where}: expected at least one, got none")
-    return found
+    return by_id
 
 
-def _object(entry: Any, annotations: Annotations, where: str) -> dict[str, Any]:
-    """Return an object, what it may lack filled in."""
-    found = _checked(entry, annotations, where)
-    area = _number(entry.get("area", found["bbox"][2] * found["bbox"][3]), "area", where)
-    crowd = entry.get("iscrowd", 0)
-    if crowd not in (0, 1):
-        raise ValueError(f"{where}: expected 0 or 1 as iscrowd, got {crowd!r}")
+def _check_annotation(entry: Any, data: Annotations, where: str) -> dict[str, Any]:
+    """Return the fields of an annotation, with defaults for the optional ones."""
+    fields = _check_fields(entry, data, where)
+    area = _number(entry.get("area", fields["bbox"][2] * fields["bbox"][3]), "area", where)
+    iscrowd = entry.get("iscrowd", 0)
+    if iscrowd not in (0, 1):
+        raise ValueError(f"{where}: expected 0 or 1 as iscrowd, got {iscrowd!r}")
     if not isinstance(entry.get("id"), int | str | None):
-        raise ValueError(f"{where}: expected a whole number or a string as id, got {entry['id']!r}")
-    return {**found, "area": area, "iscrowd": int(crowd), "id": entry.get("id")}
+        raise ValueError(f"{where}: expected an integer or a string as id, got {entry['id']!r}")
+    return {**fields, "area": area, "iscrowd": int(iscrowd), "id": entry.get("id")}
 
 
-def _checked(entry: Any, annotations: Annotations, where: str) -> dict[str, Any]:
-    """Return image_id, category_id and bbox of an object or detection."""
-    image, category, box = (_get(entry, key, where) for key in ("image_id", "category_id", "bbox"))
-    if not isinstance(image, int | str) or image not in annotations.images:
-        raise ValueError(f"{where}: expected the id of an image of {annotations.name}, got image_id {image!r}")
-    if not isinstance(category, int | str) or category not in annotations.categories:
-        known = ", ".join(f"{key} {name}" for key, name in annotations.categories.items())
-        raise ValueError(f"{where}: expected a category of {annotations.name} ({known}), got category_id {category!r}")
-    if not isinstance(box, Sequence) or len(box) != 4:
-        raise ValueError(f"{where}: expected a bbox [x0, y0, w, h], got {box!r}")
-    numbers = [_number(value, "bbox", where) for value in box]
+def _check_fields(entry: Any, data: Annotations, where: str) -> dict[str, Any]:
+    """Return image_id, category_id and bbox, which annotations and detections have in common."""
+    image_id, category_id, bbox = (_get(entry, key, where) for key in ("image_id", "category_id", "bbox"))
+    if not isinstance(image_id, int | str) or image_id not in data.images:
+        raise ValueError(f"{where}: expected the id of an image of {data.name}, got image_id {image_id!r}")
+    if not isinstance(category_id, int | str) or category_id not in data.categories:
+        categories = ", ".join(f"{key} {name}" for key, name in data.categories.items())
+        raise ValueError(
+            f"{where}: expected a category of {data.name} ({categories}), got category_id {category_id!r}"
+        )
+    if not isinstance(bbox, Sequence) or len(bbox) != 4:
+        raise ValueError(f"{where}: expected a bbox [x0, y0, w, h], got {bbox!r}")
+    numbers = [_number(value, "bbox", where) for value in bbox]
     if min(numbers[2:]) < 0:
-        raise ValueError(f"{where}: expected a bbox [x0, y0, w, h] with w and h of at least 0, got {box!r}")
-    return {"image_id": image, "category_id": category, "bbox": numbers}
+        raise ValueError(f"{where}: expected a bbox [x0, y0, w, h] with w and h of at least 0, got {bbox!r}")
+    return {"image_id": image_id, "category_id": category_id, "bbox": numbers}
 
 
 def _get(entry: Any, key: str, where: str) -> Any:
     if not isinstance(entry, Mapping) or key not in entry:
-        got = f"the keys {', '.join(map(repr, entry))}" if isinstance(entry, Mapping) else _kind(entry)
+        got = f"the keys {', '.join(map(repr, entry))}" if isinstance(entry, Mapping) else _describe_json(entry)
         raise ValueError(f"{where}: expected an object with {key!r}, got {got}")
     return entry[key]
 
@@ -210,8 +223,8 @@ def _number(value: Any, key: str, where: str) -> float:
     return value
 
 
-def _kind(content: Any) -> str:
-    """Say in json's words what something is."""
+def _describe_json(content: Any) -> str:
+    """Describe a value in JSON's terms, for messages."""
     if isinstance(content, Mapping):
         return f"an object with the keys {', '.join(map(repr, content))}"
     return "a list" if isinstance(content, list | tuple) else repr(content)

@@ -1,4 +1,4 @@
-"""What is in a data set, and what is wrong with it: every image opened, every box looked at."""
+"""Describe a dataset and check it: open every image and check every box."""
 
 import hashlib
 import os
@@ -11,56 +11,63 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image
 
-from conditional_detr.data.annotations import clip_objects, misread, name_object, repeated
-from conditional_detr.data.coco import Annotations, Id, read_annotations, said_size
+from conditional_detr.data.annotations import check_boxes, describe_annotation, duplicates, guess_box_format
+from conditional_detr.data.coco import Annotations, Id, check_image_folder, read_annotations, stated_size
 from conditional_detr.inference.images import open_image, size_of
 from conditional_detr.inference.pipeline import map_in_threads
 
 SMALL, LARGE = 32**2, 96**2  # pixels: COCO's bounds of small, medium and large boxes
-TINY = 2.0  # pixels: a side that nothing can be seen on
-FULL = 0.99  # share of the image's sides
+TINY = 2.0  # pixels: on a shorter side, nothing can be recognised
+FULL = 0.99  # fraction of the image's sides
 
 Cases: TypeAlias = dict[str, list[str]]
+"""By kind of problem, a description of each case."""
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What is in a data set.
+    """Contents and problems of a dataset.
 
     Attributes:
-        name: of the annotations.
-        images: how many.
-        objects: how many, crowds apart.
-        crowds: how many boxes around crowds, which count in evaluation and are no targets.
-        classes: the number of objects of each class.
-        boxes: how many are "small", "medium" and "large", as COCO counts, and the "least", "median" and "greatest"
-            side in pixels.
-        image_sizes: the number of images by "width x height", the commonest first.
-        problems: what to mend, by kind: names of images and places of objects, one a case.
-        notes: what may be meant, in the same form.
+        name: the path of the annotations.
+        images: the number of images.
+        annotations: the number of annotations, without crowds.
+        crowds: the number of crowd annotations, which evaluation uses and training does not.
+        classes: the number of annotations of each class, without crowds.
+        boxes: the number of "small", "medium" and "large" boxes, by COCO's definition; and the "min", "median" and
+            "max" of the square roots of their areas, in pixels.
+        image_sizes: the number of images by "width x height", most frequent first.
+        problems: what must be corrected, by kind: image files and annotations, one per case.
+        notes: what may be intended, in the same form.
     """
 
     name: str
     images: int
-    objects: int
+    annotations: int
     crowds: int
     classes: dict[str, int]
     boxes: dict[str, float]
     image_sizes: dict[str, int]
-    problems: dict[str, list[str]]
-    notes: dict[str, list[str]]
+    problems: Cases
+    notes: Cases
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything, for json."""
+        """Return all attributes as a dict, for JSON."""
         return dict(vars(self))
 
 
 class _Opened(NamedTuple):
-    """What came of opening an image: its (height, width), or what is wrong; and a checksum, if there are bytes."""
+    """Result of opening an image.
+
+    Attributes:
+        size: (height, width); None if the image cannot be read.
+        error: why it cannot be read.
+        checksum: of the file's bytes; '' if they cannot be read, None if there is no file.
+    """
 
     size: tuple[int, int] | None
-    message: str
-    checksum: str
+    error: str
+    checksum: str | None
 
 
 def check_data(
@@ -69,43 +76,46 @@ def check_data(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
-    """Look at every image and object of a data set.
+    """Check every image and annotation of a dataset.
 
     Args:
-        annotations: COCO's json, or what it holds.
+        annotations: a COCO JSON file, or its content.
         images: the folder of the images.
-        progress: called with the number of images done and of all.
+        progress: called with the number of images that are checked, and the total.
+
+    Returns:
+        The report.
 
     Raises:
-        OSError: annotations that cannot be read, or no such folder.
-        ValueError: annotations that are none as a whole, such as with one id for two images.
+        OSError: the annotations cannot be read, or the folder does not exist.
+        ValueError: the annotations are invalid as a whole, for example with duplicate image ids.
     """
-    refused: list[str] = []
-    data = read_annotations(annotations, refused=refused)
+    errors: list[str] = []
+    data = read_annotations(annotations, errors=errors)
     folder = Path(images)
-    if not folder.is_dir():
-        got = "a file" if folder.exists() else "nothing of that name"
-        raise NotADirectoryError(f"{folder}: expected the folder of the images, got {got}")
-    problems: Cases = defaultdict(list, {"objects that are none": refused})
+    check_image_folder(folder)
+    problems: Cases = defaultdict(list, {"invalid annotations": errors})
     notes: Cases = defaultdict(list)
     opened = _open_all(data, folder, progress)
-    sizes = _check_images(data, folder, opened, problems)
-    _check_objects(data, sizes, problems, notes)
-    named = {(folder / name).resolve() for name in _file_names(data).values()}
+    sizes = _check_images(data, opened, problems)
+    _check_annotations(data, sizes, problems, notes)
+    listed = {(folder / name).resolve() for name in _file_names(data).values()}
     files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in Image.registered_extensions())
-    notes["files that the json does not name"] = [str(path) for path in files if path.resolve() not in named]
-    objects = [entry for entry in data.objects if not entry["iscrowd"]]
-    counts = Counter(entry["category_id"] for entry in objects)
-    notes["classes without an object"] = [name for category, name in data.categories.items() if not counts[category]]
-    frequent = Counter(f"{size[1]} x {size[0]}" for size, _, _ in opened.values() if size is not None)
+    notes["image files without an entry in the annotations"] = [
+        str(path) for path in files if path.resolve() not in listed
+    ]
+    no_crowds = [annotation for annotation in data.annotations if not annotation["iscrowd"]]
+    counts = Counter(annotation["category_id"] for annotation in no_crowds)
+    notes["classes without annotations"] = [name for i, name in data.categories.items() if not counts[i]]
+    image_sizes = Counter(f"{image.size[1]} x {image.size[0]}" for image in opened.values() if image.size is not None)
     return DataReport(
         name=data.name,
         images=len(data.images),
-        objects=len(objects),
-        crowds=len(data.objects) - len(objects),
-        classes={data.categories[category]: counts[category] for category in sorted(data.categories)},
-        boxes=_measure([entry["bbox"][2:] for entry in objects]),
-        image_sizes=dict(frequent.most_common()),
+        annotations=len(no_crowds),
+        crowds=len(data.annotations) - len(no_crowds),
+        classes={data.categories[i]: counts[i] for i in sorted(data.categories)},
+        boxes=_box_statistics([annotation["bbox"][2:] for annotation in no_crowds]),
+        image_sizes=dict(image_sizes.most_common()),
         problems={kind: cases for kind, cases in problems.items() if cases},
         notes={kind: cases for kind, cases in notes.items() if cases},
     )
@@ -113,27 +123,28 @@ def check_data(
 
 def _file_names(data: Annotations) -> dict[Id, str]:
     """Return the file_name of each image that has one."""
-    names = {image: entry.get("file_name") for image, entry in data.images.items()}
-    return {image: name for image, name in names.items() if isinstance(name, str) and name}
+    names = {image_id: info.get("file_name") for image_id, info in data.images.items()}
+    return {image_id: name for image_id, name in names.items() if isinstance(name, str) and name}
 
 
 def _open_all(data: Annotations, folder: Path, progress: Callable[[int, int], None] | None) -> dict[Id, _Opened]:
-    """Open each image that has a file_name."""
+    """Open each image that has a file_name, and return the results by image id."""
     names = _file_names(data)
     workers = os.cpu_count() or 1
     results = map_in_threads(_open, (folder / name for name in names.values()), workers=workers, depth=2 * workers)
     opened = {}
-    for done, (image, result) in enumerate(zip(names, results, strict=True), start=1):
-        opened[image] = result
+    for done, (image_id, result) in enumerate(zip(names, results, strict=True), start=1):
+        opened[image_id] = result
         if progress is not None:
             progress(done, len(names))
     return opened
 
 
 def _open(path: Path) -> _Opened:
-    """Open an image to the last pixel."""
+    """Open an image and decode all of it."""
     if not path.is_file():
-        return _Opened(None, f"{path}: no such file", "")
+        return _Opened(None, f"{path}: no such file", None)
+    checksum = ""
     try:
         checksum = hashlib.blake2b(path.read_bytes()).hexdigest()
         return _Opened(size_of(open_image(path, str(path))), "", checksum)
@@ -141,70 +152,75 @@ def _open(path: Path) -> _Opened:
         return _Opened(None, str(error), checksum)
 
 
-def _check_images(
-    data: Annotations, folder: Path, opened: Mapping[Id, _Opened], problems: Cases
-) -> dict[Id, tuple[int, int]]:
-    """Find what is wrong with images; return the (height, width) that the boxes of each are meant for, if any."""
+def _check_images(data: Annotations, opened: Mapping[Id, _Opened], problems: Cases) -> dict[Id, tuple[int, int]]:
+    """Collect problems of images; return the (height, width) that each image's boxes refer to, if one is available."""
     sizes = {}
-    same: dict[str, list[str]] = {}
-    for image, entry in data.images.items():
-        size, message, checksum = opened.get(image, _Opened(None, "", ""))
-        if image not in opened:
-            problems["images without file_name"].append(f"image {image}")
+    by_checksum: dict[str, list[str]] = {}
+    for image_id, info in data.images.items():
+        size, error, checksum = opened.get(image_id, _Opened(None, "", None))
+        if image_id not in opened:
+            problems["images without a file_name"].append(f"image {image_id}")
         elif size is None:
-            problems["images that cannot be read" if checksum else "images that are missing"].append(message)
+            kind = "images that are missing" if checksum is None else "images that cannot be read"
+            problems[kind].append(error)
         if checksum:
-            same.setdefault(checksum, []).append(entry["file_name"])
-        said = None
+            by_checksum.setdefault(checksum, []).append(info["file_name"])
+        stated = None
         try:
-            said = said_size(data, image)
-        except ValueError as error:
-            problems["images without height and width in whole pixels"].append(str(error))
-        if said is not None and size is not None and said != size:
-            message = f"{entry['file_name']}: said {said[1]} x {said[0]}, is {size[1]} x {size[0]}"
-            problems["images of another size than the json says"].append(message)
-        if meant := said or size:
-            sizes[image] = meant
+            stated = stated_size(data, image_id)
+        except ValueError as invalid:
+            problems["images whose height and width are not positive integers"].append(str(invalid))
+        if stated is not None and size is not None and stated != size:
+            message = f"{info['file_name']}: expected {stated[1]} x {stated[0]}, got {size[1]} x {size[0]}"
+            problems["images whose size differs from the annotations"].append(message)
+        if reference := stated or size:
+            sizes[image_id] = reference
     names = list(_file_names(data).values())
-    problems["images with a file_name that stood before"] = [names[place] for place in repeated(names)]
-    doubles = (sorted(set(group)) for group in same.values())
-    problems["images of the same bytes"] = [" = ".join(group) for group in doubles if len(group) > 1]
+    problems["images with a duplicate file_name"] = [names[i] for i in duplicates(names)]
+    groups = (sorted(set(group)) for group in by_checksum.values())
+    problems["groups of images with identical bytes"] = [" = ".join(group) for group in groups if len(group) > 1]
     return sizes
 
 
-def _check_objects(data: Annotations, sizes: Mapping[Id, tuple[int, int]], problems: Cases, notes: Cases) -> None:
-    """Find what is wrong with the boxes of images whose size is known, and what is rare."""
-    busy = {entry["image_id"] for entry in data.objects}
-    notes["images without an object"] = [
-        str(entry.get("file_name", f"image {image}")) for image, entry in data.images.items() if image not in busy
+def _check_annotations(data: Annotations, sizes: Mapping[Id, tuple[int, int]], problems: Cases, notes: Cases) -> None:
+    """Collect problems and rare properties of the boxes in images whose size is available."""
+    annotated = {annotation["image_id"] for annotation in data.annotations}
+    notes["images without annotations"] = [
+        str(info.get("file_name", f"image {image_id}"))
+        for image_id, info in data.images.items()
+        if image_id not in annotated
     ]
-    data = replace(data, objects=[entry for entry in data.objects if entry["image_id"] in sizes])
-    if looks := misread(data, sizes):  # what else is wrong with each follows from that
-        problems["data set whose boxes are not x0 y0 w h in pixels"].append(looks)
+    data = replace(data, annotations=[a for a in data.annotations if a["image_id"] in sizes])
+    if other_format := guess_box_format(data, sizes):  # further problems of single boxes would follow from it
+        problems["dataset whose boxes are not x0 y0 w h in pixels"].append(other_format)
         return
-    found = clip_objects(data, sizes)
-    if not found.usable.any():
-        problems["data set without an object to train on"].append(data.name)
-    for what, places in found.findings.items():
-        problems[f"objects that {what}"] = [name_object(data, place) for place in places]
-    bounds = np.array([sizes[data.objects[place]["image_id"]][::-1] for place in found.places]).reshape(-1, 2)
-    sides = found.boxes[:, 2:] - found.boxes[:, :2]
+    checked = check_boxes(data, sizes)
+    if not checked.usable.any():
+        problems["dataset without annotations to train on"].append(data.name)
+    for problem, indices in checked.problems.items():
+        problems[f"annotations that {problem}"] = [describe_annotation(data, i) for i in indices]
+    bounds = np.array([sizes[data.annotations[i]["image_id"]][::-1] for i in checked.indices]).reshape(-1, 2)
+    sides = checked.boxes[:, 2:] - checked.boxes[:, :2]
     masks = {
-        f"objects with a side under {TINY:g} pixels": (sides < TINY).any(axis=1),
-        "objects as large as their images": (sides >= FULL * bounds).all(axis=1),
+        f"annotations with a side under {TINY:g} pixels": (sides < TINY).any(axis=1),
+        "annotations as large as their images": (sides >= FULL * bounds).all(axis=1),
     }
     for kind, mask in masks.items():
-        rows = np.flatnonzero(mask & found.usable)
-        notes[kind] = [name_object(data, found.places[row]) for row in rows]
+        rows = np.flatnonzero(mask & checked.usable)
+        notes[kind] = [describe_annotation(data, checked.indices[row]) for row in rows]
 
 
-def _measure(sides: list[list[float]]) -> dict[str, float]:
-    """Count boxes (K, 2) by size as COCO does, and measure their sides: roots of their areas."""
+def _box_statistics(sides: list[list[float]]) -> dict[str, float]:
+    """Count boxes by COCO's size classes, and return the statistics of the square roots of their areas.
+
+    Args:
+        sides: (K, 2) w h in pixels.
+    """
     areas = np.array(sides, dtype=np.float64).reshape(-1, 2).prod(axis=1)
     small, large = int((areas < SMALL).sum()), int((areas > LARGE).sum())
-    counts: dict[str, float] = {"small": small, "medium": len(areas) - small - large, "large": large}
+    statistics: dict[str, float] = {"small": small, "medium": len(areas) - small - large, "large": large}
     if len(areas):
         roots = np.sqrt(areas)
-        measures = {"least": roots.min(), "median": np.median(roots), "greatest": roots.max()}
-        counts.update({name: round(float(value), 2) for name, value in measures.items()})
-    return counts
+        values = {"min": roots.min(), "median": np.median(roots), "max": roots.max()}
+        statistics.update({name: round(float(value), 2) for name, value in values.items()})
+    return statistics

@@ -1,1 +1,1 @@
-"""Measure detections: COCO's average precision and recall."""
+"""Evaluate detections by COCO's average precision and recall."""

@@ -1,8 +1,8 @@
-"""How good a detector is, in COCO's twelve numbers: pycocotools computes them, here stands what leads to it.
+"""Evaluate detections by COCO's twelve metrics, which pycocotools computes.
 
-Every query and class of an image competes for its 100 best places, whatever the scores: there is no threshold. What
-is kept of an image is these 100 detections. Under torch.distributed each process detects on its share of the
-images, the detections are gathered, and all processes get the same result.
+Of all object queries and classes of an image, the 100 detections with the highest scores are evaluated; there is no
+score threshold. Under torch.distributed, each process detects on a part of the images, the detections are gathered,
+and all processes get the same result.
 """
 
 import contextlib
@@ -29,27 +29,27 @@ from conditional_detr.inference.detector import Detector
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-MAX_DETECTIONS = 100  # an image, all classes together; pycocotools counts as many of each class
+MAX_DETECTIONS = 100  # per image, all classes together; pycocotools' limit is per image and class
 
-Found: TypeAlias = dict[Id, np.ndarray]
-"""Detections by image: (K, 6) of the category's place among the data set's, x0 y0 w h, score."""
+ImageDetections: TypeAlias = dict[Id, np.ndarray]
+"""Detections by image id: (K, 6) with the category's index in the annotations, x0 y0 w h in pixels, score."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class CocoResult:
-    """COCO's measures of a set of detections; -1 where the data set has no object to measure them on.
+    """COCO's metrics; -1 where the dataset has no annotations to compute one from.
 
     Attributes:
-        metrics: the twelve, as fractions: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl.
-        per_class: by class name: category_id, objects (their number, crowds apart), AP, AP50, AP75, AR100.
+        metrics: the twelve metrics, in [0, 1]: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl.
+        per_class: by class name: category_id, annotations (their number, without crowds), AP, AP50, AP75, AR100.
     """
 
     metrics: dict[str, float]
     per_class: dict[str, dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the twelve, then per_class, for json."""
+        """Return the twelve metrics, then per_class, for JSON."""
         return {**self.metrics, "per_class": self.per_class}
 
 
@@ -61,70 +61,76 @@ def evaluate(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> CocoResult:
-    """Detect objects on the images of a data set and measure how good the detections are.
+    """Run a detector on the images of a dataset and evaluate the detections.
 
     Args:
-        detector: the detector, or a model, which becomes one. Its class names say which category is which: it must
-            have all those of the data set, and is asked for no others.
-        annotations: COCO's json of the data set, or what it holds, or what was read of it.
-        images: the folder of its images.
-        batch_size: the most images that run together.
-        progress: called with the number of images done and of all, of this process.
+        detector: the detector, or a model. Classes are matched by name: the detector must have all categories of the
+            dataset, and only these are detected.
+        annotations: a COCO JSON file, or its content, or annotations that are already read.
+        images: the folder of the images.
+        batch_size: the maximum number of images that run together.
+        progress: called with the number of processed images, and the total, both of this process.
+
+    Returns:
+        The metrics, the same in all processes.
 
     Raises:
-        OSError: annotations or images that cannot be read or are not there.
-        TypeError: no detector.
-        ValueError: annotations that are none, classes that the detector does not know, a file that is no image or
-            not of the size that the annotations say.
+        OSError: the annotations or an image cannot be read or do not exist.
+        TypeError: detector is of another type.
+        ValueError: the annotations are invalid, the detector lacks a category, or an image is not an image file or
+            not of the size in the annotations.
     """
     detector = detector if isinstance(detector, Detector) else Detector(detector)
     data = read_annotations(annotations)
     check_classes(detector, data)
     paths = image_paths(data, images)
     rank, processes = _process()
-    share = sorted(paths)[rank::processes]
+    image_ids = sorted(paths)[rank::processes]
 
-    def work() -> Found:
-        return _detect(detector, data, {image: paths[image] for image in share}, batch_size, progress)
+    def detect() -> ImageDetections:
+        return _detect(detector, data, {image_id: paths[image_id] for image_id in image_ids}, batch_size, progress)
 
-    return _with_all_processes(work, lambda parts: _measure(data, parts))
+    return _gather(detect, lambda parts: _compute_metrics(data, parts))
 
 
 def evaluate_detections(
     annotations: str | Path | Mapping[str, Any], results: str | Path | Sequence[Mapping[str, Any]]
 ) -> CocoResult:
-    """Measure how good detections are that were made elsewhere.
+    """Evaluate given detections.
 
     Args:
-        annotations: COCO's json of the data set, or what it holds.
-        results: a json file in COCO's form for results, or what it holds. Under torch.distributed, those of this
-            process; what several processes have of the same image counts once.
+        annotations: a COCO JSON file, or its content.
+        results: a JSON file in COCO's results format, or its content. Under torch.distributed, the results of this
+            process; if several processes have results of one image, those of the lowest rank are used.
+
+    Returns:
+        The metrics, the same in all processes.
 
     Raises:
-        OSError: a file that cannot be read.
-        ValueError: annotations or results that are none; the message has the file and the place in it.
+        OSError: a file cannot be read.
+        ValueError: the annotations or results are invalid; the message has the file and the position in it.
     """
     data = read_annotations(annotations)
 
-    def work() -> Found:
-        places = {category: place for place, category in enumerate(data.categories)}
+    def read() -> ImageDetections:
+        indices = {category_id: index for index, category_id in enumerate(data.categories)}
         rows: dict[Id, list[list[float]]] = {}
         for result in read_results(results, data):
-            row = [places[result["category_id"]], *result["bbox"], result["score"]]
+            row = [indices[result["category_id"]], *result["bbox"], result["score"]]
             rows.setdefault(result["image_id"], []).append(row)
-        return {image: np.array(found) for image, found in rows.items()}
+        return {image_id: np.array(of_image) for image_id, of_image in rows.items()}
 
-    return _with_all_processes(work, lambda parts: _measure(data, parts))
+    return _gather(read, lambda parts: _compute_metrics(data, parts))
 
 
 def check_classes(detector: Detector, data: Annotations) -> None:
-    """Raise ValueError unless the detector's classes have all the names of the data set's."""
-    known = [name for name in detector.model.metadata.class_names if name is not None]
-    wanted = list(data.categories.values())
-    if missing := [name for name in wanted if name not in known]:
+    """Raise ValueError if a category of the dataset is not a class name of the detector."""
+    class_names = [name for name in detector.model.metadata.class_names if name is not None]
+    categories = list(data.categories.values())
+    if missing := [name for name in categories if name not in class_names]:
         raise ValueError(
-            f"{data.name}: expected classes that the model has by the same names, got {len(missing)} that it has not:"
-            f" {', '.join(missing)}; the data set's: {', '.join(wanted)}; the model's: {', '.join(known)}"
+            f"{data.name}: expected categories that are class names of the model, got {len(missing)} that are not:"
+            f" {', '.join(missing)}; all categories: {', '.join(categories)}; the model's: {', '.join(class_names)}"
         )
 
 
@@ -134,122 +140,128 @@ def _detect(
     paths: Mapping[Id, Path],
     batch_size: int,
     progress: Callable[[int, int], None] | None,
-) -> Found:
-    """Return the best detections of each image."""
+) -> ImageDetections:
+    """Return the detections of each image."""
     names = list(data.categories.values())
-    # Images of one size run together, so they come one after the other.
-    order = sorted(paths, key=lambda image: [str(data.images[image].get(side)) for side in ("height", "width")])
-    images = iter([paths[image] for image in order])
-    several = detector(images, threshold=0.0, top_k=MAX_DETECTIONS, classes=names, batch_size=batch_size)
-    found: Found = {}
-    for image, detections in zip(order, several, strict=True):
-        check_size(data.images[image], detections.size, paths[image], data.name)
-        found[image] = _rows(detections, names)
+    # The detector batches images of one size, so they must follow each other.
+    order = sorted(paths, key=lambda image_id: [str(data.images[image_id].get(side)) for side in ("height", "width")])
+    images = iter([paths[image_id] for image_id in order])
+    results = detector(images, threshold=0.0, top_k=MAX_DETECTIONS, classes=names, batch_size=batch_size)
+    by_image: ImageDetections = {}
+    for image_id, detections in zip(order, results, strict=True):
+        check_size(data, image_id, detections.size, paths[image_id])
+        by_image[image_id] = _to_rows(detections, names)
         if progress is not None:
-            progress(len(found), len(paths))
-    return found
+            progress(len(by_image), len(paths))
+    return by_image
 
 
-def _rows(detections: Detections, names: list[str]) -> np.ndarray:
-    """Return detections (K, 6): the category's place, x0 y0 w h, score."""
+def _to_rows(detections: Detections, names: list[str]) -> np.ndarray:
+    """Return detections (K, 6): the category's index, x0 y0 w h, score."""
     boxes = detections.boxes.double().numpy()
     boxes[:, 2:] -= boxes[:, :2]
-    places = np.array([names.index(name) for name in detections.names], dtype=np.float64)
-    return np.column_stack((places, boxes, detections.scores.double().numpy()))
+    indices = np.array([names.index(name) for name in detections.names], dtype=np.float64)
+    return np.column_stack((indices, boxes, detections.scores.double().numpy()))
 
 
-def _measure(data: Annotations, parts: Sequence[Found]) -> CocoResult:
-    """Let pycocotools measure the detections of all processes."""
+def _compute_metrics(data: Annotations, parts: Sequence[ImageDetections]) -> CocoResult:
+    """Compute the metrics of the detections of all processes with pycocotools."""
     from pycocotools.cocoeval import COCOeval
 
-    found: Found = {}
+    by_image: ImageDetections = {}
     for part in parts:
-        found = part | found  # of an image that several have, the first's
-    categories = list(data.categories)
+        by_image = part | by_image  # the lowest rank's detections of an image take precedence
+    category_ids = list(data.categories)
     detections = [
         {
-            "image_id": image,
-            "category_id": categories[int(place)],
-            "bbox": box,
-            "area": box[2] * box[3],
+            "image_id": image_id,
+            "category_id": category_ids[int(index)],
+            "bbox": bbox,
+            "area": bbox[2] * bbox[3],
             "score": score,
         }
-        for image, rows in found.items()
-        for place, *box, score in rows.tolist()
+        for image_id, rows in by_image.items()
+        for index, *bbox, score in rows.tolist()
     ]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
-        evaluation = COCOeval(_indexed(data, data.objects), _indexed(data, detections), "bbox")
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        evaluation = COCOeval(_to_coco(data, data.annotations), _to_coco(data, detections), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     metrics = dict(zip(METRICS, evaluation.stats.tolist(), strict=True))
-    return CocoResult(metrics, _per_class(data, evaluation))
+    return CocoResult(metrics, _metrics_per_class(data, evaluation))
 
 
-def _indexed(data: Annotations, objects: Sequence[Mapping[str, Any]]) -> Any:
-    """Return objects as pycocotools' COCO, numbered from 1: it takes an object of number 0 for none at all."""
+def _to_coco(data: Annotations, annotations: Sequence[Mapping[str, Any]]) -> Any:
+    """Return annotations or detections as pycocotools' COCO, with ids from 1: it does not match an id of 0."""
     from pycocotools.coco import COCO
 
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": image} for image in data.images],
-        "categories": [{"id": category, "name": name} for category, name in data.categories.items()],
-        "annotations": [{"iscrowd": 0, **entry, "id": i} for i, entry in enumerate(objects, start=1)],
+        "images": [{"id": image_id} for image_id in data.images],
+        "categories": [{"id": category_id, "name": name} for category_id, name in data.categories.items()],
+        "annotations": [{"iscrowd": 0, **annotation, "id": i} for i, annotation in enumerate(annotations, start=1)],
     }
     coco.createIndex()
     return coco
 
 
-def _per_class(data: Annotations, evaluation: Any) -> dict[str, dict[str, Any]]:
-    """Return what pycocotools found out about each class, of any size and with 100 detections."""
+def _metrics_per_class(data: Annotations, evaluation: Any) -> dict[str, dict[str, Any]]:
+    """Return the metrics of each class, for boxes of all sizes and 100 detections."""
 
     def mean(values: np.ndarray) -> float:
         return float(values[values > -1].mean()) if (values > -1).any() else -1.0
 
-    precision = evaluation.eval["precision"][..., 0, -1]  # (IoU thresholds, recalls, classes)
+    precision = evaluation.eval["precision"][..., 0, -1]  # (IoU thresholds, recall thresholds, classes)
     recall = evaluation.eval["recall"][..., 0, -1]  # (IoU thresholds, classes)
-    counts = Counter(entry["category_id"] for entry in data.objects if not entry["iscrowd"])
+    counts = Counter(annotation["category_id"] for annotation in data.annotations if not annotation["iscrowd"])
     return {
-        data.categories[category]: {
-            "category_id": category,
-            "objects": counts[category],
-            "AP": mean(precision[:, :, place]),
-            "AP50": mean(precision[0, :, place]),
-            "AP75": mean(precision[5, :, place]),
-            "AR100": mean(recall[:, place]),
+        data.categories[category_id]: {
+            "category_id": category_id,
+            "annotations": counts[category_id],
+            "AP": mean(precision[:, :, k]),
+            "AP50": mean(precision[0, :, k]),
+            "AP75": mean(precision[5, :, k]),
+            "AR100": mean(recall[:, k]),
         }
-        for place, category in enumerate(sorted(data.categories))  # pycocotools' order
+        for k, category_id in enumerate(sorted(data.categories))  # pycocotools' order
     }
 
 
 def _process() -> tuple[int, int]:
-    """Return the number of this process, and of how many."""
+    """Return the rank of this process and the number of processes."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def _with_all_processes(work: Callable[[], Found], join: Callable[[list[Found]], CocoResult]) -> CocoResult:
-    """Let each process do its work and the first one join the parts; the result, or the first error, is everyone's."""
+def _gather(
+    compute: Callable[[], ImageDetections], merge: Callable[[list[ImageDetections]], CocoResult]
+) -> CocoResult:
+    """Compute a part in each process, merge all parts in the first one, and return the result in every process.
+
+    An error in one process is raised in every process.
+    """
     rank, processes = _process()
     if processes == 1:
-        return join([work()])
+        return merge([compute()])
     parts: list[Any] | None = [None] * processes if rank == 0 else None
-    distributed.gather_object(_outcome(work), parts)
-    outcome = [None if parts is None else _outcome(lambda: join([_value(part) for part in parts]))]
+    distributed.gather_object(_catch(compute), parts)
+    outcome = [None if parts is None else _catch(lambda: merge([_unwrap(part) for part in parts]))]
     distributed.broadcast_object_list(outcome)
-    return _value(outcome[0])
+    return _unwrap(outcome[0])
 
 
-def _outcome(work: Callable[[], T]) -> T | Exception:
-    """Return what work returns, or the error it raises: one that stops alone lets the others wait for ever."""
+def _catch(function: Callable[[], T]) -> T | Exception:
+    """Return a function's result or error: if one process raised alone, the others would wait forever."""
     try:
-        return work()
+        return function()
     except (OSError, TypeError, ValueError) as error:
         return error
 
 
-def _value(outcome: Any) -> Any:
+def _unwrap(outcome: Any) -> Any:
+    """Return a result, or raise it if it is an error."""
     if isinstance(outcome, Exception):
         raise outcome
     return outcome

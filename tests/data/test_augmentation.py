@@ -1,4 +1,4 @@
-"""Images and boxes change together: by hand, by torchvision's own transforms, and by looking for the boxes again."""
+"""Images and boxes are augmented together: by hand, by torchvision's own transforms, and by locating the boxes."""
 
 import random
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from conditional_detr import Preprocessing
-from conditional_detr.data.augmentation import Augmentation, scene_of
+from conditional_detr.data.augmentation import Augmentation, make_scene
 from conditional_detr.inference.images import resize, resized_size
 
 SIZES = Preprocessing(48, 64)
@@ -25,20 +25,20 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def places(height=48, width=64):
-    """An image in which each pixel's red and green tell where it is: x / width, y / height of its middle."""
+def gradient(height=48, width=64):
+    """An image in which each pixel's red and green are its position: x / width, y / height of its centre."""
     y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
     return torch.stack([x, y, torch.zeros_like(x)])
 
 
 def augment(augmentation, image, boxes, seed=0, preprocessing=SIZES):
     boxes = torch.tensor(boxes).reshape(-1, 4)
-    scene = scene_of(image, boxes, torch.arange(len(boxes)))
+    scene = make_scene(image, boxes, torch.arange(len(boxes)))
     return augmentation(scene, preprocessing, generator(seed))
 
 
 def window_of(image, height, width):
-    """Where the image's edges lie in the image of places that it was made of, in pixels: x0 y0 x1 y1."""
+    """Return the position of an augmented image's edges in the original gradient, in pixels: x0 y0 x1 y1."""
     image = torch.as_tensor(image)
     rows, columns = image.shape[1:]
     x, y = image[0, rows // 2] * width, image[1, :, columns // 2] * height
@@ -64,18 +64,18 @@ def window_of(image, height, width):
     ],
 )
 def test_boxes_by_hand(augmentation, expected):
-    scene = augment(augmentation, places(), [[4.0, 6.0, 24.0, 16.0], [60.0, 0.0, 64.0, 48.0]])
+    scene = augment(augmentation, gradient(), [[4.0, 6.0, 24.0, 16.0], [60.0, 0.0, 64.0, 48.0]])
     assert scene.boxes.tolist() == expected
     assert scene.labels.tolist() == [0, 1]
     assert tuple(scene.boxes.canvas_size) == scene.size
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_the_authors_crop_by_hand(seed):
-    """The window is read off the image; boxes are moved and clipped to it, and any part that is left stays."""
+def test_authors_crop_by_hand(seed):
+    """Boxes are shifted and clipped to the window, which the pixels show; any remaining part is kept."""
     boxes = [[0.0, 0.0, 30.0, 20.0], [28.0, 18.0, 36.0, 30.0], [50.0, 40.0, 64.0, 48.0]]
     augmentation = Augmentation(crop=1, crop_edges=(48,), crop_sides=(24, 40), shortest_edges=(48,), longest_edge=999)
-    scene = augment(augmentation, places(), boxes, seed)
+    scene = augment(augmentation, gradient(), boxes, seed)
     window = [round(side) for side in window_of(scene.image, 48, 64)]
     x0, y0, x1, y1 = window
     assert 24 <= x1 - x0 <= 40
@@ -93,9 +93,9 @@ def test_the_authors_crop_by_hand(seed):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_zoom_keeps_what_has_its_centre_inside(seed):
+def test_zoom_keeps_boxes_whose_centre_is_inside(seed):
     boxes = [[0.0, 0.0, 30.0, 20.0], [28.0, 18.0, 36.0, 30.0], [50.0, 40.0, 64.0, 48.0]]
-    scene = augment(Augmentation(zoom=(1.2, 3.0), stretch=1.3), places(), boxes, seed)
+    scene = augment(Augmentation(zoom=(1.2, 3.0), stretch=1.3), gradient(), boxes, seed)
     assert scene.size == (48, 64)
     x0, y0, x1, y1 = window_of(scene.image, 48, 64)
     kept = [i for i, (a, b, c, d) in enumerate(boxes) if x0 <= (a + c) / 2 <= x1 and y0 <= (b + d) / 2 <= y1]
@@ -109,20 +109,20 @@ def test_the_zoom_keeps_what_has_its_centre_inside(seed):
 
 
 def test_a_quarter_turn_by_hand():
-    """A square is only turned; an image that lies keeps its size, so its ends are cut off and its sides filled up."""
+    """A square is only rotated; a wide image keeps its size, so it is cropped at the top and bottom and padded."""
     red = Image.new("RGB", (48, 48))
     red.paste((255, 0, 0), (30, 5, 40, 25))
-    turn = Augmentation(quarter_turn=1)
-    scene = augment(turn, red, [[30.0, 5.0, 40.0, 25.0]], preprocessing=Preprocessing(48, 48))
+    rotation = Augmentation(quarter_turn=1)
+    scene = augment(rotation, red, [[30.0, 5.0, 40.0, 25.0]], preprocessing=Preprocessing(48, 48))
     assert scene.boxes.tolist() == [[5, 8, 25, 18]]  # x0 = y0, y0 = 48 - x1
     assert scene.image.getbbox() == (5, 8, 25, 18)
     for seed in range(10):
-        scene = augment(turn, places(), [[30.0, 20.0, 34.0, 28.0]], seed)
+        scene = augment(rotation, gradient(), [[30.0, 20.0, 34.0, 28.0]], seed)
         assert scene.size == (48, 64)
         x, y = scene.image[0], scene.image[1]
         inside = x != SIZES.mean[0]
         columns = inside.any(dim=0).nonzero().flatten()
-        assert len(columns) == 48  # what was the height
+        assert len(columns) == 48  # the original height
         x0, y0, x1, y1 = scene.boxes[0].int().tolist()
         assert x[y0:y1, x0:x1].min() > 30 / 64
         assert x[y0:y1, x0:x1].max() < 34 / 64
@@ -131,7 +131,7 @@ def test_a_quarter_turn_by_hand():
         assert (x1 - x0, y1 - y0) == (8, 4)
 
 
-def test_smaller_than_the_image_lies_on_the_mean_colour():
+def test_shrunk_image_has_a_background_of_the_mean_colour():
     image = Image.new("RGB", (64, 48), (255, 255, 255))
     scene = augment(Augmentation(zoom=(0.5, 0.5)), image, [[0.0, 0.0, 64.0, 48.0]])
     pixels = np.asarray(scene.image)
@@ -143,7 +143,7 @@ def test_smaller_than_the_image_lies_on_the_mean_colour():
     assert outside.tolist() == [round(255 * value) for value in (0.485, 0.456, 0.406)]
 
 
-# ---- what was drawn is found again
+# ---- boxes are located in the pixels
 
 
 def rectangle(height, width, box):
@@ -153,48 +153,48 @@ def rectangle(height, width, box):
     return Image.fromarray(image)
 
 
-def found_again(image):
-    """The box around what is bright, by half of the brightest."""
+def locate_box(image):
+    """Return the box around pixels above half of the rectangle's brightness."""
     values = np.asarray(image, dtype=np.float64).max(axis=2)
     bright = values > (40 + 255) / 2
     rows, columns = np.flatnonzero(bright.any(axis=1)), np.flatnonzero(bright.any(axis=0))
     return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if len(rows) else None
 
 
-@pytest.mark.parametrize("name", ["authors", "zoom", "colour", "turned", "small"])
-def test_the_box_is_where_its_pixels_are(name):
+@pytest.mark.parametrize("name", ["authors", "zoom", "colour", "rotated", "small"])
+def test_boxes_match_their_pixels(name):
     augmentation = {
         "authors": AUTHORS_SMALL,
         "zoom": Augmentation(horizontal_flip=0.5, vertical_flip=0.5, zoom=(0.6, 2.5), stretch=1.4),
         "colour": Augmentation(brightness=0.1, contrast=0.1),
-        "turned": Augmentation(quarter_turn=0.5),
+        "rotated": Augmentation(quarter_turn=0.5),
         "small": replace(
             Augmentation.small(vertical_flip=True, quarter_turn=True), brightness=0, contrast=0, saturation=0, hue=0
         ),
     }[name]
     kept = 0
     for seed in range(40):
-        drawn = random.Random(seed)
-        height, width = drawn.randint(60, 120), drawn.randint(60, 120)
-        x0, y0 = drawn.randint(0, width - 20), drawn.randint(0, height - 20)
-        box = [x0, y0, drawn.randint(x0 + 10, width), drawn.randint(y0 + 10, height)]
+        rng = random.Random(seed)
+        height, width = rng.randint(60, 120), rng.randint(60, 120)
+        x0, y0 = rng.randint(0, width - 20), rng.randint(0, height - 20)
+        box = [x0, y0, rng.randint(x0 + 10, width), rng.randint(y0 + 10, height)]
         scene = augment(
             augmentation, rectangle(height, width, box), [list(map(float, box))], seed, Preprocessing(80, 160)
         )
-        again = found_again(scene.image)
+        located = locate_box(scene.image)
         if len(scene.boxes):
             kept += 1
-            if np.ptp(scene.boxes.numpy().reshape(2, 2), axis=0).min() > 2:  # thinner ones are all edge
-                assert again == pytest.approx(scene.boxes[0].tolist(), abs=1.0)
+            if np.ptp(scene.boxes.numpy().reshape(2, 2), axis=0).min() > 2:  # in thinner ones, all pixels are blurred
+                assert located == pytest.approx(scene.boxes[0].tolist(), abs=1.0)
         elif name == "authors":
-            assert again is None  # nothing of it is left
+            assert located is None  # the crop excludes it
     assert kept > 20
 
 
 # ---- torchvision's own transforms as the reference
 
 
-def test_torchvisions_transforms_give_the_same():
+def test_equals_torchvisions_transforms():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8))
     boxes = torch.tensor([[4.0, 6.0, 24.0, 16.0], [60.5, 0.0, 130.0, 90.0]])
     theirs = v2.Compose([v2.RandomHorizontalFlip(1.0), v2.RandomVerticalFlip(1.0), v2.Resize(60, max_size=100)])
@@ -220,7 +220,7 @@ def test_without_augmentation_pixels_are_those_of_detection(kind, size):
 # ---- the presets
 
 
-def test_the_authors_sizes():
+def test_authors_sizes():
     preset = Augmentation.paper()
     assert (preset.shortest_edges, preset.longest_edge) == (
         (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
@@ -229,29 +229,29 @@ def test_the_authors_sizes():
     assert (preset.crop_edges, preset.crop_sides) == ((400, 500, 600), (384, 600))
     assert (preset.horizontal_flip, preset.crop) == (0.5, 0.5)
     allowed = {resized_size(60, 80, Preprocessing(edge, 1333)) for edge in preset.shortest_edges}
-    sizes = [augment(replace(preset, crop=0.0), places(60, 80), [], seed).size for seed in range(60)]
+    sizes = [augment(replace(preset, crop=0.0), gradient(60, 80), [], seed).size for seed in range(60)]
     assert set(sizes) <= allowed
     assert len(set(sizes)) >= 9
-    long = augment(replace(preset, crop=0.0), places(20, 100), []).size
+    long = augment(replace(preset, crop=0.0), gradient(20, 100), []).size
     assert long == (267, 1333)
 
 
-def test_each_happens_about_as_often_as_said():
-    flipped = [augment(Augmentation(horizontal_flip=0.3), places(), [], seed) for seed in range(400)]
+def test_probabilities():
+    flipped = [augment(Augmentation(horizontal_flip=0.3), gradient(), [], seed) for seed in range(400)]
     share = np.mean([float(torch.as_tensor(scene.image)[0, 0, 0]) > 0.5 for scene in flipped])
     assert share == pytest.approx(0.3, abs=0.07)  # three standard deviations
 
 
-def test_small_keeps_the_size_and_at_least_one_object():
+def test_small_keeps_the_size_and_at_least_one_box():
     preset = Augmentation.small()
     for seed in range(60):
-        scene = augment(preset, places(96, 130), [[0.0, 0.0, 5.0, 5.0]], seed)
+        scene = augment(preset, gradient(96, 130), [[0.0, 0.0, 5.0, 5.0]], seed)
         assert scene.size == resized_size(96, 130, SIZES)
         assert len(scene.boxes) == 1
 
 
-def test_everything_comes_from_the_generator():
-    """Two generators of one seed, one result; nobody else's generator is touched."""
+def test_randomness_comes_from_the_generator_alone():
+    """Equal seeds give equal results; global generators do not change."""
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     everything = replace(
         Augmentation.small(vertical_flip=True, quarter_turn=True), crop=0.5, crop_edges=(50,), crop_sides=(30, 50)
@@ -272,8 +272,8 @@ def test_everything_comes_from_the_generator():
         ({"horizontal_flip": 1.5}, r"horizontal_flip: expected a number in \[0, 1\], got 1.5"),
         ({"crop": -1}, r"crop: expected a number in \[0, 1\], got -1"),
         ({"hue": 0.6}, r"hue: expected a number in \[0, 0.5\], got 0.6"),
-        ({"zoom": (2, 1)}, r"zoom: expected the least and the greatest, above 0, got \(2, 1\)"),
-        ({"crop_sides": (0, 5)}, r"crop_sides: expected the least and the greatest, above 0, got \(0, 5\)"),
+        ({"zoom": (2, 1)}, r"zoom: expected a minimum and a maximum above 0, got \(2, 1\)"),
+        ({"crop_sides": (0, 5)}, r"crop_sides: expected a minimum and a maximum above 0, got \(0, 5\)"),
         ({"stretch": 0.5}, "stretch: expected at least 1, got 0.5"),
         ({"shortest_edges": (0, 5)}, r"shortest_edges: expected lengths of at least 1 pixel, got \(0, 5\)"),
         ({"crop_edges": (300,)}, r"crop_edges: expected lengths of at least the 384 of crop_sides, got \(300,\)"),
@@ -284,6 +284,6 @@ def test_everything_comes_from_the_generator():
         ),
     ],
 )
-def test_numbers_that_are_none(options, message):
+def test_invalid_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         Augmentation(**options)

@@ -1,4 +1,4 @@
-"""Samples and targets of a data set in COCO's form, batches of them, and their collating."""
+"""Samples and targets of a dataset in COCO format, batches and collating."""
 
 import json
 from collections import Counter
@@ -52,7 +52,7 @@ def test_samples_by_hand(made):
     validate_targets([data[i][1] for i in range(3)], 3, 2)
 
 
-def test_pixels_are_what_a_detector_sees(made, tiny):
+def test_pixels_equal_those_of_a_detector(made, tiny):
     from conditional_detr import ConditionalDETR, Metadata
 
     model = ConditionalDETR.from_pretrained(tiny.folder)
@@ -68,26 +68,26 @@ def test_crowds_are_for_evaluation_only(made):
     data = CocoData(*made, preprocessing=SIZES)
     assert data[2][1]["labels"].shape == (0,)
     assert data[2][1]["boxes"].shape == (0, 4)
-    crowds = [entry for entry in data.annotations.objects if entry["iscrowd"]]
+    crowds = [entry for entry in data.annotations.annotations if entry["iscrowd"]]
     assert [(crowd["image_id"], crowd["area"]) for crowd in crowds] == [(12, 900.0)]
 
 
 def test_area_and_iscrowd_may_be_missing(made):
-    objects = read_annotations(made[0]).objects
-    assert [(entry["area"], entry["iscrowd"]) for entry in objects[:2]] == [(200, 0), (480, 0)]
+    annotations = read_annotations(made[0]).annotations
+    assert [(entry["area"], entry["iscrowd"]) for entry in annotations[:2]] == [(200, 0), (480, 0)]
 
 
 def test_boxes_are_clipped_to_the_image(tmp_path):
     content = coco.content()
     content["annotations"][0]["bbox"] = [-10, -2, 30, 20]
-    content["annotations"][1]["bbox"] = [20, 20, 44.5, 28.4]  # half a pixel: rounding, and no word of it
-    with pytest.warns(UserWarning, match="1 of 5 objects reach more than 1 pixel outside"):
+    content["annotations"][1]["bbox"] = [20, 20, 44.5, 28.4]  # half a pixel: rounding, without a warning
+    with pytest.warns(UserWarning, match="1 of 5 annotations extend more than 1 pixel outside"):
         data = CocoData(*coco.write(tmp_path, content), preprocessing=SIZES)
     expected = [[10 / 64, 9 / 48, 20 / 64, 18 / 48], [42 / 64, 34 / 48, 44 / 64, 28 / 48]]
     torch.testing.assert_close(data[0][1]["boxes"], torch.tensor(expected), rtol=0, atol=1e-7)
 
 
-def test_objects_under_a_pixel_stay(tmp_path):
+def test_boxes_under_a_pixel_are_kept(tmp_path):
     content = coco.content()
     content["annotations"][0]["bbox"] = [3, 4, 0.5, 0.2]
     data = CocoData(*coco.write(tmp_path, content), preprocessing=SIZES)
@@ -95,7 +95,7 @@ def test_objects_under_a_pixel_stay(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(427, 640), (333, 500), (601, 777), (51, 961), (45, 1001)])
-def test_full_images_stay_targets_at_any_size(tmp_path, size):
+def test_boxes_as_large_as_the_image_are_valid_at_any_size(tmp_path, size):
     """Resizing rounds; a box as large as its image must not come out larger."""
     content = coco.content()
     images = coco.write(tmp_path)[1]
@@ -109,8 +109,8 @@ def test_full_images_stay_targets_at_any_size(tmp_path, size):
         validate_targets([target], 1, 2)
 
 
-@pytest.mark.parametrize("said", ["neither", "null", "height"])
-def test_sizes_that_the_json_lacks_are_read_from_the_files(tmp_path, said):
+@pytest.mark.parametrize("stated", ["neither", "null", "height"])
+def test_sizes_that_the_json_lacks_are_read_from_the_files(tmp_path, stated):
     content = coco.content()
     images = coco.write(tmp_path)[1]
     exif = Image.Exif()
@@ -119,9 +119,9 @@ def test_sizes_that_the_json_lacks_are_read_from_the_files(tmp_path, said):
     for entry in content["images"]:
         entry.pop("width")
         entry.pop("height")
-        if said == "null":
+        if stated == "null":
             entry.update(width=None, height=None)
-        if said == "height":
+        if stated == "height":
             entry["height"] = 64 if entry["id"] == 10 else 48
     data = CocoData(content, images, preprocessing=Preprocessing(24, 64))
     assert data.shapes == [(32, 24), (24, 32), (24, 32)]
@@ -159,7 +159,7 @@ def test_real_annotations_lose_nothing(shared):
 # ---- classes
 
 
-def test_rows_by_the_ids(made):
+def test_classes_in_the_order_of_ids(made):
     data = CocoData(*made)
     assert data.class_names == ("cat", "dog")
     assert data.category_ids == (3, 9)
@@ -168,8 +168,8 @@ def test_rows_by_the_ids(made):
     assert data.metadata.preprocessing == Preprocessing()
 
 
-def test_rows_of_a_models(made):
-    """COCO's 91 rows, some of which have no class; the data set's ids are others."""
+def test_classes_of_a_model(made):
+    """COCO's 91 rows, some of which are unused; the dataset has other ids."""
     data = CocoData(*made, class_names=COCO_NAMES)
     assert data.class_names == COCO_NAMES
     assert data[0][1]["labels"].tolist() == [17, 18]
@@ -178,7 +178,7 @@ def test_rows_of_a_models(made):
     assert len(data.metadata.class_names) == 91
 
 
-def test_ids_that_are_text(tmp_path):
+def test_string_ids(tmp_path):
     content = coco.content()
     for entry in content["categories"]:
         entry["id"] = f"id of {entry['name']}"
@@ -194,23 +194,23 @@ def test_ids_that_are_text(tmp_path):
     assert data[0][1]["labels"].tolist() == [0, 1]
 
 
-def test_class_names_that_do_not_fit(made):
-    with pytest.raises(ValueError, match=r"expected all classes of .*data.json, got dog, cow without cat$"):
+def test_invalid_class_names(made):
+    with pytest.raises(ValueError, match=r"expected all categories of .*data.json, got dog, cow without cat$"):
         CocoData(*made, class_names=["dog", "cow"])
-    with pytest.raises(ValueError, match=r"class_names: expected each name once, got dog, cat, dog$"):
+    with pytest.raises(ValueError, match=r"class_names: expected distinct names, got dog, cat, dog$"):
         CocoData(*made, class_names=["dog", "cat", "dog"])
     with pytest.raises(TypeError, match="class_names: expected a sequence of strings, got 'cat'"):
         CocoData(*made, class_names="cat")
 
 
-def test_seeds_that_are_none(made):
+def test_negative_seed_and_epoch(made):
     with pytest.raises(ValueError, match="seed: expected at least 0, got -1"):
         CocoData(*made, seed=-1)
     with pytest.raises(ValueError, match="epoch: expected at least 0, got -1"):
         CocoData(*made).set_epoch(-1)
 
 
-# ---- what chance does
+# ---- random numbers
 
 
 def samples_of(data, workers=0, order=(0, 1, 2)):
@@ -233,10 +233,10 @@ def test_samples_do_not_depend_on_workers_or_order(made):
 
 
 @pytest.mark.parametrize("change", ["seed", "epoch", "index"])
-def test_each_of_seed_epoch_and_index_counts(made, change):
+def test_samples_depend_on_seed_epoch_and_index(made, change):
     content = coco.content()
     content["images"] = [{**content["images"][0], "id": i} for i in (10, 11, 12)]  # the same image three times
-    with pytest.warns(UserWarning, match="1 images are there more than once: 10.png"):
+    with pytest.warns(UserWarning, match="1 images are listed more than once: 10.png"):
         data = CocoData(content, made[1], augmentation=AUGMENTED, preprocessing=SIZES, seed=1)
     before = data[0][0]
     if change == "seed":
@@ -246,7 +246,7 @@ def test_each_of_seed_epoch_and_index_counts(made, change):
     assert not torch.equal(data[1 if change == "index" else 0][0], before)
 
 
-def test_workers_that_live_on_see_the_epoch(made):
+def test_persistent_workers_use_the_new_epoch(made):
     data = CocoData(*made, augmentation=AUGMENTED, preprocessing=SIZES)
     loader = DataLoader(data, batch_size=None, num_workers=1, persistent_workers=True)
     first = list(loader)
@@ -277,8 +277,8 @@ def test_collate_by_hand():
     assert pixels.shape == (2, 3, 4, 6)
 
 
-def test_targets_do_not_depend_on_batch_mates(tmp_path):
-    """A box as large as its image is so beside a wider one, and the loss of its perfect prediction is zero."""
+def test_targets_do_not_depend_on_the_batch(tmp_path):
+    """A box as large as its image stays so in a batch with a wider one; a perfect prediction has loss zero."""
     content = coco.content()
     images = coco.write(tmp_path)[1]
     Image.new("RGB", (96, 24)).save(images / "11.png")
@@ -313,7 +313,7 @@ def test_targets_do_not_depend_on_batch_mates(tmp_path):
         ),
     ],
 )
-def test_samples_that_are_none(samples, error, message):
+def test_invalid_samples(samples, error, message):
     with pytest.raises(error, match=message):
         collate(samples)
 
@@ -322,7 +322,7 @@ def test_samples_that_are_none(samples, error, message):
 
 
 class Shapes(Dataset):
-    """A user's own data set that tells its shapes."""
+    """A user's dataset with shapes."""
 
     def __init__(self, counts):
         self.shapes = [shape for shape, count in counts.items() for _ in range(count)]
@@ -332,7 +332,7 @@ class Shapes(Dataset):
 
 
 class Plain(Dataset):
-    """A user's own data set that tells nothing."""
+    """A user's dataset without shapes."""
 
     def __init__(self, count):
         self.count = count
@@ -345,11 +345,13 @@ class Plain(Dataset):
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_nothing_is_left_out_and_all_processes_step_together(count, batch_size, processes, shuffle):
+def test_all_samples_are_used_and_processes_have_equal_steps(count, batch_size, processes, shuffle):
     data = Shapes({(4, 4): count - count // 3, (4, 5): count // 3})
     options = {"seed": 0, "epoch": 3, "shuffle": shuffle}
     if count < processes:
-        with pytest.raises(ValueError, match=f"data: expected at least a sample a process, {processes}, got {count}"):
+        with pytest.raises(
+            ValueError, match=f"data: expected at least one sample per process, {processes}, got {count}"
+        ):
             batches(data, batch_size, **options, processes=processes)
         return
     parts = [batches(data, batch_size, **options, rank=rank, processes=processes) for rank in range(processes)]
@@ -362,36 +364,36 @@ def test_nothing_is_left_out_and_all_processes_step_together(count, batch_size, 
     assert twice == 0 or (batch_size == 1 and twice < processes)
 
 
-def test_two_processes_step_as_one_with_twice_the_batch():
+def test_two_processes_equal_one_with_twice_the_batch_size():
     data = Shapes({(4, 4): 30, (4, 5): 21})
     one = batches(data, 8, seed=1, epoch=2)
     parts = [batches(data, 4, seed=1, epoch=2, rank=rank, processes=2) for rank in range(2)]
     assert [sorted(batch) for batch in one] == [sorted(a + b) for a, b in zip(*parts, strict=True)]
 
 
-def test_images_of_one_shape_come_together():
+def test_batches_have_one_shape():
     data = Shapes({(4, 4): 40, (4, 6): 25, (6, 4): 10, (5, 6): 1})
-    found = batches(data, 8, seed=0, epoch=0)
-    mixed = [batch for batch in found if len({data.shapes[i] for i in batch}) > 1]
+    plan = batches(data, 8, seed=0, epoch=0)
+    mixed = [batch for batch in plan if len({data.shapes[i] for i in batch}) > 1]
     assert len(mixed) <= 2
-    for batch in mixed:  # neighbours by their sides' ratio: no tall one beside a wide one
+    for batch in mixed:  # similar aspect ratios: no tall image with a wide one
         ratios = {data.shapes[i][0] / data.shapes[i][1] for i in batch}
         assert not {4 / 6, 6 / 4} <= ratios or len(ratios) < 4
-    assert found == batches(data, 8, seed=0, epoch=0)
-    assert found != batches(data, 8, seed=0, epoch=1)
-    assert found != batches(data, 8, seed=1, epoch=0)
-    first = {found[0][0] for found in (batches(data, 8, seed=0, epoch=epoch) for epoch in range(20))}
+    assert plan == batches(data, 8, seed=0, epoch=0)
+    assert plan != batches(data, 8, seed=0, epoch=1)
+    assert plan != batches(data, 8, seed=1, epoch=0)
+    first = {plan[0][0] for plan in (batches(data, 8, seed=0, epoch=epoch) for epoch in range(20))}
     assert len(first) > 10
 
 
-def test_a_data_set_without_shapes_is_only_shuffled():
-    found = batches(Plain(10), 4, seed=0, epoch=0)
-    assert sorted(i for batch in found for i in batch) == list(range(10))
+def test_dataset_without_shapes_is_only_shuffled():
+    plan = batches(Plain(10), 4, seed=0, epoch=0)
+    assert sorted(i for batch in plan for i in batch) == list(range(10))
     assert batches(Plain(10), 4, seed=0, epoch=0, shuffle=False) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"rank": 2, "processes": 2}, {"rank": -1}, {"processes": 0}])
-def test_batches_that_are_none(options):
+def test_invalid_batch_options(options):
     options = {"batch_size": 2, "rank": 0, "processes": 1, **options}
     values = "{batch_size}, {rank} and {processes}".format(**options)
     with pytest.raises(ValueError, match=f"expected batch_size >= 1 and 0 <= rank < processes, got {values}"):

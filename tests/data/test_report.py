@@ -1,4 +1,4 @@
-"""The report on a data set, its command and its contact sheet."""
+"""The report on a dataset, the command and the contact sheet."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from conditional_detr.cli import app
 from conditional_detr.data.coco import read_annotations
-from conditional_detr.data.contact_sheet import CELL, GAP, _order, draw_sheet
+from conditional_detr.data.contact_sheet import CELL_SIZE, GAP, _random_order, draw_sheet
 from conditional_detr.data.report import check_data
 from helpers import coco
 
@@ -19,17 +19,17 @@ def run(*arguments):
     return CliRunner().invoke(app, ["check-data", *(str(argument) for argument in arguments)])
 
 
-def test_a_clean_data_set_by_hand(tmp_path):
+def test_clean_dataset_by_hand(tmp_path):
     progress = []
     report = check_data(*coco.write(tmp_path), progress=lambda *numbers: progress.append(numbers))
     assert report.to_dict() == {
         "name": str(tmp_path / "data.json"),
         "images": 3,
-        "objects": 4,
+        "annotations": 4,
         "crowds": 1,
         "classes": {"cat": 2, "dog": 2},
         # areas 200, 480, 320, 144
-        "boxes": {"small": 4, "medium": 0, "large": 0, "least": 12, "median": 16.02, "greatest": 21.91},
+        "boxes": {"small": 4, "medium": 0, "large": 0, "min": 12, "median": 16.02, "max": 21.91},
         "image_sizes": {"64 x 48": 3},
         "problems": {},
         "notes": {},
@@ -37,7 +37,7 @@ def test_a_clean_data_set_by_hand(tmp_path):
     assert progress == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_notes_are_no_problems(tmp_path):
+def test_notes_are_not_problems(tmp_path):
     content = coco.content()
     content["categories"].append({"id": 1, "name": "cow"})
     content["annotations"][0]["bbox"] = [0, 0, 64, 48]
@@ -51,16 +51,16 @@ def test_notes_are_no_problems(tmp_path):
     assert result.exit_code == 0, result.output
     assert "problems: 0\n" in result.stdout
     assert check_data(path, images).notes == {
-        "images without an object": ["12.png"],
-        "objects with a side under 2 pixels": ["annotations[1] of 10.png"],
-        "objects as large as their images": ["annotations[0] of 10.png"],
-        "files that the json does not name": [str(images / "more" / "left.png")],
-        "classes without an object": ["cow"],
+        "images without annotations": ["12.png"],
+        "annotations with a side under 2 pixels": ["annotations[1] of 10.png"],
+        "annotations as large as their images": ["annotations[0] of 10.png"],
+        "image files without an entry in the annotations": [str(images / "more" / "left.png")],
+        "classes without annotations": ["cow"],
     }
 
 
 def test_all_problems_in_one_report(tmp_path):
-    """A report does not stop at the first."""
+    """The report does not stop at the first problem."""
     content = coco.content()
     content["annotations"][0]["bbox"] = [1, 2, float("nan"), 4]
     content["annotations"][1]["category_id"] = 7
@@ -77,7 +77,7 @@ def test_all_problems_in_one_report(tmp_path):
     report = json.loads(written.read_text())
     assert report == check_data(path, images).to_dict()
     assert report["problems"] == {
-        "objects that are none": [
+        "invalid annotations": [
             f"{path}: annotations[0]: expected finite numbers as bbox, got nan",
             f"{path}: annotations[1]: expected a category of {path} (9 dog, 3 cat), got category_id 7",
         ],
@@ -85,12 +85,12 @@ def test_all_problems_in_one_report(tmp_path):
             f"{images / '12.png'}: expected an image, got an empty file (0 bytes)",
         ],
         "images that are missing": [f"{images / 'gone.png'}: no such file"],
-        "images of the same bytes": ["10.png = copy.png"],
-        "objects that have zero area, and are left out of the targets": ["annotations[2] of 11.png"],
+        "groups of images with identical bytes": ["10.png = copy.png"],
+        "annotations that have zero area and are excluded from the targets": ["annotations[2] of 11.png"],
     }
 
 
-def test_long_lists_are_cut_on_the_screen_only(tmp_path):
+def test_long_lists_are_shortened_on_the_screen_only(tmp_path):
     content = coco.content()
     for i in range(9):
         content["annotations"].append({"id": 50 + i, "image_id": 10, "category_id": 9, "bbox": [i, 1, 0, 5]})
@@ -101,35 +101,35 @@ def test_long_lists_are_cut_on_the_screen_only(tmp_path):
     assert len(cases) == 9
 
 
-def test_real_data_sets_are_clean(shared):
+def test_real_dataset_is_clean(shared):
     folder = shared / "data" / "coco"
     report = check_data(folder / "instances_val2017.json", folder / "val2017")
     assert report.problems == {}
-    assert (report.images, report.objects + report.crowds) == (66, 560)
+    assert (report.images, report.annotations + report.crowds) == (66, 560)
     assert report.crowds > 0
-    assert sum(report.boxes[size] for size in ("small", "medium", "large")) == report.objects
+    assert sum(report.boxes[size] for size in ("small", "medium", "large")) == report.annotations
 
 
 # ---- the sheet
 
 
-def test_the_sheet_shows_boxes_in_their_colours(tmp_path):
+def test_sheet_shows_boxes_in_colour(tmp_path):
     path, images = coco.write(tmp_path)
     for name in ("10", "11", "12"):
         Image.new("RGB", (64, 48), (128, 128, 128)).save(images / f"{name}.png")
     sheet = draw_sheet(read_annotations(path), images)
-    assert sheet.size == (3 * (CELL[0] + GAP) + GAP, CELL[1] + 17 + 2 * GAP)
-    drawn = np.asarray(sheet.crop((GAP, GAP, GAP + CELL[0], GAP + CELL[1])), dtype=int)
+    assert sheet.size == (3 * (CELL_SIZE[0] + GAP) + GAP, CELL_SIZE[1] + 17 + 2 * GAP)
+    drawn = np.asarray(sheet.crop((GAP, GAP, GAP + CELL_SIZE[0], GAP + CELL_SIZE[1])), dtype=int)
     coloured = np.ptp(drawn, axis=2) > 60
     assert coloured.any()
-    plain = [np.ptp(np.asarray(sheet)[GAP + 150, GAP + i * (CELL[0] + GAP) + 2]) for i in range(3)]
+    plain = [np.ptp(np.asarray(sheet)[GAP + 150, GAP + i * (CELL_SIZE[0] + GAP) + 2]) for i in range(3)]
     assert max(plain) == 0
     fewer = draw_sheet(read_annotations(path), images, count=1)
-    assert fewer.size[0] == CELL[0] + 2 * GAP
+    assert fewer.size[0] == CELL_SIZE[0] + 2 * GAP
 
 
 def test_every_class_is_on_the_sheet(tmp_path):
-    """Of 200 images one has the rare class: it comes first, whatever the seed."""
+    """Of 200 images, one has the rare class: it comes first with every seed."""
     content = coco.content()
     content["categories"].append({"id": 1, "name": "rare"})
     content["images"] += [{"id": 100 + i, "file_name": "10.png"} for i in range(197)]
@@ -137,10 +137,10 @@ def test_every_class_is_on_the_sheet(tmp_path):
     path, _ = coco.write(tmp_path, content)
     data = read_annotations(path)
     for seed in range(3):
-        order = _order(data, seed)
+        order = _random_order(data, seed)
         assert order[0] == 150
         assert sorted(order) == sorted(data.images)
-    assert _order(data, 0) != _order(data, 1)
+    assert _random_order(data, 0) != _random_order(data, 1)
 
 
 def test_the_command_writes_the_sheet(tmp_path):
@@ -150,7 +150,7 @@ def test_the_command_writes_the_sheet(tmp_path):
         assert result.exit_code == 0, result.output
         assert result.stdout.endswith(f"wrote {tmp_path / name}\n")
         with Image.open(tmp_path / name) as sheet:
-            assert sheet.width == 2 * (CELL[0] + GAP) + GAP
+            assert sheet.width == 2 * (CELL_SIZE[0] + GAP) + GAP
 
 
 @pytest.mark.parametrize(
@@ -160,23 +160,23 @@ def test_the_command_writes_the_sheet(tmp_path):
         (("--data", "{data}", "--images", "{data}"), "error: {data}: expected the folder of the images, got a file"),
         (
             ("--data", "{data}", "--images", "no"),
-            "error: no: expected the folder of the images, got nothing of that",
+            "error: no: expected the folder of the images, got a path that does not",
         ),
         (
             ("--data", "{data}", "--images", "{images}", "--json", "no/o.json"),
-            "error: no/o.json: expected a file in a folder that exists, got no",
+            "error: no/o.json: expected a file in an existing folder, got no",
         ),
         (
             ("--data", "{data}", "--images", "{images}", "--sheet", "no/o.png"),
-            "error: no/o.png: expected a file in a folder that exists, got no",
+            "error: no/o.png: expected a file in an existing folder, got no",
         ),
         (
             ("--data", "{data}", "--images", "{images}", "--sheet", "sheet.text"),
-            "error: sheet.text: expected an image's suffix, such as .jpg or .png, got '.text'",
+            "error: sheet.text: expected the suffix of an image, such as .jpg or .png, got '.text'",
         ),
     ],
 )
-def test_the_command_that_cannot_begin(tmp_path, arguments, message):
+def test_setup_errors_of_the_command(tmp_path, arguments, message):
     data, images = coco.write(tmp_path)
     result = run(*(argument.format(data=data, images=images) for argument in arguments))
     assert result.exit_code == 2
@@ -185,7 +185,7 @@ def test_the_command_that_cannot_begin(tmp_path, arguments, message):
     assert result.stdout == ""
 
 
-def test_no_image_for_the_sheet(tmp_path):
+def test_sheet_without_readable_images(tmp_path):
     path, images = coco.write(tmp_path)
     annotations = read_annotations(path)
     for image in images.iterdir():

@@ -1,4 +1,4 @@
-"""The data set of shapes: deterministic, its boxes where its shapes are, in COCO's form."""
+"""The synthetic dataset: deterministic, with correct boxes, in COCO format."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ from conditional_detr import Preprocessing
 from conditional_detr.data import synthetic as shapes
 from conditional_detr.data.dataset import CocoData
 from conditional_detr.data.report import check_data
-from conditional_detr.data.synthetic import CLASS_NAMES, LEAST_VISIBLE, draw_image, index_in, write_shapes
+from conditional_detr.data.synthetic import CLASS_NAMES, MIN_VISIBLE, draw_image, image_index, write_shapes
 from conditional_detr.set_prediction.targets import validate_targets
 
 
-def test_an_image_follows_from_seed_and_index():
+def test_image_depends_on_seed_and_index_only():
     image, boxes, labels = draw_image(3, 5)
     again = draw_image(3, 5)
     assert image.tobytes() == again[0].tobytes()
@@ -29,7 +29,7 @@ def test_an_image_follows_from_seed_and_index():
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 160)])
 def test_boxes_are_around_what_is_visible(size, monkeypatch):
-    """Without texture, shadow, noise and soft edges each shape has one colour: its pixels are found again."""
+    """Without texture, shadow, noise and soft edges each shape has one colour: its pixels can be located."""
     colours = []
     soft = shapes._mask
 
@@ -44,15 +44,15 @@ def test_boxes_are_around_what_is_visible(size, monkeypatch):
     for index in range(25):
         colours.clear()
         image, boxes, labels = draw_image(1, index, size=size)
-        assert len(boxes) == len(labels) == len(colours) - 1  # the ground has one, too
+        assert len(boxes) == len(labels) == len(colours) - 1  # one is the background's
         assert 1 <= len(boxes) <= 8
         for box, colour in zip(boxes.tolist(), colours[1:], strict=True):
-            found = (np.asarray(image) == colour).all(axis=2)
-            rows, columns = np.flatnonzero(found.any(axis=1)), np.flatnonzero(found.any(axis=0))
+            pixels = (np.asarray(image) == colour).all(axis=2)
+            rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
             assert box == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
-def test_visible_parts_are_measured_when_others_lie_on_top(monkeypatch):
+def test_boxes_exclude_hidden_parts(monkeypatch):
     """Two squares, the second over the right 40 % of the first."""
     masks = []
     for left, right in ((10, 60), (40, 120)):
@@ -60,7 +60,7 @@ def test_visible_parts_are_measured_when_others_lie_on_top(monkeypatch):
         mask[20:80, left:right] = 1
         masks.append(mask)
     drawn = iter(masks)
-    monkeypatch.setattr(shapes, "MOST_OBJECTS", 1)
+    monkeypatch.setattr(shapes, "MAX_SHAPES", 1)
 
     class Random:
         def __init__(self):
@@ -81,7 +81,7 @@ def test_visible_parts_are_measured_when_others_lie_on_top(monkeypatch):
     monkeypatch.setattr(shapes, "_mask", lambda *arguments: next(drawn))
     _, boxes, _ = draw_image(0, 0, size=(100, 200))
     assert boxes.tolist() == [[10, 20, 40, 80], [40, 20, 120, 80]]
-    assert LEAST_VISIBLE < 0.6
+    assert MIN_VISIBLE < 0.6
 
 
 def test_classes_and_sizes_are_balanced():
@@ -95,7 +95,7 @@ def test_classes_and_sizes_are_balanced():
     assert np.mean([len(labels) for _, _, labels in drawn]) == pytest.approx(4, abs=0.7)
 
 
-def test_written_in_cocos_form(tmp_path):
+def test_written_dataset_is_in_coco_format(tmp_path):
     steps = []
     path = write_shapes(tmp_path / "new", 6, seed=1, split="train", progress=lambda *numbers: steps.append(numbers))
     assert path == tmp_path / "new" / "instances_train.json"
@@ -132,7 +132,7 @@ def test_splits_share_no_image(tmp_path):
         ((0, -1, (64, 64)), "seed and index of at least 0, got 64 x 64, 0 and -1"),
     ],
 )
-def test_numbers_that_are_none(numbers, message, tmp_path):
+def test_invalid_arguments(numbers, message, tmp_path):
     seed, index, size = numbers
     with pytest.raises(ValueError, match=message):
         draw_image(seed, index, size=size)
@@ -140,13 +140,13 @@ def test_numbers_that_are_none(numbers, message, tmp_path):
         write_shapes(tmp_path, 0, seed=0, split="train")
 
 
-def test_splits_have_no_image_in_common_and_are_drawn_from_their_places(tmp_path):
+def test_written_images_equal_drawn_ones(tmp_path):
     write_shapes(tmp_path, 2, seed=4, split="val")
-    image, boxes, _ = draw_image(4, index_in("val", 1))
+    image, boxes, _ = draw_image(4, image_index("val", 1))
     written = json.loads((tmp_path / "instances_val.json").read_text())
     mine = [entry["bbox"] for entry in written["annotations"] if entry["image_id"] == 2]
     assert mine == [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in boxes.tolist()]
     with Image.open(tmp_path / "val" / "000001.jpg") as saved:
         assert np.abs(np.asarray(saved).astype(int) - np.asarray(image)).mean() < 8  # jpeg
-    far = {index_in(split, place) for split in ("train", "val", "demo") for place in (0, 10**6)}
+    far = {image_index(split, i) for split in ("train", "val", "demo") for i in (0, 10**6)}
     assert len(far) == 6

@@ -1,4 +1,4 @@
-"""COCO's numbers against known ones, against pycocotools itself and by hand; the command; what is refused."""
+"""COCO's metrics against published ones, against pycocotools and by hand; the command; invalid input."""
 
 import contextlib
 import io
@@ -47,7 +47,7 @@ def coco_eval(shared):
 
 @pytest.fixture(scope="module")
 def made(tiny, tmp_path_factory):
-    """A detector's folder and a data set of 7 images of two sizes, some of whose objects the detector does find."""
+    """Return a detector and a dataset of 7 images of two sizes; the annotations are shifted detections."""
     folder = tmp_path_factory.mktemp("made")
     model = ConditionalDETR.from_pretrained(tiny.folder)
     model.metadata = Metadata(NAMES, preprocessing=Preprocessing(shortest_edge=96, longest_edge=160))
@@ -66,8 +66,8 @@ def made(tiny, tmp_path_factory):
         paths.append(folder / "images" / name)
     objects = []
     ids = {category["name"]: category["id"] for category in CATEGORIES}
-    for image, found in zip(images, Detector(model)(paths, threshold=0, classes=list(ids)), strict=True):
-        for box, _, name in list(found)[: 12 : 3 if image["id"] % 3 else 4]:
+    for image, detections in zip(images, Detector(model)(paths, threshold=0, classes=list(ids)), strict=True):
+        for box, _, name in list(detections)[: 12 : 3 if image["id"] % 3 else 4]:
             x0, y0, x1, y1 = box
             shift = 0.1 * (x1 - x0) * generator.random()
             box = [x0 + shift, y0, x1 - x0 + shift, y1 - y0]
@@ -83,7 +83,7 @@ def made(tiny, tmp_path_factory):
 
 
 def pycocotools_numbers(annotations, results):
-    """What pycocotools alone makes of annotations and results as they stand in the files, ids from 1 on."""
+    """Return the metrics that pycocotools alone computes from annotations and results, with ids from 1."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -99,27 +99,27 @@ def pycocotools_numbers(annotations, results):
     return dict(zip(METRICS, evaluation.stats.tolist(), strict=True))
 
 
-def assert_equal(found, expected):
-    assert list(found) == list(METRICS)
+def assert_equal(actual, expected):
+    assert list(actual) == list(METRICS)
     for name in METRICS:
-        assert found[name] == pytest.approx(expected[name], abs=1e-10), name
+        assert actual[name] == pytest.approx(expected[name], abs=1e-10), name
 
 
-# ---- detections made elsewhere
+# ---- given detections
 
 
-def test_the_twelve_known_numbers(coco_eval, capsys):
+def test_published_metrics(coco_eval, capsys):
     result = evaluate_detections(*coco_eval)
     assert_equal(result.metrics, KNOWN)
-    with_objects = [c["AP"] for c in result.per_class.values() if c["objects"]]
-    assert np.mean(with_objects) == pytest.approx(KNOWN["AP"], abs=1e-10)
-    recalls = [c["AR100"] for c in result.per_class.values() if c["objects"]]
+    with_annotations = [c["AP"] for c in result.per_class.values() if c["annotations"]]
+    assert np.mean(with_annotations) == pytest.approx(KNOWN["AP"], abs=1e-10)
+    recalls = [c["AR100"] for c in result.per_class.values() if c["annotations"]]
     assert np.mean(recalls) == pytest.approx(KNOWN["AR100"], abs=1e-10)
     for name in ("AP50", "AP75"):
-        values = [c[name] for c in result.per_class.values() if c["objects"]]
+        values = [c[name] for c in result.per_class.values() if c["annotations"]]
         assert np.mean(values) == pytest.approx(KNOWN[name], abs=1e-10)
-    assert {c["AP"] for c in result.per_class.values() if not c["objects"]} == {-1}
-    assert sum(c["objects"] for c in result.per_class.values()) == 839 - 9  # nine crowds
+    assert {c["AP"] for c in result.per_class.values() if not c["annotations"]} == {-1}
+    assert sum(c["annotations"] for c in result.per_class.values()) == 839 - 9  # nine crowds
     assert result.per_class["person"]["category_id"] == 1
     output = capsys.readouterr()
     assert output.out == output.err == ""
@@ -128,14 +128,14 @@ def test_the_twelve_known_numbers(coco_eval, capsys):
 def test_the_annotations_themselves_are_perfect(shared):
     """Real images' annotations, crowds among them."""
     path = shared / "data" / "coco" / "instances_val2017.json"
-    objects = json.loads(path.read_text())["annotations"]
+    annotations = json.loads(path.read_text())["annotations"]
     results = [
         {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.5}
-        for a in objects
+        for a in annotations
         if not a["iscrowd"]
     ]
     result = evaluate_detections(path, results)
-    assert any(a["iscrowd"] for a in objects)
+    assert any(a["iscrowd"] for a in annotations)
     for name in ("AP", "AP50", "AP75", "APm", "APl", "AR100"):
         assert result.metrics[name] == pytest.approx(1.0, abs=1e-12)
 
@@ -144,13 +144,13 @@ BOX, ELSEWHERE = [10.0, 10.0, 40.0, 40.0], [200.0, 200.0, 50.0, 50.0]
 
 
 def by_hand(*, first=0, image=1, category=1):
-    """Two images of one class, two objects; ids as wanted."""
+    """Return the annotations of two images with one class and two boxes."""
     images = [{"id": image, "file_name": "a.jpg"}, {"id": image + 1, "file_name": "b.jpg"}]
-    objects = [
+    annotations = [
         {"id": first + i, "image_id": image, "category_id": category, "bbox": b}
         for i, b in enumerate((BOX, ELSEWHERE))
     ]
-    return {"images": images, "annotations": objects, "categories": [{"id": category, "name": "cat"}]}
+    return {"images": images, "annotations": annotations, "categories": [{"id": category, "name": "cat"}]}
 
 
 @pytest.mark.parametrize(
@@ -164,25 +164,25 @@ def by_hand(*, first=0, image=1, category=1):
     ],
 )
 def test_average_precision_by_hand(results, expected, recall):
-    found = [{"image_id": 1, "category_id": 1, "bbox": box, "score": score} for box, score in results]
-    result = evaluate_detections(by_hand(), found)
+    detections = [{"image_id": 1, "category_id": 1, "bbox": box, "score": score} for box, score in results]
+    result = evaluate_detections(by_hand(), detections)
     assert result.metrics["AP"] == pytest.approx(expected, abs=1e-12)
     assert result.metrics["AR100"] == pytest.approx(recall, abs=1e-12)
-    assert result.metrics["APs"] == -1  # no small object
+    assert result.metrics["APs"] == -1  # no small box
     assert result.per_class["cat"]["AP"] == result.metrics["AP"]
 
 
 @pytest.mark.parametrize("ids", [{"first": 0}, {"image": 0}, {"category": 0}, {"category": 999}])
 def test_ids_may_be_any(ids):
-    """pycocotools takes an object numbered 0 for none; here it counts."""
+    """pycocotools does not match an annotation with id 0; this library does."""
     data = by_hand(**ids)
     keys = {"image_id": data["images"][0]["id"], "category_id": data["categories"][0]["id"]}
-    found = [{**keys, "bbox": box, "score": 0.5} for box in (BOX, ELSEWHERE)]
-    assert evaluate_detections(data, found).metrics["AP"] == pytest.approx(1.0, abs=1e-12)
+    detections = [{**keys, "bbox": box, "score": 0.5} for box in (BOX, ELSEWHERE)]
+    assert evaluate_detections(data, detections).metrics["AP"] == pytest.approx(1.0, abs=1e-12)
 
 
 def test_renumbering_changes_nothing(coco_eval):
-    """Categories numbered backwards from 1000, images by strings, objects from 0."""
+    """Category ids count down from 1000, image ids are strings, annotation ids start at 0."""
     data, results = (json.loads(path.read_text()) for path in coco_eval)
     for entry in data["categories"]:
         entry["id"] = 1000 - entry["id"]
@@ -199,13 +199,13 @@ def test_renumbering_changes_nothing(coco_eval):
 
 
 def results_of(made):
-    """Detections in COCO's form, made image by image."""
+    """Return the detections in COCO's results format, computed image by image."""
     detector = Detector.from_pretrained(made.weights)
     ids = {category["name"]: category["id"] for category in CATEGORIES}
     results = []
     for image in made.content["images"]:
-        found = detector(made.images / image["file_name"], threshold=0, top_k=100, classes=list(ids))
-        for (x0, y0, x1, y1), score, name in found:
+        detections = detector(made.images / image["file_name"], threshold=0, top_k=100, classes=list(ids))
+        for (x0, y0, x1, y1), score, name in detections:
             entry = {"image_id": image["id"], "category_id": ids[name], "score": score}
             results.append({**entry, "bbox": [x0, y0, x1 - x0, y1 - y0]})
     return results
@@ -225,7 +225,7 @@ def test_evaluate_equals_pycocotools_on_the_same_detections(made):
 
 
 def test_no_score_is_too_low(made):
-    """A bias that puts every score under 1e-3 changes no order, and so no number."""
+    """A bias that lowers every score to under 1e-3 does not change their order, so no metric changes."""
     detector = Detector.from_pretrained(made.weights)
     expected = evaluate(detector, made.data, made.images).metrics
     with torch.no_grad():
@@ -235,7 +235,7 @@ def test_no_score_is_too_low(made):
 
 
 def test_images_stream_with_those_of_one_size_together(made, monkeypatch):
-    """An iterator, which the detector draws from as it goes, whatever the images' order in the file."""
+    """The detector gets an iterator, sorted by image size."""
     sizes = {entry["file_name"]: (entry["height"], entry["width"]) for entry in made.content["images"]}
     drawn = []
     plain = Detector.__call__
@@ -255,7 +255,7 @@ def test_images_stream_with_those_of_one_size_together(made, monkeypatch):
 
 
 def one_of_two(rank, ports, folder, made, coco_eval):
-    """Run in one process of two what the tests below read: the command, and the functions on shares."""
+    """Run the command and the functions in one of two processes, for the tests below."""
     from torch import distributed
 
     torch.set_num_threads(1)
@@ -263,14 +263,14 @@ def one_of_two(rank, ports, folder, made, coco_eval):
     data, results = coco_eval
     on_results = run("evaluate", "--data", data, "--results", results, "--json", f"{folder}/results-{rank}.json")
     options = ("--weights", made.weights, "--images", made.images, "--json", f"{folder}/images-{rank}.json")
-    os.environ["MASTER_PORT"] = str(ports[1])  # the first meeting may not be over at its place
+    os.environ["MASTER_PORT"] = str(ports[1])  # the first port may still be in use
     on_images = run("evaluate", "--data", made.data, *options)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     shares = json.loads(results.read_text())
     images = sorted({result["image_id"] for result in shares})
-    mine = set(images[rank::2]) | set(images[:5])  # five images are in both shares
+    mine = set(images[rank::2]) | set(images[:5])  # both processes have five of the images
     share = [result for result in shares if result["image_id"] in mine]
-    if rank == 1:  # has other things to say of the images in both
+    if rank == 1:  # has other detections of these five
         share = [{**r, "bbox": [0, 0, 1, 1]} if r["image_id"] in images[:5] else r for r in share]
     metrics = evaluate_detections(data, share).metrics
     progress = []
@@ -306,7 +306,7 @@ def two_processes(made, coco_eval, tmp_path_factory):
 
 
 def test_the_command_in_two_processes(two_processes, made):
-    """The first process prints and writes; the twelve known numbers, and those of one process on the same images."""
+    """The first process prints and writes; the metrics equal the published ones and those of a single process."""
     folder, parts = two_processes
     assert [part["codes"] for part in parts] == [[0, 0]] * 2
     assert [len(text) > 100 for text in parts[0]["printed"]] == [True, True]
@@ -319,8 +319,8 @@ def test_the_command_in_two_processes(two_processes, made):
     assert_equal({n: together[n] for n in METRICS}, {n: alone[n] for n in METRICS})
 
 
-def test_shares_are_gathered_and_an_image_counts_once(two_processes):
-    """Five images are in both processes' hands: what the first says of them counts."""
+def test_detections_are_gathered_and_an_image_counts_once(two_processes):
+    """Both processes have detections of five images: those of the first are used."""
     for part in two_processes[1]:
         assert_equal(part["metrics"], KNOWN)
 
@@ -329,7 +329,7 @@ def test_each_process_detects_on_its_share(two_processes):
     assert [part["progress"][-1] for part in two_processes[1]] == [[4, 4], [3, 3]]
 
 
-def test_an_error_in_one_process_is_everyones(two_processes):
+def test_error_in_one_process_is_raised_in_all(two_processes):
     for part in two_processes[1]:
         assert part["message"].startswith(
             "results: [0]: expected an object with 'category_id', got the keys 'image_id'"
@@ -364,7 +364,7 @@ def test_evaluate_results(coco_eval, tmp_path):
     content = json.loads(written.read_text())
     assert_equal({name: content[name] for name in METRICS}, KNOWN)
     assert "no threshold" in result.stdout
-    assert "100 best detections" in result.stdout
+    assert "100 detections per image" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_evaluate_results(coco_eval, tmp_path):
         (("--data", "{data}", "--images", "{images}", "--results", "{data}"), "error: expected either --images"),
         (
             ("--data", "{data}", "--results", "{data}", "--weights", "{weights}"),
-            "error: --weights: nothing is detected",
+            "error: --weights: expected none with --results, got",
         ),
         (
             ("--data", "{data}", "--results", "{data}"),
@@ -390,27 +390,27 @@ def test_evaluate_results(coco_eval, tmp_path):
     ],
 )
 def test_evaluate_fails_in_one_line(made, tmp_path, arguments, message):
-    places = {name: str(getattr(made, name)) for name in ("data", "images", "weights")}
-    arguments = [argument.format(**places) for argument in arguments]
+    paths = {name: str(getattr(made, name)) for name in ("data", "images", "weights")}
+    arguments = [argument.format(**paths) for argument in arguments]
     if "--images" in arguments and "--results" not in arguments:
-        arguments += ["--weights", places["weights"]]
+        arguments += ["--weights", paths["weights"]]
     if "--json" not in arguments:
         arguments += ["--json", str(tmp_path / "out.json")]
     result = run("evaluate", *arguments)
     assert result.exit_code == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
-    assert line.startswith(message.format(**places))
+    assert line.startswith(message.format(**paths))
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- what is refused
+# ---- invalid input
 
 
-def test_classes_that_the_model_does_not_have(made):
+def test_categories_that_the_model_lacks(made):
     data = {**made.content, "categories": [*CATEGORIES, {"id": 8, "name": "Cat"}]}
     message = (
-        "annotations: expected classes that the model has by the same names, got 1 that it has not: Cat;"
-        " the data set's: dog, cow, cat, Cat; the model's: cat, dog, bird, fish, ant, cow"
+        "annotations: expected categories that are class names of the model, got 1 that are not: Cat;"
+        " all categories: dog, cow, cat, Cat; the model's: cat, dog, bird, fish, ant, cow"
     )
     with pytest.raises(ValueError, match=f"^{message}$"):
         evaluate(Detector.from_pretrained(made.weights), data, made.images)
@@ -434,11 +434,11 @@ def test_classes_that_the_model_does_not_have(made):
         (
             {"height": 96, "width": 120},
             ValueError,
-            r"0.png: expected 120 x 96 pixels, as annotations says, got 96 x 120",
+            r"0.png: expected 120 x 96 pixels, as in annotations, got 96 x 120",
         ),
     ],
 )
-def test_images_that_do_not_fit(made, change, error, message):
+def test_invalid_images(made, change, error, message):
     (made.images / "text.png").write_text("no image")
     (made.images / "cut.png").write_bytes((made.images / "0.png").read_bytes()[:-500])
     first, *others = made.content["images"]
@@ -465,17 +465,17 @@ def test_images_that_do_not_fit(made, change, error, message):
         ),
         (
             {"images": [{"id": 1}, {"id": "2"}]},
-            r"images\[1\]: expected ids that are all whole numbers or all strings, g",
+            r"images\[1\]: expected ids that are all integers or all strings, g",
         ),
-        ({"images": [{"id": 1}, {"id": 1}]}, r"images\[1\]: expected each id once, got 1 again"),
+        ({"images": [{"id": 1}, {"id": 1}]}, r"images\[1\]: expected distinct ids, got 1 again"),
         ({"categories": [{"id": 1}]}, "annotations: category 1: expected an object with 'name'"),
         (
             {"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}]},
-            "annotations: expected each category's name once, got more than one cat",
+            "annotations: expected distinct category names, got duplicates: cat",
         ),
     ],
 )
-def test_annotations_that_are_none(change, message):
+def test_invalid_annotation_files(change, message):
     with pytest.raises(ValueError, match=message):
         evaluate_detections({**by_hand(), **change}, [])
 
@@ -491,7 +491,7 @@ def test_annotations_that_are_none(change, message):
         ({"area": "3"}, r"annotations\[0\]: expected finite numbers as area, got '3'"),
     ],
 )
-def test_objects_that_are_none(change, message):
+def test_invalid_annotations(change, message):
     data = by_hand()
     data["annotations"][0].update(change)
     with pytest.raises(ValueError, match=message):
@@ -507,7 +507,7 @@ def test_objects_that_are_none(change, message):
         ({"image_id": 3}, r"results: \[1\]: expected the id of an image of annotations, got image_id 3"),
     ],
 )
-def test_results_that_are_none(entry, message):
+def test_invalid_results(entry, message):
     right = {"image_id": 1, "category_id": 1, "bbox": BOX, "score": 0.5}
     with pytest.raises(ValueError, match=message):
         evaluate_detections(by_hand(), [right, {**right, **entry}])
@@ -519,17 +519,17 @@ def test_results_that_are_none(entry, message):
     ("content", "error", "message"),
     [
         (None, FileNotFoundError, "file.json: no such file"),
-        (b"{", ValueError, "file.json: expected json, got something else: Expecting"),
-        (b"\xff\xfe", ValueError, "file.json: expected json, got something else: 'utf-8'"),
+        (b"{", ValueError, "file.json: expected JSON, got something else: Expecting"),
+        (b"\xff\xfe", ValueError, "file.json: expected JSON, got something else: 'utf-8'"),
         (b"[]", ValueError, "file.json: expected an object with images, annotations and categories, got a list"),
         (b"3", ValueError, "file.json: expected an object with .*, got 3"),
     ],
 )
-def test_files_that_are_none(tmp_path, content, error, message):
+def test_invalid_files(tmp_path, content, error, message):
     path = tmp_path / "file.json"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(error, match=message):
         evaluate_detections(path, [])
-    with pytest.raises(IsADirectoryError, match="expected a json file, got a folder"):
+    with pytest.raises(IsADirectoryError, match="expected a JSON file, got a folder"):
         evaluate_detections(tmp_path, [])
