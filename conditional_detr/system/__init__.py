@@ -1,1 +1,1 @@
-"""Files written atomically, shutdown requests, progress bars; nothing here needs torch."""
+"""Write files atomically, handle shutdown requests and show progress bars; nothing here needs torch."""

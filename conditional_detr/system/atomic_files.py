@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever meets half of one."""
+"""Write files atomically: readers see either the old file or the complete new file."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -10,12 +10,13 @@ _number = count()
 
 
 def write_atomically(writers: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Write files beside their places, and move them there when all are whole.
+    """Write files under temporary names, and rename all of them when they are complete.
 
-    A run that breaks off leaves what was there.
+    An interrupted run leaves the previous files unchanged.
 
     Args:
-        writers: what writes each file, at the path it is given; by the file's place, in a folder that is there.
+        writers: the function that writes each file, by the file's final path, in an existing folder. A function
+            receives the temporary path to write to.
 
     Raises:
         OSError: a file cannot be written.
@@ -24,21 +25,21 @@ def write_atomically(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     try:
         for path, write in writers.items():
             unfinished[path].touch()
-            mode = unfinished[path].stat().st_mode  # the user's default: safetensors would let nobody else read
+            mode = unfinished[path].stat().st_mode  # the user's default mode: safetensors gives only the owner access
             write(unfinished[path])
             unfinished[path].chmod(mode)
-        for path, written in unfinished.items():
-            written.replace(path)
+        for path, temporary in unfinished.items():
+            temporary.replace(path)
     except OSError as error:
-        named = OSError(f"{path}: cannot be written: {error.strerror or error}")
-        named.errno = error.errno
-        raise named from error
+        detailed = OSError(f"{path}: cannot be written: {error.strerror or error}")
+        detailed.errno = error.errno
+        raise detailed from error
     finally:
-        for written in unfinished.values():
-            written.unlink(missing_ok=True)
+        for temporary in unfinished.values():
+            temporary.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed had not finished writing, in a folder where nobody writes now."""
+    """Remove the temporary files of killed processes from a folder that no process is writing to."""
     for path in folder.glob(f".*{_UNFINISHED}"):
         path.unlink(missing_ok=True)

@@ -1,11 +1,11 @@
-"""The progress bar of everything that takes long."""
+"""Progress bar of the command line and of training."""
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 def progress_bar(console: Console, *, shown: bool) -> Progress:
-    """Return a bar with counts, time gone and time left; only where the console is a terminal."""
+    """Return a progress bar with counts, elapsed and remaining time, disabled if the console is not a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
