@@ -13,10 +13,12 @@ _MODULES = {"TrainConfig": "config", "TrainResult": "loop", "train": "loop"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module."""
+    """Import the module of a public name on first use (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Data sets and runs that the training tests share; small enough to train in seconds."""
+"""Datasets and runs shared by the training tests, small enough to train in seconds."""
 
 import json
 import os
@@ -30,14 +30,14 @@ SMALL = Config(
 
 
 class Rectangles:
-    """Images of noise with one to three rectangles in the colours of two classes, in memory.
+    """In-memory dataset: images of noise with one to three rectangles in the colours of two classes.
 
     Args:
-        images: how many there are.
-        times: how often each stands in the data set.
-        noise: of draws from the global generators, in every sample: what an augmentation does.
-        seed: another one, other images.
-        size: of the sides.
+        images: number of images.
+        times: number of repetitions of each image.
+        noise: amount of noise that every sample draws from the global generators, as an augmentation does.
+        seed: seed of the images.
+        size: side length in pixels.
     """
 
     def __init__(self, images, *, times=1, noise=0.0, seed=0, size=64):
@@ -78,7 +78,7 @@ def small_model(seed=0, **changes):
 
 
 def steps_of(folder):
-    """The lines of a run's log that are steps."""
+    """Return the step entries of a run's log."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [entry for entry in entries if "loss" in entry]
 
@@ -99,14 +99,14 @@ RESUMED = TrainConfig(
 
 
 def resumable(folder, *, workers, resume=False):
-    """The run that is killed and goes on: dropout, noise from the global generators, accumulation, all that moves."""
+    """Train the run that is killed and resumed: dropout, noise from the global generators, accumulation."""
     data, config = Rectangles(11, noise=0.1), replace(RESUMED, workers=workers)
     model = small_model(dropout=0.1)
     return model, train(model, data, Rectangles(3, seed=1), config, folder=folder, resume=resume, progress=False)
 
 
 def killed_at(folder, step, workers, threads):
-    """Run in a process of its own, which ends as by kill -9 in the middle of a step's bookkeeping."""
+    """Train in a separate process, which is killed while it logs the step."""
     torch.set_num_threads(threads)
     plain = RunLogger.log_step
 
@@ -120,7 +120,7 @@ def killed_at(folder, step, workers, threads):
 
 
 def five_steps(folder, *, batch_size):
-    """Five steps of four images in all, of which some have no object and some three."""
+    """Train five steps of four images in total; some images have no target, others up to three."""
     data = Rectangles(20)
     for i in (1, 6, 13):
         data.samples[i] = (

@@ -1,4 +1,4 @@
-"""Training learns; its parts by hand-worked numbers and torch's own; processes; what stops it."""
+"""The training loop: convergence, hand-worked and PyTorch's own numbers, several processes, errors."""
 
 import math
 import os
@@ -44,7 +44,7 @@ def run(model, data, val=None, config=ONE_STEP, *, folder, **options):
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """A detector that knows four images by heart: 180 steps from random weights."""
+    """A detector overfitted to four images: 180 steps from random weights."""
     config = TrainConfig(
         **{"epochs": 3, "batch_size": 4, "lr": 2e-3, "backbone_lr": 2e-3, "clip": 1.0, "warmup": 10},
         **{"schedule": "cosine", "ema": 0.9, "workers": 0},
@@ -58,7 +58,7 @@ def learned(tmp_path_factory):
 # ---- learning
 
 
-def test_learns_four_images_by_heart(learned):
+def test_overfits_four_images(learned):
     _, result, _ = learned
     losses = [entry["loss"] for entry in steps_of(result.folder)]
     assert len(losses) == result.steps == 180
@@ -79,7 +79,7 @@ def test_learns_four_images_by_heart(learned):
     }
 
 
-def test_the_model_is_what_was_saved_last(learned):
+def test_the_model_has_the_weights_saved_last(learned):
     model, result, _ = learned
     assert_same(model, ConditionalDETR.from_pretrained(result.last))
     assert not model.training
@@ -96,8 +96,8 @@ def test_tensorboard_has_losses_and_ap(learned):
     assert [event.value for event in events.Scalars("val/AP")] == pytest.approx([e["AP"] for e in result.history])
 
 
-def test_a_fine_tune_that_changes_classes_starts_low(learned, tmp_path):
-    """Boxes are known, one class is kept, two are new: every layer's loss is low, the new rows at the prior."""
+def test_fine_tuning_with_other_classes_starts_at_a_low_loss(learned, tmp_path):
+    """Boxes are learned, one class is kept, two are new: each layer's loss is low, new rows are at the prior."""
     _, result, _ = learned
     model = ConditionalDETR.from_pretrained(result.best, class_names=["green", "blue", "violet"])
     run(model, Rectangles(4), folder=tmp_path)
@@ -109,9 +109,9 @@ def test_a_fine_tune_that_changes_classes_starts_low(learned, tmp_path):
 
 
 def test_starts_below_20_with_all_classes_new_and_the_published_sizes():
-    """Of 300 queries and 91 classes at the prior, what no target asks for costs next to nothing at every layer.
+    """With 300 queries and 91 classes at the prior, unmatched queries add little to the loss of any layer.
 
-    Boxes of a model that was never trained are taken for the targets' own, as those of a trained one nearly are.
+    The targets are boxes that the untrained model predicts: a trained one predicts nearly the targets' boxes.
     """
     torch.manual_seed(0)
     model = ConditionalDETR(Config(width=64, heads=4, feedforward=64, backbone="resnet18", dropout=0.0)).eval()
@@ -123,18 +123,18 @@ def test_starts_below_20_with_all_classes_new_and_the_published_sizes():
     assert 5 < total < 20
 
 
-# ---- the first epoch's report
+# ---- check of the first epoch
 
 
-def test_the_report_tells_a_learned_model_from_a_new_one(learned):
+def test_the_check_distinguishes_trained_and_untrained_models(learned):
     model, result, data = learned
-    look = check_first_epoch(model, data, HungarianMatcher(), 0.8)
-    assert (look.images, look.targets) == (64, 16 * sum(len(t["labels"]) for _, t in Rectangles(4).samples))
-    assert look.matched > 0.9
-    assert look.best_iou > 0.8
-    assert look.right_class > 0.9
-    assert look.top_score > 0.5
-    assert look.advice == "No problem found."
+    report = check_first_epoch(model, data, HungarianMatcher(), 0.8)
+    assert (report.images, report.targets) == (64, 16 * sum(len(t["labels"]) for _, t in Rectangles(4).samples))
+    assert report.matched > 0.9
+    assert report.best_iou > 0.8
+    assert report.right_class > 0.9
+    assert report.top_score > 0.5
+    assert report.advice == "No problem found."
     assert "the validation AP is 0" in check_first_epoch(model, data, HungarianMatcher(), 0.0).advice
     new = check_first_epoch(small_model(), data, HungarianMatcher(), 0.0)
     assert new.top_score < 0.05
@@ -143,22 +143,22 @@ def test_the_report_tells_a_learned_model_from_a_new_one(learned):
     assert str(new).startswith("after the first epoch, on 64 training images with ")
 
 
-def test_the_report_finds_wrong_labels_and_wrong_boxes(learned):
+def test_the_check_finds_wrong_labels_and_wrong_boxes(learned):
     model, _, _ = learned
     swapped, moved, empty = Rectangles(4), Rectangles(4), Rectangles(1)
     for i in range(4):
         swapped.samples[i][1]["labels"] = 1 - swapped.samples[i][1]["labels"]
         moved.samples[i][1]["boxes"] = moved.samples[i][1]["boxes"] * 0.1 + torch.tensor([0.01, 0.8, 0, 0])
     empty.samples[0] = (empty.samples[0][0], {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)})
-    looks = [check_first_epoch(model, data, HungarianMatcher()) for data in (swapped, moved, empty)]
-    assert looks[0].right_class < 0.5
-    assert looks[0].advice.startswith("Boxes are right, classes are not")
-    assert looks[1].advice.startswith("Scores rise, but boxes miss the targets")
-    assert looks[2].advice.startswith("The images have no targets")
-    assert (looks[2].targets, looks[2].matched) == (0, 0.0)
+    reports = [check_first_epoch(model, data, HungarianMatcher()) for data in (swapped, moved, empty)]
+    assert reports[0].right_class < 0.5
+    assert reports[0].advice.startswith("Boxes are right, classes are not")
+    assert reports[1].advice.startswith("Scores rise, but boxes miss the targets")
+    assert reports[2].advice.startswith("The images have no targets")
+    assert (reports[2].targets, reports[2].matched) == (0, 0.0)
 
 
-def test_the_report_by_hand():
+def test_the_check_by_hand():
     """Two targets, two queries, one of them right: half is matched, the other's best IoU is 1/3."""
 
     class Fixed(ConditionalDETR):
@@ -170,10 +170,10 @@ def test_the_report_by_hand():
     torch.manual_seed(0)
     fixed = Fixed(replace(small_model().config, num_queries=2))
     fixed.forward = lambda pixels, padding=None: _Output(*Fixed.forward(fixed, pixels))
-    look = check_first_epoch(fixed, [(torch.zeros(3, 64, 64), target)], HungarianMatcher())
-    assert (look.matched, look.right_class) == (0.5, 1.0)
-    assert look.best_iou == pytest.approx((1 + 1 / 3) / 2)
-    assert look.top_score == pytest.approx(1 / (1 + math.exp(-2)))
+    report = check_first_epoch(fixed, [(torch.zeros(3, 64, 64), target)], HungarianMatcher())
+    assert (report.matched, report.right_class) == (0.5, 1.0)
+    assert report.best_iou == pytest.approx((1 + 1 / 3) / 2)
+    assert report.top_score == pytest.approx(1 / (1 + math.exp(-2)))
 
 
 class _Output(tuple):
@@ -220,7 +220,7 @@ def test_rates_in_the_log(tmp_path):
     assert [entry["lr"] for entry in steps_of(tmp_path / "cosine")] == pytest.approx(falling)
 
 
-def test_every_parameter_that_trains_is_in_one_group_with_its_rate():
+def test_every_trainable_parameter_is_in_one_group_with_its_rate():
     model = small_model()
     others, backbone = parameter_groups(model, TrainConfig(lr=3e-4, backbone_lr=2e-5))
     assert (others["lr"], backbone["lr"]) == (3e-4, 2e-5)
@@ -235,7 +235,7 @@ def test_every_parameter_that_trains_is_in_one_group_with_its_rate():
 
 
 def test_one_step_is_adamws_on_clipped_gradients(tmp_path):
-    """By torch's own functional parts: the joined loss, the norm cut to 0.1, two rates, weight decay."""
+    """Compared with AdamW by hand: the joined loss, the norm clipped to 0.1, two rates, weight decay."""
     data = Rectangles(4)
     model, other = small_model(dropout=0.0), small_model(dropout=0.0).train()
     config = replace(ONE_STEP, lr=1e-2, backbone_lr=1e-3, weight_decay=0.3, clip=0.1)
@@ -264,7 +264,7 @@ def test_one_step_is_adamws_on_clipped_gradients(tmp_path):
 
 
 def test_average_by_hand():
-    """The decay rises: 1/10 after the first weights were taken, then 2/11, 3/12; at most what is asked."""
+    """The first update copies the weights; then the decay is 2/11, 3/12 and so on, at most the given one."""
     model = small_model()
     with torch.no_grad():
         model.class_head.bias.fill_(0.0)
@@ -279,8 +279,8 @@ def test_average_by_hand():
     assert not any(p.requires_grad for p in average.parameters())
 
 
-def test_what_is_evaluated_is_the_average(tmp_path):
-    """With a decay near 1 and hardly a step, the average is not the last weights."""
+def test_the_average_is_evaluated_and_saved(tmp_path):
+    """With a decay near 1 and few steps, the average differs from the last weights."""
     config = TrainConfig(epochs=1, batch_size=2, lr=1e-2, ema=0.999, workers=0)
     result = run(small_model(), Rectangles(6), config=config, folder=tmp_path)
     state = torch.load(result.last / "training_state.pt", weights_only=True)
@@ -304,7 +304,7 @@ def test_frozen_parts_stay(tmp_path):
 
 
 def test_accumulation_is_the_joined_batch():
-    """Batches of different numbers of boxes, one without: each counts by its share."""
+    """Batches with different numbers of boxes, one without: each is weighted by its share."""
     data = Rectangles(5)
     data.samples[4] = (data.samples[4][0], {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)})
     models, numbers = [], []
@@ -332,8 +332,8 @@ def _assert_same_weights(model, its):
 
 
 @pytest.mark.parametrize(("backbone", "folded_norms"), [("resnet18", 15), ("resnet50", 43), ("vgg11_bn", 6)])
-def test_folded_norms_give_the_same_loss_and_gradients(backbone, folded_norms):
-    """In every parameter that trains; afterwards the backbone is as it was."""
+def test_folded_batch_norm_gives_the_same_loss_and_gradients(backbone, folded_norms):
+    """For every trainable parameter; afterwards the backbone is unchanged."""
     model = small_model(backbone=backbone, backbone_stage=3, dropout=0.0).double().train()
     for module in model.backbone.modules():
         if hasattr(module, "running_var"):
@@ -360,8 +360,8 @@ def test_folded_norms_give_the_same_loss_and_gradients(backbone, folded_norms):
     assert all(torch.equal(a, b) for a, b in zip(gradients(), plain, strict=True))
 
 
-def test_linear_layers_as_convolutions_give_the_same_loss_and_gradients():
-    """In float32 on a CPU; layers are as they were afterwards, and stay as they are in other precisions."""
+def test_linear_as_convolution_gives_the_same_loss_and_gradients():
+    """In float32 on a CPU; layers are unchanged in other precisions, and afterwards."""
     model = small_model(dropout=0.0).train()
     pixels, padding, targets = collate([Rectangles(2)[i] for i in range(2)])
 
@@ -390,8 +390,8 @@ def test_linear_layers_as_convolutions_give_the_same_loss_and_gradients():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_scaled_convolutions_keep_no_scaled_weights():
-    """What autograd holds of the backbone with folded norms is no larger than without."""
+def test_scaled_convolutions_store_no_scaled_weights():
+    """Autograd stores no more for the backbone with folded BatchNorm than without."""
     model, kept = small_model(dropout=0.0).train(), []
     for manager in (nullcontext, lambda: folded_batch_norm(model)):
         sizes = {}
@@ -407,8 +407,8 @@ def test_scaled_convolutions_keep_no_scaled_weights():
     assert kept[1] <= kept[0]
 
 
-def test_folding_and_checkpointing_leave_no_trace():
-    """Also where both want the same modules, as the convolutions that lie openly in a VGG."""
+def test_folding_and_checkpointing_restore_all_modules():
+    """Also where both replace the same modules, the convolutions of a VGG."""
     model = small_model(backbone="vgg11_bn", backbone_stage=2)
     with folded_batch_norm(model), gradient_checkpointing(model, True):
         assert any("forward" in vars(module) for module in model.modules())
@@ -416,7 +416,7 @@ def test_folding_and_checkpointing_leave_no_trace():
 
 
 def test_gradient_checkpointing_gives_the_same_numbers(tmp_path):
-    """With dropout, which has to fall the same way twice; and the model is as it was afterwards."""
+    """With dropout, which must be the same in both passes; afterwards the model is unchanged."""
     models = []
     for wanted in (False, True):
         model = small_model(dropout=0.3)
@@ -428,8 +428,8 @@ def test_gradient_checkpointing_gives_the_same_numbers(tmp_path):
     assert not any("forward" in vars(module) for module in models[1].modules())
 
 
-def test_gradient_checkpointing_keeps_less():
-    """What autograd holds after the forward pass, counted in bytes."""
+def test_gradient_checkpointing_stores_less():
+    """Bytes that autograd stores after the forward pass."""
     model, kept = small_model(dropout=0.0).train(), []
     for wanted in (False, True):
         sizes = {}
@@ -446,7 +446,7 @@ def test_gradient_checkpointing_keeps_less():
 
 
 def test_autocast(tmp_path):
-    """bfloat16 in the forward pass: near float32's loss, not equal; weights stay float32."""
+    """With bfloat16 the loss is close to that of float32, but not equal; weights stay float32."""
     for precision in (None, "bfloat16"):
         model = small_model(dropout=0.0)
         run(model, Rectangles(4), config=replace(ONE_STEP, autocast=precision), folder=tmp_path / str(precision))
@@ -457,7 +457,7 @@ def test_autocast(tmp_path):
 
 
 def test_early_stopping(tmp_path, monkeypatch):
-    """AP rises, falls, stays for two evaluations in all: the third epoch after the best is not begun."""
+    """AP does not improve for two evaluations: the third epoch after the best one is not trained."""
     aps = iter([0.1, 0.3, 0.2, 0.3, 0.9])
     monkeypatch.setattr("conditional_detr.training.loop.measure", lambda *_: {"AP": next(aps), "AP50": 0.5})
     config = TrainConfig(epochs=5, batch_size=4, patience=2, workers=0)
@@ -467,7 +467,7 @@ def test_early_stopping(tmp_path, monkeypatch):
     assert (again.best_ap, again.steps, again.stopped_early) == (0.3, 4, True)
 
 
-def test_evaluates_every_few_epochs_and_at_the_end(tmp_path):
+def test_evaluates_every_second_epoch_and_at_the_end(tmp_path):
     config = TrainConfig(epochs=3, batch_size=4, evaluate_every=2, workers=0)
     result = run(small_model(), Rectangles(4), Rectangles(2), config, folder=tmp_path)
     assert ["AP" in entry for entry in result.history] == [False, True, True]
@@ -476,8 +476,8 @@ def test_evaluates_every_few_epochs_and_at_the_end(tmp_path):
 # ---- data
 
 
-def test_draws_from_global_generators_follow_from_seed_epoch_and_image():
-    """With any number of workers; the generators of the program stay where they were."""
+def test_global_generators_are_seeded_by_seed_epoch_and_index():
+    """With any number of workers; the states of the main process's generators are restored."""
     data, config = Rectangles(5, noise=1.0), replace(ONE_STEP, seed=3)
     torch.manual_seed(7)
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
@@ -495,14 +495,14 @@ def test_draws_from_global_generators_follow_from_seed_epoch_and_image():
     assert torch.equal(last[0], one[1])
 
 
-def test_epochs_are_told_to_the_data(tmp_path):
+def test_the_dataset_gets_each_epoch(tmp_path):
     data = Rectangles(4)
     run(small_model(), data, config=replace(ONE_STEP, epochs=2), folder=tmp_path)
     assert data.epochs == [0, 1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_cannot_be_read_stops_with_its_own_message(tmp_path, workers):
+def test_an_unreadable_image_stops_training_with_its_own_message(tmp_path, workers):
     class Broken(Rectangles):
         def __getitem__(self, index):
             if index == 2:
@@ -516,8 +516,8 @@ def test_what_cannot_be_read_stops_with_its_own_message(tmp_path, workers):
 # ---- processes
 
 
-def test_two_processes_of_accelerate_launch_train_as_one_with_the_joined_batch(tmp_path):
-    """Five steps of unlike numbers of boxes: the same losses, norms, weights and AP; the first process writes."""
+def test_two_processes_train_like_one_with_the_joined_batch(tmp_path):
+    """Five steps with different numbers of boxes: the same losses, norms, weights and AP."""
     script = Path(training_runs.__file__)
     # of --cpu, accelerate starts one process only, whatever number is asked for
     options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
@@ -536,10 +536,10 @@ def test_two_processes_of_accelerate_launch_train_as_one_with_the_joined_batch(t
     assert state["settings"]["processes"] == 2
 
 
-# ---- what stops it
+# ---- errors
 
 
-def test_a_loss_that_is_not_finite_names_step_images_and_checkpoint(tmp_path):
+def test_the_message_of_a_loss_that_is_not_finite_has_step_images_and_checkpoint(tmp_path):
     class Described(Rectangles):
         def describe(self, index):
             return f"{index}.jpg"
@@ -575,7 +575,7 @@ def test_gradients_that_are_not_finite_do_not_reach_the_weights(tmp_path):
     assert torch.equal(model.class_head.weight, before)
 
 
-def test_predictions_that_are_not_finite_and_targets_that_do_not_fit(tmp_path):
+def test_predictions_that_are_not_finite_and_invalid_targets(tmp_path):
     model = small_model()
     with torch.no_grad():
         model.class_head.bias[0] = math.nan
@@ -618,7 +618,7 @@ def test_settings_out_of_range(changes, error, message):
 
 
 def test_presets():
-    """The paper's recipe is the default, but for the split of its 16 images a step."""
+    """The paper's recipe is the default, except for the split of its 16 images a step."""
     paper = TrainConfig.from_scratch()
     assert (paper.epochs, paper.lr, paper.backbone_lr, paper.weight_decay, paper.clip) == (50, 1e-4, 1e-5, 1e-4, 0.1)
     assert (paper.schedule, paper.drop_at * paper.epochs, paper.batch_size * paper.accumulation) == ("step", 40, 16)

@@ -1,4 +1,4 @@
-"""Groups of queries: each is the model with other queries, and the loss is the mean of theirs."""
+"""Query groups: each group is the model with other queries, and the loss is the mean over the groups."""
 
 import copy
 from dataclasses import replace
@@ -24,7 +24,7 @@ def grouped():
 
 
 def models_of(groups):
-    """A model for each group, with its queries."""
+    """Return a model for each group, with its queries."""
     queries = [groups.model.object_queries.weight, *groups.others.weight.chunk(2)]
     models = [copy.deepcopy(groups.model) for _ in queries]
     for model, own in zip(models, queries, strict=True):
@@ -58,8 +58,8 @@ def test_loss_and_gradients_are_the_means_of_the_groups(grouped):
     torch.testing.assert_close(groups.others.weight.grad, others)
 
 
-def test_a_batch_without_objects_counts_once_however_many_groups():
-    """Its loss is the mean over the groups, too, also as part of an accumulated step."""
+def test_a_batch_without_targets_counts_once_with_any_number_of_groups():
+    """Its loss is the mean over the groups, also in an accumulated step."""
     nothing = {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
     pixels, target = Rectangles(1)[0]
     losses = {}
@@ -68,7 +68,7 @@ def test_a_batch_without_objects_counts_once_however_many_groups():
         for batches in (1, 2):
             config = replace(RESUMED, query_groups=groups, workers=0)
             stepper = Stepper(small_model(dropout=0.0), config, SetLoss(), Accelerator(mixed_precision="no"), str)
-            if stepper.grouped is not None:  # three groups of the same queries say the same
+            if stepper.grouped is not None:  # three groups of the same queries have the same loss
                 stepper.grouped.others.weight.data = stepper.model.object_queries.weight.data.repeat(groups - 1, 1)
             stepper.join_processes()
             empty, other = (pixels.repeat(2, 1, 1, 1), None, [nothing] * 2), (pixels[None], None, [target])
@@ -77,8 +77,8 @@ def test_a_batch_without_objects_counts_once_however_many_groups():
     assert losses[3] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_training_with_groups_leaves_a_model_as_it_was_built(tmp_path):
-    """The other queries train, too, are drawn from the seed, and are not saved with the weights."""
+def test_training_with_groups_does_not_change_the_architecture(tmp_path):
+    """The additional queries are seeded and trained, and are not saved with the weights."""
     config = replace(RESUMED, query_groups=4, epochs=1, workers=0)
     model = small_model()
     result = train(model, Rectangles(11), None, config, folder=tmp_path / "a", progress=False)
@@ -93,7 +93,7 @@ def test_training_with_groups_leaves_a_model_as_it_was_built(tmp_path):
     assert steps_of(tmp_path / "a") == steps_of(tmp_path / "b")
 
 
-def test_frozen_queries_stay_in_every_group(tmp_path):
+def test_frozen_queries_do_not_change_in_any_group(tmp_path):
     model = small_model()
     model.object_queries.requires_grad_(False)
     config = replace(RESUMED, query_groups=2, epochs=1, workers=0)
@@ -104,7 +104,7 @@ def test_frozen_queries_stay_in_every_group(tmp_path):
     assert not QueryGroups(model, 2, seed=0).others.weight.requires_grad
 
 
-def test_a_wrong_target_is_named_by_its_place_in_the_batch(tmp_path):
+def test_the_message_of_a_wrong_target_has_its_index_in_the_batch(tmp_path):
     data = Rectangles(4)
     data.samples[2][1]["labels"][0] = 7
     config = replace(RESUMED, query_groups=3, batch_size=4, accumulation=1, workers=0)

@@ -1,4 +1,4 @@
-"""A run that is stopped in any way goes on to the same numbers; checkpoints are whole or those of before."""
+"""A stopped run resumes to the same numbers; a checkpoint is complete, or the previous one is kept."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """Two runs that were killed after step 5, one with workers and one without: the last checkpoint is of step 4."""
+    """Two runs killed after step 5, one with workers and one without; the last checkpoint is of step 4."""
     folders = {workers: tmp_path_factory.mktemp(f"killed{workers}") for workers in (0, 2)}
     code = "import sys; from helpers.training_runs import killed_at; killed_at(sys.argv[1], *map(int, sys.argv[2:]))"
     path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
@@ -49,7 +49,7 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_killed_in_mid_epoch_and_resumed_gives_the_same_to_the_last_bit(uninterrupted, killed, workers):
+def test_a_killed_run_resumes_to_the_same_numbers_to_the_last_bit(uninterrupted, killed, workers):
     """Losses, gradient norms and rates of all steps; weights, their average, and AP."""
     whole, model, result = uninterrupted
     folder = killed[workers]
@@ -57,7 +57,7 @@ def test_killed_in_mid_epoch_and_resumed_gives_the_same_to_the_last_bit(uninterr
     assert [entry["step"] for entry in before] == [1, 2, 3, 4, 5]
     state = torch.load(folder / "last" / checkpoints.STATE, weights_only=True)
     assert (state["step"], state["epoch"], state["batch"]) == (4, 1, 2)  # in the middle of the second epoch
-    (folder / "last" / ".4711-0.unfinished").write_bytes(b"half")  # what a kill while writing leaves
+    (folder / "last" / ".4711-0.unfinished").write_bytes(b"half")  # left by a process killed while writing
     again, resumed = resumable(folder, workers=workers, resume=True)
     assert steps_of(folder) == steps_of(whole)
     assert before == steps_of(whole)[:5]
@@ -79,14 +79,14 @@ def test_killed_in_mid_epoch_and_resumed_gives_the_same_to_the_last_bit(uninterr
     assert list(folder.glob("*/.*")) == []
 
 
-def test_a_run_that_is_done_is_done(uninterrupted):
+def test_a_finished_run_resumes_without_further_steps(uninterrupted):
     whole, model, result = uninterrupted
     again, resumed = resumable(whole, workers=0, resume=True)
     assert_same(again, model)
     assert (resumed.steps, resumed.history, resumed.best_ap) == (result.steps, result.history, result.best_ap)
 
 
-def test_only_on_purpose_and_only_the_same_run(uninterrupted):
+def test_only_the_same_run_resumes_and_only_on_request(uninterrupted):
     whole, *_ = uninterrupted
     data = Rectangles(11, noise=0.1)
     with pytest.raises(FileExistsError, match="expected a folder without a checkpoint, got one with"):
@@ -106,8 +106,8 @@ def test_only_on_purpose_and_only_the_same_run(uninterrupted):
         train(small_model(num_queries=9), data, None, RESUMED, folder=whole, resume=True, **QUIET)
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"no state", "got something else"), (b"", "got something else")])
-def test_a_state_that_is_none(tmp_path, content, message):
+@pytest.mark.parametrize(("content", "message"), [(b"not a state", "got something else"), (b"", "got something else")])
+def test_a_file_without_a_training_state_is_refused(tmp_path, content, message):
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / checkpoints.STATE).write_bytes(content)
     with pytest.raises(ValueError, match=f"expected a training state, {message}"):
@@ -118,8 +118,8 @@ def test_a_state_that_is_none(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_saves_and_goes_on(tmp_path, monkeypatch, which):
-    """Ctrl-C in the middle of a step: the step is finished, saved, and the handlers are those of before."""
+def test_an_interrupted_run_saves_and_resumes(tmp_path, monkeypatch, which):
+    """A signal during a step: the step is finished and saved, and the previous signal handlers are restored."""
     config = TrainConfig(epochs=1, batch_size=2, workers=0, save_every=100)
     before = signal.getsignal(which)
     plain = RunLogger.log_step
@@ -141,8 +141,8 @@ def test_interrupted_saves_and_goes_on(tmp_path, monkeypatch, which):
     assert steps_of(tmp_path) == steps_of(tmp_path / "whole")
 
 
-def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path, monkeypatch):
-    """The disk is full in the middle of the second state: the message says where to go on, and going on works."""
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    """The disk is full while the second state is written: the message has the checkpoint, and it resumes."""
     config = TrainConfig(epochs=1, batch_size=2, workers=0, save_every=1)
     plain, written = torch.save, []
 
@@ -178,8 +178,8 @@ def _loaded(state):
     return model
 
 
-def test_what_a_killed_process_left_unfinished_goes(tmp_path):
-    """Processes that are killed in the middle of a file, one in each folder of a run."""
+def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
+    """Processes killed while writing a file, one in each folder of a run."""
     code = """
 import os, signal, sys
 from pathlib import Path
@@ -201,7 +201,7 @@ write_atomically({Path(sys.argv[1]) / "model.safetensors": write})
     assert [path.name for folder in folders for path in folder.glob(".*")] == [".gitignore"] * 3
 
 
-def test_resume_without_a_checkpoint_begins(tmp_path):
+def test_resume_without_a_checkpoint_starts_a_new_run(tmp_path):
     result = train(
         small_model(), Rectangles(4), None, replace(RESUMED, epochs=1), folder=tmp_path, resume=True, **QUIET
     )
@@ -209,7 +209,7 @@ def test_resume_without_a_checkpoint_begins(tmp_path):
 
 
 def test_log_of_a_killed_process(tmp_path):
-    """Its last line may be unfinished; what lies after the checkpoint is forgotten."""
+    """An unfinished last line and entries after the checkpoint are removed."""
     numbers = dict.fromkeys(("loss", "class", "l1", "giou", "norm", "lr"), 1.0)
     lines = [json.dumps({"step": step, "epoch": 0, **numbers}) for step in (1, 2, 3)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "ep')

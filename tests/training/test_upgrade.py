@@ -54,7 +54,7 @@ def test_a_run_of_version_0_1_0_resumes_to_the_same_losses(tmp_path):
 
 
 def test_all_parts_of_an_old_state_are_upgraded(tmp_path):
-    """A state with a moving average and query groups, in the old format, resumes like the same state in the new one."""
+    """A state with a moving average and query groups resumes in the old format like in the new one."""
     config = replace(RESUMED, epochs=1, workers=0)
     train(small_model(), Rectangles(6), None, config, folder=tmp_path / "new", progress=False)
     shutil.copytree(tmp_path / "new", tmp_path / "old")
