@@ -1,1 +1,1 @@
-"""The network: one file per box of the paper's figure. Tensors in, tensors out."""
+"""The network: one file per box of the paper's figure, with tensors as input and output."""

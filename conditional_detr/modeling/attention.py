@@ -1,6 +1,6 @@
 """Multi-head attention on projected queries, keys and values.
 
-Functions without parameters: who projects what is the business of the encoder and of the decoder.
+These functions have no parameters: the projections belong to the encoder and the decoder.
 """
 
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, T, M·d) to (B, M, T, d)."""
+    """Reshape (B, T, M·d) to (B, M, T, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
@@ -21,14 +21,14 @@ def attend(
     padding: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(q kᵀ / √d) v in every head.
+    """Compute softmax(q kᵀ / √d) v in every head.
 
     Args:
-        query: (B, N, M·d), heads side by side.
+        query: (B, N, M·d), heads concatenated.
         key: (B, S, M·d).
         value: (B, S, M·d_v); d_v may differ from d.
         heads: M.
-        padding: (B, S) bool, True = no query may look there; None: all keys are visible.
+        padding: (B, S) bool, True = no query attends to this key; None: all keys are visible.
         dropout: rate on the attention weights.
 
     Returns:
@@ -41,12 +41,12 @@ def attend(
 
 
 def attention_scores(query: Tensor, key: Tensor, heads: int, *, scale: float) -> Tensor:
-    """q kᵀ · scale in every head: (B, N, M·d) and (B, S, M·d) to (B, M, N, S)."""
+    """Compute q kᵀ · scale in every head, from (B, N, M·d) and (B, S, M·d); return (B, M, N, S)."""
     return split_heads(query, heads) @ split_heads(key, heads).transpose(-2, -1) * scale
 
 
 def attention_weights(scores: Tensor, padding: Tensor | None = None) -> Tensor:
-    """Softmax of scores (B, M, N, S) over the keys, with none on padded keys (B, S)."""
+    """Return the softmax of scores (B, M, N, S) over the keys, which is 0 for padded keys (B, S)."""
     if padding is not None:
         scores = scores.masked_fill(padding[:, None, None, :], float("-inf"))
     return scores.softmax(dim=-1)

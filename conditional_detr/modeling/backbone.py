@@ -1,4 +1,4 @@
-"""The convolutional backbone: a timm model whose last wanted stage gives the feature map."""
+"""The convolutional backbone: a timm model that returns the feature map of one stage."""
 
 import difflib
 from typing import Any
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
-    """A timm backbone with frozen BatchNorm, whose stem and first stage do not train.
+    """A timm backbone with frozen BatchNorm, whose stem and first stage are not trained.
 
-    Any timm model works whose ``features_only`` form gives (B, C, h, w) maps for images of any size: the
-    residual, regular and mobile convolutional families. Its BatchNorm layers become fixed affine maps
-    (eps 1e-5), and everything up to its first stage of stride 4 is frozen, as the authors do for ResNets.
+    Any timm model works whose ``features_only`` form returns (B, C, h, w) maps for images of any size, such as
+    ResNet, RegNet and MobileNet. Its BatchNorm layers become fixed affine maps (eps 1e-5). All parameters up to the
+    first stage of stride 4 are frozen, as the authors do for ResNets.
 
     Args:
         name: timm's name of the backbone, such as "resnet50".
@@ -22,10 +22,10 @@ class Backbone(nn.Module):
     Attributes:
         body: the timm model.
         channels: C of the feature map.
-        stride: images are this many times larger than the map.
+        stride: image size divided by feature map size.
 
     Raises:
-        ValueError: timm has no such backbone, or the backbone has no such stage, or it cannot serve here.
+        ValueError: timm has no such backbone, the backbone has no such stage, or it is not supported.
     """
 
     def __init__(self, name: str, *, stage: int, dilation: bool) -> None:
@@ -40,11 +40,11 @@ class Backbone(nn.Module):
         """Compute the feature map.
 
         Args:
-            pixels: (B, 3, H, W), normalised; what stands under the padding is zeroed first.
+            pixels: (B, 3, H, W), normalised; padded pixels are set to zero first.
             padding: (B, H, W) bool, True = padded; None: nothing is padded.
 
         Returns:
-            features (B, C, h, w) and their padding (B, h, w), None if None was given.
+            features (B, C, h, w) and their padding (B, h, w), or None for padding None.
         """
         if padding is None:
             return self.body(pixels)[-1], None
@@ -53,7 +53,7 @@ class Backbone(nn.Module):
         return features, padding.bool()
 
     def _freeze_first_stage(self, name: str, stage: int) -> None:
-        """Stop gradients for all modules up to the end of the first stage of stride 4."""
+        """Freeze all parameters up to the end of the first stage of stride 4."""
         feature_info: Any = self.body.feature_info
         stages = feature_info.info[: stage + 1]
         first = next((s for s in stages if s["reduction"] >= 4), stages[-1])["module"]
@@ -72,8 +72,8 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(False)
         if not reached:
             raise ValueError(
-                f"backbone {name!r} cannot serve: its first stage is called {first!r}, but no part of it bears that"
-                " name, so stem and first stage cannot be told from the rest and frozen"
+                f"backbone: got {name!r}, whose first stage is {first!r} by its feature_info, but no module has this"
+                " name; expected a backbone whose stem and first stage can be frozen"
             )
 
 
@@ -85,29 +85,29 @@ def _make_backbone(name: str, stage: int, dilation: bool) -> Any:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"backbone: got {name!r}, expected the name of a timm model, such as 'resnet50'{hint}")
-    described = timm.get_pretrained_cfg(name)
-    if described is not None and described.fixed_input_size:
-        raise ValueError(
-            f"backbone: got {name!r}, which takes images of one size only; expected a backbone for any size"
-        )
+        raise ValueError(f"backbone: expected the name of a timm model, such as 'resnet50', got {name!r}{hint}")
+    pretrained = timm.get_pretrained_cfg(name)
+    if pretrained is not None and pretrained.fixed_input_size:
+        raise ValueError(f"backbone: expected one for images of any size, got {name!r}, which has a fixed input size")
     backbone = _features(name, stage)
     if dilation:
         stride = backbone.feature_info.reduction()[-1] // 2
         backbone = _features(name, stage, output_stride=stride)
         if backbone.feature_info.reduction()[-1] != stride:
-            raise ValueError(f"dilation: got True, but stage {stage} of backbone {name!r} cannot be dilated")
+            raise ValueError(
+                f"dilation: expected False for stage {stage} of {name!r}, which cannot be dilated, got True"
+            )
     if getattr(backbone, "output_fmt", "NCHW") != "NCHW":
-        raise ValueError(f"backbone: got {name!r}, whose maps are channels-last; expected (B, C, h, w)")
+        raise ValueError(f"backbone: expected maps (B, C, h, w), got {name!r}, whose maps are channels-last")
     return freeze_batch_norm_2d(backbone)
 
 
 def _features(name: str, stage: int, **options: int) -> Any:
-    """Build a timm backbone that gives the map of one stage."""
+    """Build a timm backbone that returns the feature map of one stage."""
     import timm
 
     try:
         return timm.create_model(name, features_only=True, out_indices=(stage,), **options)
     except (AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        what = "".join(f" with {option}={value}" for option, value in options.items())
-        raise ValueError(f"backbone: timm cannot give stage {stage} of {name!r}{what}: {error!r}") from error
+        given = "".join(f" with {option}={value}" for option, value in options.items())
+        raise ValueError(f"backbone: timm cannot build stage {stage} of {name!r}{given}: {error!r}") from error

@@ -21,16 +21,16 @@ from conditional_detr.modeling.layers import MLP
 from conditional_detr.modeling.metadata import LoadReport, Metadata
 from conditional_detr.modeling.positions import sine_of_map
 
-PRIOR_PROBABILITY = 0.01  # what every class scores before training (focal loss paper, section 4.1)
+PRIOR_PROBABILITY = 0.01  # score of every class before training (focal loss paper, section 4.1)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The architecture, and nothing else. The defaults are the published ResNet-50 model.
+    """The architecture and nothing else. The defaults are the published ResNet-50 model.
 
     Attributes:
         num_classes: C, rows of the class head.
-        num_queries: N, the most objects an image can have.
+        num_queries: N, object queries per image.
         width: D, a multiple of 4 and of ``heads``.
         heads: M.
         encoder_layers: layers of the encoder, 0 or more.
@@ -42,8 +42,8 @@ class Config:
         dilation: DC5, the last stage dilated instead of strided.
 
     Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value out of its range.
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of its range.
     """
 
     num_classes: int = 91
@@ -77,7 +77,7 @@ class Config:
 
 
 class Output(NamedTuple):
-    """What the model says, at every decoder layer; the last layer's is the detection.
+    """Predictions of every decoder layer; those of the last layer are the detections.
 
     Attributes:
         logits: (L, B, N, C), before the sigmoid.
@@ -89,12 +89,12 @@ class Output(NamedTuple):
 
 
 class AttentionMaps(NamedTuple):
-    """Where each query looks, per head: softmax over the feature map of each part alone and of their sum.
+    """Attention of each query per head: softmax over the feature map of the content part, the spatial part and both.
 
     Attributes:
         content: (B, M, N, h, w), of c_qᵀ c_k.
         spatial: (B, M, N, h, w), of p_qᵀ p_k.
-        combined: (B, M, N, h, w), of both together: what the model uses.
+        combined: (B, M, N, h, w), of their sum, which the model uses.
     """
 
     content: Tensor
@@ -107,12 +107,12 @@ class ConditionalDETR(nn.Module):
 
     Args:
         config: the architecture.
-        metadata: class names, category ids and preprocessing; default: numbered classes, the paper's numbers.
+        metadata: class names, category ids and preprocessing; default: numbered classes, the paper's preprocessing.
 
     Attributes:
         config: the architecture as built.
-        metadata: what Detector, saving and export read.
-        load_report: how the weights were loaded; None for a model that was not.
+        metadata: class names, category ids and preprocessing, for Detector, saving and export.
+        load_report: how the weights were loaded; None for a model without loaded weights.
         backbone: the backbone, :class:`~conditional_detr.modeling.backbone.Backbone`.
         projection: 1x1 convolution from the backbone's channels to D.
         encoder: :class:`~conditional_detr.modeling.encoder.Encoder`.
@@ -122,8 +122,8 @@ class ConditionalDETR(nn.Module):
         box_head: MLP (D to 4).
 
     Raises:
-        TypeError: ``config`` is no Config.
-        ValueError: timm has no such backbone or stage; the metadata has another number of classes.
+        TypeError: ``config`` is not a Config.
+        ValueError: timm has no such backbone or stage, or the number of class names differs from ``num_classes``.
     """
 
     def __init__(self, config: Config | None = None, metadata: Metadata | None = None) -> None:
@@ -164,15 +164,15 @@ class ConditionalDETR(nn.Module):
         """Detect objects.
 
         Args:
-            pixels: (B, 3, H, W), normalised as ``metadata.preprocessing`` says, of the model's dtype.
+            pixels: (B, 3, H, W), normalised by ``metadata.preprocessing``, of the model's dtype.
             padding: (B, H, W) bool, True = padded; None: nothing is padded.
 
         Returns:
             Output of logits (L, B, N, C) and boxes (L, B, N, 4), the same in train and eval mode.
 
         Raises:
-            TypeError: not tensors, or not of these dtypes.
-            ValueError: not of these shapes.
+            TypeError: an argument is not a tensor or has the wrong dtype.
+            ValueError: an argument has the wrong shape.
         """
         check_input(pixels, padding)
         features, padding = self.backbone(pixels, padding)  # (B, C, h, w), (B, h, w)
@@ -181,14 +181,14 @@ class ConditionalDETR(nn.Module):
         return self.predict(f, s)  # (L, B, N, C), (L, B, N, 4)
 
     def encode(self, features: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Project the feature map to tokens and relate them to each other.
+        """Project the feature map to tokens and encode them.
 
         Args:
             features: (B, C, h, w), the backbone's map.
             padding: (B, h, w) bool, True = padded; None: nothing is padded.
 
         Returns:
-            memory (B, S, D) and the positions p_k (B, S, D) that belong to it.
+            memory (B, S, D) and its positions p_k (B, S, D).
         """
         tokens = self.projection(features).flatten(2).transpose(1, 2)  # (B, S, D)
         p_k = self.key_positions(features, padding).expand_as(tokens)
@@ -204,13 +204,13 @@ class ConditionalDETR(nn.Module):
     def decode(
         self, memory: Tensor, positions: Tensor, padding: Tensor | None = None, *, object_queries: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Let the object queries find objects in the memory.
+        """Decode the object queries with the memory.
 
         Args:
             memory: (B, S, D).
             positions: (B, S, D), p_k.
             padding: (B, h, w) or (B, S) bool, True = padded; None: nothing is padded.
-            object_queries: (B, N, D), o_q, any number of them; None: the model's own, the same for every image.
+            object_queries: (B, N, D), o_q, with any N; None: the model's own, the same for every image.
 
         Returns:
             f (L, B, N, D), decoder states after the final norm; s (B, N, 2), reference points before the sigmoid.
@@ -219,7 +219,7 @@ class ConditionalDETR(nn.Module):
         return self.decoder(o_q, memory, positions, None if padding is None else padding.flatten(1))
 
     def predict(self, f: Tensor, s: Tensor) -> Output:
-        """Read classes and boxes off decoder states: b = sigmoid(FFN(f) + [s, 0, 0]) (paper, section 3.2).
+        """Predict classes and boxes from decoder states: b = sigmoid(FFN(f) + [s, 0, 0]) (paper, section 3.2).
 
         Args:
             f: (L, B, N, D), decoder states.
@@ -236,20 +236,20 @@ class ConditionalDETR(nn.Module):
     ) -> AttentionMaps:
         """Compute the cross-attention maps of the paper's figure 1.
 
-        They are computed on the side, when asked for; the model itself keeps its fused attention.
+        They are computed separately; ``forward`` uses fused attention, which does not return maps.
 
         Args:
             pixels: (B, 3, H, W), as for ``forward``.
             padding: (B, H, W) bool, True = padded; None: nothing is padded.
-            layers: which decoder layers, -L..L-1. The heads of several layers stand one after the other:
-                M becomes M times their number, and ``maps.content.unflatten(1, (len(layers), -1))`` parts them.
+            layers: indices of decoder layers, -L..L-1. The heads of several layers are concatenated: M becomes M times
+                the number of layers, and ``maps.content.unflatten(1, (len(layers), -1))`` separates them.
 
         Returns:
             AttentionMaps of (B, M, N, h, w) each, every map summing to 1.
 
         Raises:
             TypeError: not tensors, or not of these dtypes.
-            ValueError: not of these shapes, no layer, or one that the decoder does not have.
+            ValueError: an argument has the wrong shape, or ``layers`` is empty or has an index out of range.
         """
         check_input(pixels, padding)
         depth = len(self.decoder.layers)
@@ -288,7 +288,7 @@ def check_input(pixels: Tensor, padding: Tensor | None) -> None:
     if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
         got = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
         raise TypeError(
-            f"pixels: expected a normalised floating point tensor (B, 3, H, W), got {got}; Detector takes images"
+            f"pixels: expected a normalised floating point tensor (B, 3, H, W), got {got}; use Detector for images"
         )
     if pixels.dim() != 4 or pixels.shape[1] != 3 or 0 in pixels.shape:
         raise ValueError(f"pixels: expected (B, 3, H, W), none of them 0, got {tuple(pixels.shape)}")
@@ -298,8 +298,8 @@ def check_input(pixels: Tensor, padding: Tensor | None) -> None:
         got = padding.dtype if isinstance(padding, Tensor) else type(padding).__name__
         raise TypeError(
             f"padding: expected a bool tensor (B, H, W), True = padded, got {got};"
-            " of a mask where 1 means visible, pass mask == 0"
+            " for a mask where 1 means visible, pass mask == 0"
         )
     expected = (pixels.shape[0], *pixels.shape[2:])
     if padding.shape != expected:
-        raise ValueError(f"padding: expected {tuple(expected)}, as the pixels', got {tuple(padding.shape)}")
+        raise ValueError(f"padding: expected {tuple(expected)}, the shape of the pixels, got {tuple(padding.shape)}")

@@ -1,4 +1,4 @@
-"""The transformer decoder with conditional cross-attention: the paper's own idea (section 3).
+"""The transformer decoder with conditional cross-attention, the paper's contribution (section 3).
 
 Names follow the paper: ``f`` decoder states (``c`` where they act as content), ``o_q`` object queries,
 ``s`` reference points, ``p_s`` their sine encoding, ``lambda_q`` the transformation, ``p_q`` the conditional
@@ -14,7 +14,7 @@ from conditional_detr.modeling.positions import sine_of_points
 
 
 class SelfAttention(nn.Module):
-    """Self-attention among the queries: q = W c + W' o_q and k = W c + W' o_q, projected apart; v = W c."""
+    """Self-attention of the queries: q = W c + W' o_q and k = W c + W' o_q with separate projections; v = W c."""
 
     def __init__(self, width: int, heads: int, *, dropout: float) -> None:
         super().__init__()
@@ -28,13 +28,13 @@ class SelfAttention(nn.Module):
         self.output = Linear(width, width, zero_bias=True)
 
     def forward(self, c: Tensor, o_q: Tensor) -> Tensor:
-        """Relate the queries' content c (B, N, D), at positions o_q (B, N, D), to each other."""
+        """Attend from the queries' content c (B, N, D), with positions o_q (B, N, D), to each other: (B, N, D)."""
         q, k, v = self.project(c, o_q)
         dropout = self.dropout if self.training else 0.0
         return self.output(attend(q, k, v, self.heads, dropout=dropout))
 
     def project(self, c: Tensor, o_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values (B, N, D)."""
+        """Return projected queries, keys and values, each (B, N, D)."""
         q = self.content_query(c) + self.position_query(o_q)
         k = self.content_key(c) + self.position_key(o_q)
         return q, k, self.value(c)
@@ -44,8 +44,8 @@ class ConditionalCrossAttention(nn.Module):
     """Cross-attention whose scores are c_qᵀ c_k + p_qᵀ p_k (paper, equation 2, section 3.3).
 
     The sum of the two products is one product of concatenations, [c_q; p_q]ᵀ [c_k; p_k], in every head. In the
-    first decoder layer, where the content of a query is still zero, the projected o_q is added to c_q and p_k
-    to c_k.
+    first decoder layer, where the content of the queries is zero, the projected o_q is added to c_q and the projected
+    p_k to c_k.
 
     Args:
         width: D.
@@ -69,30 +69,30 @@ class ConditionalCrossAttention(nn.Module):
     def forward(
         self, f: Tensor, o_q: Tensor, p_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None
     ) -> Tensor:
-        """Gather from memory (B, S, D) what the queries (B, N, D) look for: (B, N, D)."""
+        """Attend from the queries (B, N, D) to the memory (B, S, D): (B, N, D)."""
         q = self.concatenate(*self.project_queries(f, o_q, p_q))  # (B, N, 2D)
         k = self.concatenate(*self.project_keys(memory, p_k))  # (B, S, 2D)
-        return self.gather(q, k, self.value(memory), padding)
+        return self.attend(q, k, self.value(memory), padding)
 
     def project_queries(self, f: Tensor, o_q: Tensor, p_q: Tensor) -> tuple[Tensor, Tensor]:
-        """Return c_q (B, N, D) and p_q (B, N, D), projected."""
+        """Return the projected c_q (B, N, D) and p_q (B, N, D)."""
         c_q = self.content_query(f)
         if self.object_query is not None:
             c_q = c_q + self.object_query(o_q)
         return c_q, self.spatial_query(p_q)
 
     def project_keys(self, memory: Tensor, p_k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return c_k (B, S, D) and p_k (B, S, D), projected: they depend on the image and on no query."""
+        """Return the projected c_k (B, S, D) and p_k (B, S, D), which depend on the image and not on the queries."""
         c_k, p_k = self.content_key(memory), self.spatial_key(p_k)
         return (c_k if self.object_query is None else c_k + p_k), p_k
 
-    def gather(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
         """Attend with queries (B, N, 2D) to keys (B, S, 2D) and values (B, S, D): (B, N, D)."""
         dropout = self.dropout if self.training else 0.0
         return self.output(attend(q, k, v, self.heads, padding=padding, dropout=dropout))
 
     def concatenate(self, content: Tensor, spatial: Tensor) -> Tensor:
-        """Put content and spatial part of each head beside each other: (B, T, D) twice to (B, T, 2D)."""
+        """Concatenate content (B, T, D) and spatial part (B, T, D) in each head: (B, T, 2D)."""
         parts = [part.unflatten(-1, (self.heads, -1)) for part in (content, spatial)]
         return torch.cat(parts, dim=-1).flatten(-2)
 
@@ -109,7 +109,7 @@ class ConditionalCrossAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, conditional cross-attention, feed-forward network; each with addition and norm."""
+    """Self-attention, conditional cross-attention and feed-forward network, each with residual addition and norm."""
 
     def __init__(self, width: int, heads: int, feedforward: int, *, dropout: float, first: bool) -> None:
         super().__init__()
@@ -124,28 +124,28 @@ class DecoderLayer(nn.Module):
     def forward(
         self, f: Tensor, o_q: Tensor, p_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None
     ) -> Tensor:
-        """Map decoder states f (B, N, D) to the next ones."""
-        c = self.relate(f, o_q)
-        return self.take_in(c, self.cross_attention(c, o_q, p_q, memory, p_k, padding))
+        """Return the next decoder states (B, N, D) from f (B, N, D)."""
+        c = self.self_attend(f, o_q)
+        return self.update(c, self.cross_attention(c, o_q, p_q, memory, p_k, padding))
 
-    def relate(self, f: Tensor, o_q: Tensor) -> Tensor:
-        """Self-attention with addition and norm: what cross-attention starts from."""
+    def self_attend(self, f: Tensor, o_q: Tensor) -> Tensor:
+        """Return the content c (B, N, D) for cross-attention: self-attention with residual addition and norm."""
         return self.self_attention_norm(f + self.dropout(self.self_attention(f, o_q)))
 
-    def take_in(self, c: Tensor, gathered: Tensor) -> Tensor:
-        """Add what cross-attention gathered, and the feed-forward network's, each with norm: the next state."""
-        c = self.cross_attention_norm(c + self.dropout(gathered))
+    def update(self, c: Tensor, attended: Tensor) -> Tensor:
+        """Return the next states: add the cross-attention's output and the feed-forward network's, each with norm."""
+        c = self.cross_attention_norm(c + self.dropout(attended))
         return self.feedforward_norm(c + self.dropout(self.feedforward(c)))
 
     def attention_maps(
         self, f: Tensor, o_q: Tensor, p_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return content, spatial and combined cross-attention for decoder states f: each (B, M, N, S)."""
-        return self.cross_attention.attention_maps(self.relate(f, o_q), o_q, p_q, memory, p_k, padding)
+        return self.cross_attention.attention_maps(self.self_attend(f, o_q), o_q, p_q, memory, p_k, padding)
 
 
 class Decoder(nn.Module):
-    """The stack of decoder layers, with the reference points and conditional spatial queries it runs on.
+    """The stack of decoder layers, with its reference points and conditional spatial queries.
 
     Args:
         layers: L, 1 or more.
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
     def forward(
         self, o_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Turn object queries into states that describe objects.
+        """Apply all decoder layers to the object queries.
 
         Args:
             o_q: (B, N, D), object queries.
@@ -189,7 +189,7 @@ class Decoder(nn.Module):
         return points, sine_of_points(points, o_q.shape[-1]).to(o_q.dtype)
 
     def run(self, o_q: Tensor, p_s: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None) -> list[Tensor]:
-        """Return the states before the first layer and after each, L + 1 times (B, N, D), not normalised."""
+        """Return the states before the first layer and after each layer, not normalised: L + 1 times (B, N, D)."""
         states = [torch.zeros_like(o_q)]
         for i, layer in enumerate(self.layers):
             p_q = self.spatial_query(i, states[-1], p_s)
@@ -210,5 +210,5 @@ class Decoder(nn.Module):
         _, p_s = self.points(o_q)
         f = self.run(o_q, p_s, memory, p_k, padding)[layer]
         p_q = self.spatial_query(layer, f, p_s)
-        at: DecoderLayer = self.layers[layer]  # type: ignore[assignment]  # ModuleList forgets it
-        return at.attention_maps(f, o_q, p_q, memory, p_k, padding)
+        decoder_layer: DecoderLayer = self.layers[layer]  # type: ignore[assignment]  # ModuleList has no element type
+        return decoder_layer.attention_maps(f, o_q, p_q, memory, p_k, padding)

@@ -13,14 +13,14 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        # The authors keep these three in one (3D, D) matrix, whose Xavier bound is smaller by √2.
+        # The authors store these three in one (3D, D) matrix, whose Xavier bound is smaller by √2.
         self.query = Linear(width, width, gain=2**-0.5, zero_bias=True)
         self.key = Linear(width, width, gain=2**-0.5, zero_bias=True)
         self.value = Linear(width, width, gain=2**-0.5, zero_bias=True)
         self.output = Linear(width, width, zero_bias=True)
 
     def forward(self, x: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
-        """Attend among tokens x (B, S, D) with positions (B, S, D) and padding (B, S)."""
+        """Attend from tokens x (B, S, D) to each other, with positions (B, S, D) and padding (B, S): (B, S, D)."""
         q, k, v = self.project(x, positions)
         dropout = self.dropout if self.training else 0.0
         return self.output(attend(q, k, v, self.heads, padding=padding, dropout=dropout))
@@ -31,7 +31,7 @@ class SelfAttention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward network, each followed by addition and normalisation."""
+    """Self-attention and feed-forward network, each with residual addition and layer norm."""
 
     def __init__(self, width: int, heads: int, feedforward: int, *, dropout: float) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(width, heads, feedforward, dropout=dropout) for _ in range(layers))
 
     def forward(self, tokens: Tensor, positions: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Relate every token to every other.
+        """Apply all encoder layers to the tokens.
 
         Args:
             tokens: (B, S, D), the projected feature map.

@@ -1,4 +1,4 @@
-"""What several parts share: linear layers, small perceptrons, the inverse sigmoid, precision and mode."""
+"""Layers and functions shared by several parts: linear layers, MLPs, inverse sigmoid, precision and eval mode."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """A linear layer whose matrix is drawn by Xavier's uniform rule, as the authors draw the transformer's.
+    """Linear layer with Xavier uniform initialisation, which the authors use in the transformer.
 
     Args:
         features_in: size of the last dimension of the input.
         features_out: size of the last dimension of the output.
-        gain: factor on Xavier's bound.
+        gain: factor of Xavier's bound.
         zero_bias: whether the bias starts at 0 instead of PyTorch's random default.
     """
 
@@ -26,7 +26,7 @@ class Linear(nn.Linear):
         super().__init__(features_in, features_out)
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias, unless they stand on the meta device, where there is nothing to draw."""
+        """Initialise weight and bias, except on the meta device, which holds no values."""
         if self.weight.is_meta:
             return
         super().reset_parameters()
@@ -43,7 +43,7 @@ class MLP(nn.Module):
         hidden: size of every layer between the first and the last.
         features_out: size of the last dimension of the output.
         depth: number of linear layers.
-        linear: their class, which decides how they are drawn.
+        linear: class of the linear layers, which determines their initialisation.
     """
 
     def __init__(
@@ -77,24 +77,24 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D).
 
-        Dropout, whose factors are 0 or positive, gives the same before ReLU as after it, and so a step of training
-        keeps one tensor of hidden units less.
+        Dropout scales by 0 or a positive factor, so that it gives the same result before and after ReLU. Before ReLU
+        it saves one tensor of hidden units in a training step.
         """
         return self.output(F.relu(self.dropout(self.hidden(x))))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision to float32, anything wider unchanged.
+    """Convert half precision to float32, and return wider types unchanged.
 
-    Angles of up to 2π, costs and sums over thousands of queries do not survive bfloat16.
+    bfloat16 is too coarse for angles up to 2π, for costs, and for sums over thousands of queries.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Return log(x / (1 - x)), each of the two kept at or above ``eps``.
+    """Compute log(x / (1 - x)) with numerator and denominator clamped to at least ``eps``, as the authors do.
 
-    The authors' form. ``torch.logit(x, eps)`` bounds both together and differs by 1e-5 at the ends.
+    ``torch.logit(x, eps)`` clamps x instead, and differs by 1e-5 at the ends of the range.
 
     Args:
         x: values in [0, 1], any shape.
@@ -109,12 +109,12 @@ class _HasModules(Protocol):
 
 @contextmanager
 def evaluation_mode(model: _HasModules) -> Iterator[None]:
-    """Set all modules of a model to eval mode, and each back to its former mode in the end."""
+    """Set all modules of a model to eval mode, and restore the mode of each at the end."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
         yield
     finally:
-        for module in training:  # not train(): a part may have been set to eval mode on purpose
+        for module in training:  # not train(): a module may have been in eval mode before
             module.training = True

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself besides its weights; a model carries it as ``metadata``."""
+"""Metadata of a checkpoint: class names, category ids, preprocessing, and the report of loading it."""
 
 from dataclasses import dataclass, field
 
@@ -8,16 +8,17 @@ PUBLISHED = "microsoft/conditional-detr-resnet-50"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become pixels: the numbers the weights were trained with.
+    """Preprocessing of images, with the values that the weights were trained with.
 
     Attributes:
-        shortest_edge: images are resized so that their shorter side has this many pixels ...
-        longest_edge: ... unless the longer side would then exceed this many.
+        shortest_edge: images are resized so that their shorter side has this many pixels, unless the longer side would
+            then exceed ``longest_edge``.
+        longest_edge: maximum of the longer side in pixels.
         mean: per channel (red, green, blue), of values in [0, 1].
         std: per channel, of values in [0, 1].
 
     Raises:
-        ValueError: a size that is not positive, a shortest above the longest, a std that is not positive.
+        ValueError: a size or a std is not positive, or the shortest edge exceeds the longest.
     """
 
     shortest_edge: int = 800
@@ -36,16 +37,16 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What the classes are called and how images are prepared.
+    """Class names, category ids and preprocessing of a model.
 
     Attributes:
-        class_names: one a class; None marks an id that no object has (COCO's gaps), never reported.
-        category_ids: the data set's id of each class; default 0, 1, 2, ...
-        preprocessing: the numbers that turn images into pixels.
+        class_names: one per class; None marks a row that belongs to no class (COCO's gaps) and is never detected.
+        category_ids: the dataset's category id of each class; default 0, 1, 2, ...
+        preprocessing: size and normalisation of images.
 
     Raises:
-        TypeError: one string in place of names.
-        ValueError: a category id that stands twice, or not one category id a class.
+        TypeError: class names are a single string.
+        ValueError: a category id is duplicate, or there is not one category id per class.
     """
 
     class_names: tuple[str | None, ...]
@@ -53,14 +54,14 @@ class Metadata:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
     def __post_init__(self) -> None:
-        if isinstance(self.class_names, str):  # type: ignore[unreachable]  # the annotation asks, this checks
+        if isinstance(self.class_names, str):  # type: ignore[unreachable]  # not every caller is type-checked
             raise TypeError(f"class_names: expected a sequence of strings, got {self.class_names!r}")
         names = tuple(self.class_names)
         object.__setattr__(self, "class_names", names)
         object.__setattr__(self, "category_ids", tuple(self.category_ids) or tuple(range(len(names))))
         if len(self.category_ids) != len(self.class_names):
             raise ValueError(
-                f"expected one category id a class, got {len(self.category_ids)} ids"
+                f"expected one category id per class, got {len(self.category_ids)} ids"
                 f" for {len(self.class_names)} classes"
             )
         if len(set(self.category_ids)) != len(self.category_ids):
@@ -68,7 +69,7 @@ class Metadata:
 
     @classmethod
     def numbered(cls, num_classes: int) -> "Metadata":
-        """Names for classes nobody has named: "class 0", "class 1", ..."""
+        """Return metadata with the class names "class 0", "class 1", ..."""
         return cls(tuple(f"class {i}" for i in range(num_classes)))
 
 

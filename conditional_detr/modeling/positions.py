@@ -1,8 +1,7 @@
-"""Sine position encodings: of the cells of a padded map (keys) and of points (reference points).
+"""Sine position encodings of the cells of a padded feature map (keys) and of points (reference points).
 
-Both follow one rule: a coordinate becomes an angle in [0, 2π], and the angle becomes D/2 numbers,
-sin(angle / 10000^(2⌊i/2⌋ / (D/2))) for even i and the cosine of the same for odd i. The encoding of a
-position is that of its y followed by that of its x.
+A coordinate is scaled to an angle in [0, 2π]. The angle is encoded as D/2 numbers: sin(angle / 10000^(2⌊i/2⌋ / (D/2)))
+for even i, and the cosine of the same argument for odd i. A position is encoded as its y followed by its x.
 """
 
 import math
@@ -14,22 +13,22 @@ from conditional_detr.modeling.layers import at_least_float32
 
 
 def sine(angle: Tensor, features: int) -> Tensor:
-    """Encode angles (...,) as (..., features): even places sine, odd places cosine."""
+    """Encode angles (...,) as (..., features): sine at even indices, cosine at odd indices."""
     index = torch.arange(features, device=angle.device, dtype=angle.dtype)
     angle = angle[..., None] / 10000 ** (2 * (index // 2) / features)  # (..., features)
     return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
 def sine_of_map(padding: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Encode every cell of a feature map by its place in the visible part: the paper's p_k.
+    """Encode every cell of a feature map by its position in the visible part: the paper's p_k.
 
-    Cells are counted from 1 along each axis over what is not padded, and divided by their number, so that the
-    last visible cell stands at 2π whatever was padded behind it.
+    Along each axis, visible cells are numbered from 1 and divided by their number. The last visible cell is therefore
+    at 2π for any amount of padding after it.
 
     Args:
         padding: (B, h, w) bool, True = padded.
         width: D, a multiple of 4.
-        dtype: what to compute in; float32 or wider.
+        dtype: dtype of the computation; float32 or wider.
 
     Returns:
         (B, h·w, D) of ``dtype``.

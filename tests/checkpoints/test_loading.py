@@ -252,7 +252,7 @@ def test_a_stride_above_the_stages_own_dilates_nothing(stride, dilation):
         ({"decoder_ffn_dim": 8}, "expected equal encoder_ffn_dim and decoder_ffn_dim, got 48 and 8"),
         ({"d_model": 33}, "width: expected a multiple of 4"),
         ({"id2label": {"0": "cat", "2": "dog"}}, r"expected id2label with the 2 keys 0\.\.1, got \['0', '2'\]"),
-        ({"category_ids": [1, 2]}, "expected one category id a class, got 2 ids for 7 classes"),
+        ({"category_ids": [1, 2]}, "expected one category id per class, got 2 ids for 7 classes"),
         ({"category_ids": [1] * 7}, "expected each category id once"),
         ({"backbone_config": {"model_type": "swin"}}, "timm_backbone or resnet, got 'swin'"),
         ({"backbone_config": {"model_type": "resnet", "depths": [1, 1, 1, 1]}}, "expected a ResNet of"),

@@ -1,4 +1,4 @@
-"""Exported files give what the model gives, in every runtime, and say what is wrong with those that cannot."""
+"""Exported models equal the original model in every runtime; damaged or foreign files raise clear errors."""
 
 import copy
 import json
@@ -24,19 +24,19 @@ from torch import nn
 import conditional_detr.deploy.export as module
 import conftest
 from conditional_detr import ConditionalDETR, Detector, Metadata, Preprocessing, optimize
-from conditional_detr.data.synthetic import draw_image, index_in
+from conditional_detr.data.synthetic import draw_image, image_index
 from conditional_detr.deploy.export import export
 from conditional_detr.inference import runtimes
 from conditional_detr.inference.exported import Description, ExportedModel
-from helpers.models import assert_same_objects, pixels_of, run_example
+from helpers.models import assert_same_detections, pixels_of, run_example
 
 ROOT = Path(__file__).parents[2]
 FORMATS = (".pt2", ".onnx", ".xml")
 TOP_K = 20
 NAMES = (None, "cat", "dog", "bird", "fish", "horse", "ant")
-# of other numbers and sizes than the trace, which is of (2, 160, 224); at a stride of 16 the last map is one cell
+# other batch and image sizes than in the trace, (2, 160, 224); at a stride of 16 the last feature map has one cell
 SIZES = [(1, 97, 131), (3, 64, 200), (1, 12, 14)]
-HALF = (0.02, 0.003)  # logits and boxes, of what float16 files give: half precision has 11 bits
+HALF = (0.02, 0.003)  # tolerance of logits and boxes in float16, which has 11 bits
 
 
 def differences(exported, plain, size):
@@ -45,7 +45,7 @@ def differences(exported, plain, size):
 
 @pytest.fixture(scope="module")
 def plain(tiny):
-    """A model that tells its parts apart, with a row that stands for nothing and numbers that are nobody's default."""
+    """A model whose parts differ, with an unused row in its class head and no default preprocessing."""
     model = ConditionalDETR.from_pretrained(tiny.folder)
     preprocessing = Preprocessing(96, 160, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
     model.metadata = Metadata(NAMES, (0, 3, 5, 7, 9, 11, 13), preprocessing)
@@ -58,7 +58,7 @@ def shapes():
 
 
 class Exports:
-    """Files that several tests read, each written when it is first asked for, and what ``export`` returned."""
+    """Exported models that several tests share, each exported on first use, with their descriptions."""
 
     def __init__(self, folder, models, photograph):
         self.folder, self.models, self.photograph = folder, models, photograph
@@ -81,7 +81,7 @@ def exports(tmp_path_factory, plain, shapes, photograph):
 
 @pytest.fixture(scope="module", params=FORMATS)
 def written(request, exports):
-    """A file with post-processing in each format, and its description."""
+    """An exported model with post-processing in each format, and its description."""
     return exports("tiny", request.param, top_k=TOP_K)
 
 
@@ -95,7 +95,7 @@ def exported(written):
     return ExportedModel(written[0])
 
 
-def test_equals_the_plain_model_at_sizes_it_never_saw(exported, plain):
+def test_equals_the_plain_model_at_other_sizes_than_the_trace(exported, plain):
     for size in SIZES:
         logits, boxes = differences(exported, plain, size)
         assert logits < 1e-4
@@ -113,7 +113,19 @@ def test_the_published_architecture(r50, tmp_path):
         assert boxes < 1e-5
 
 
-def test_the_model_stays_as_it_is(plain, exports):
+@pytest.mark.parametrize("name", ["model.ONNX", "model.XML", "model.Pt2"])
+def test_a_suffix_may_be_in_capitals(name, plain, tmp_path):
+    """The weights of an .XML are in a .bin in lower case, which OpenVINO looks for."""
+    description = export(plain, tmp_path / name)
+    assert {file.name for file in tmp_path.iterdir()} == {name} | ({"model.bin"} if name == "model.XML" else set())
+    exported = Detector.from_file(tmp_path / name).model
+    assert exported.description == description
+    assert max(differences(exported, plain, SIZES[0])) < 1e-4
+    if name == "model.XML":
+        assert len(runtimes.openvino_core().read_model(tmp_path / name).inputs) == 1
+
+
+def test_the_model_is_not_changed(plain, exports):
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     module.trace(plain, dtype=torch.float16, top_k=TOP_K)
     assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
@@ -126,7 +138,7 @@ def test_detections_on_photographs_are_the_plain_models(exported, plain, shared)
     assert len({found.size for found in expected}) > 3
     assert sum(map(len, expected)) > 100
     for found, wanted in zip(Detector(exported)(images, threshold=0.3, batch_size=2), expected, strict=True):
-        assert_same_objects(found, wanted, 0.3)
+        assert_same_detections(found, wanted, 0.3)
         assert set(zip(found.names, found.category_ids, strict=True)) <= set(
             zip(NAMES[1:], (3, 5, 7, 9, 11, 13), strict=True)
         )
@@ -134,20 +146,20 @@ def test_detections_on_photographs_are_the_plain_models(exported, plain, shared)
 
 def images_of_shapes():
     sizes = [(192, 256), (200, 150), (192, 256), (130, 260), (192, 256)]
-    return [draw_image(0, index_in("demo", place), size=size)[0] for place, size in enumerate(sizes)]
+    return [draw_image(0, image_index("demo", index), size=size)[0] for index, size in enumerate(sizes)]
 
 
-def test_trained_weights_find_the_same(exports, shapes):
+def test_detections_of_trained_weights_are_equal(exports, shapes):
     path, _ = exports("shapes", ".onnx")
     images = images_of_shapes()
     expected = Detector(shapes)(images, batch_size=2)
     assert sum(map(len, expected)) > 10
     for found, wanted in zip(Detector.from_file(path)(images, batch_size=2), expected, strict=True):
-        assert_same_objects(found, wanted, 0.5)
+        assert_same_detections(found, wanted, 0.5)
 
 
-def run_as_others_do(path, pixels, sizes):
-    """Run a file as someone does who has the runtime and not this library: outputs by name."""
+def run_without_library(path, pixels, sizes):
+    """Return the outputs of a runtime by name, without this library."""
     if path.suffix == ".onnx":
         import onnxruntime
 
@@ -155,7 +167,7 @@ def run_as_others_do(path, pixels, sizes):
         names = [output.name for output in session.get_outputs()]
         found = session.run(names, {"pixels": pixels.numpy(), "sizes": sizes.numpy()})
     elif path.suffix == ".xml":
-        core = runtimes.openvino_core()  # of which there may be one in a process
+        core = runtimes.openvino_core()  # one per process
         compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         result = compiled({"pixels": pixels.numpy(), "sizes": sizes.numpy()})
         names = [output.any_name for output in compiled.outputs]
@@ -168,22 +180,22 @@ def run_as_others_do(path, pixels, sizes):
 
 
 def test_post_processing_in_the_file_is_the_detectors(path, plain, photograph):
-    """Two images that are resized to one size, and whose own sizes differ."""
+    """Two images of different sizes that are resized to one size."""
     from conditional_detr.inference.images import open_image, to_pixels
 
     first = Image.open(photograph)
     images = [first, first.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((256, 192))]
     pixels = torch.stack([to_pixels(open_image(p, "image"), plain.metadata.preprocessing) for p in images])
-    found = run_as_others_do(path, pixels, torch.tensor([[96, 128], [192, 256]]))
+    found = run_without_library(path, pixels, torch.tensor([[96, 128], [192, 256]]))
     assert [*found] == ["logits", "boxes", "corners", "scores", "labels"]
     assert found["corners"].shape == (2, TOP_K, 4)
     assert found["labels"].dtype == torch.int64
-    for place, expected in enumerate(Detector(plain)(images, threshold=0, top_k=TOP_K)):
+    for index, expected in enumerate(Detector(plain)(images, threshold=0, top_k=TOP_K)):
         assert (expected.scores.diff() < -1e-5).all()  # so that their order is certain
-        assert found["labels"][place].tolist() == expected.labels.tolist()
-        torch.testing.assert_close(found["scores"][place], expected.scores, rtol=0, atol=1e-5)
-        torch.testing.assert_close(found["corners"][place], expected.boxes, rtol=0, atol=1e-2)
-    # the row without a name would be among them, and never is
+        assert found["labels"][index].tolist() == expected.labels.tolist()
+        torch.testing.assert_close(found["scores"][index], expected.scores, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found["corners"][index], expected.boxes, rtol=0, atol=1e-2)
+    # the row without a name has high scores, and is excluded
     assert (found["logits"][..., 0].sigmoid() > found["scores"].min()).any()
     assert 0 not in found["labels"]
 
@@ -204,7 +216,7 @@ def test_half_precision_is_within_a_tolerance(suffix, exports, plain, shapes):
 
 
 def types_of(path) -> dict[str, set[str]]:
-    """What kinds of operations of a file take as their first input."""
+    """Return the dtypes of the first input of each operation type in an exported model."""
     found = defaultdict(set)
     if path.suffix == ".onnx":
         import onnx
@@ -233,11 +245,11 @@ def types_of(path) -> dict[str, set[str]]:
     [
         (".onnx", ["Softmax", "Sin", "Cos", "Sigmoid", "CumSum"], ["Conv", "LayerNormalization"]),
         (".xml", ["Softmax", "Sin", "Cos", "Sigmoid", "CumSum"], ["Convolution", "MVN"]),
-        # torch's own attention has its softmax in float32, whatever it is given
+        # torch's attention computes softmax in float32 for every input dtype
         (".pt2", ["sin", "cos", "sigmoid", "cumsum"], ["conv2d", "layer_norm", "scaled_dot_product_attention"]),
     ],
 )
-def test_half_precision_leaves_what_needs_more_in_float32(suffix, single, half, exports):
+def test_half_precision_keeps_sensitive_operations_in_float32(suffix, single, half, exports):
     path, _ = exports("shapes" if suffix == ".onnx" else "tiny", suffix, dtype=torch.float16)
     types = types_of(path)
     assert {kind: types[kind] for kind in single} == {kind: {"float"} for kind in single}
@@ -246,7 +258,7 @@ def test_half_precision_leaves_what_needs_more_in_float32(suffix, single, half, 
     assert types["Log"] | types["log"] <= {"float"}
 
 
-def test_trained_weights_find_the_same_in_half_precision(exports, shapes):
+def test_detections_of_trained_weights_are_similar_in_half_precision(exports, shapes):
     path, _ = exports("shapes", ".onnx", dtype=torch.float16)
     images = images_of_shapes()
     for found, wanted in zip(
@@ -260,7 +272,7 @@ def test_trained_weights_find_the_same_in_half_precision(exports, shapes):
             assert same.scores[distances.argmin()] == pytest.approx(score, abs=0.02)
 
 
-def test_a_file_says_what_it_is(written, exported, plain, photograph):
+def test_description_of_an_exported_model(written, exported, plain, photograph):
     path, description = written
     assert exported.description == description
     assert exported.config == description.config == plain.config
@@ -277,7 +289,7 @@ def test_a_file_says_what_it_is(written, exported, plain, photograph):
     assert [*exported.parameters()] == []
 
 
-def test_the_description_stands_where_others_can_read_it(exports):
+def test_other_programs_can_read_the_description(exports):
     import onnx
 
     path, _ = exports("tiny", ".onnx", top_k=TOP_K)
@@ -292,7 +304,7 @@ def test_the_description_stands_where_others_can_read_it(exports):
     }
 
 
-def test_top_k_is_at_most_all_there_is(exports, plain):
+def test_top_k_is_at_most_the_number_of_scores(exports, plain):
     graph = module.Graph(plain, dtype=torch.float32, top_k=1000)
     *_, corners, scores, labels = graph(pixels_of(2, 64, 96), torch.tensor([[64, 96], [64, 96]]))
     assert corners.shape == (2, 11 * 6, 4)
@@ -300,8 +312,8 @@ def test_top_k_is_at_most_all_there_is(exports, plain):
 
 
 @pytest.mark.parametrize("spoilt", ["other weights", "not finite"])
-def test_a_wrong_graph_is_not_written(spoilt, path, plain, tmp_path, monkeypatch):
-    """What writes the file writes that of another model."""
+def test_wrong_outputs_are_not_written(spoilt, path, plain, tmp_path, monkeypatch):
+    """The writer writes another model."""
 
     def wrong_writer(*_, **__):
         def write(draft, _):
@@ -311,15 +323,15 @@ def test_a_wrong_graph_is_not_written(spoilt, path, plain, tmp_path, monkeypatch
 
         return write
 
-    monkeypatch.setattr(module, "writer_of", wrong_writer)
+    monkeypatch.setattr(module, "make_writer", wrong_writer)
     model = copy.deepcopy(plain)
     with torch.no_grad():
         model.class_head.bias[2] += 0.5 if spoilt == "other weights" else float("nan")
     target = tmp_path / f"model{path.suffix}"
     logits = "0.5" if spoilt == "other weights" else "nan"
     message = (
-        rf"model\{path.suffix}: not written, for it does not give what the model gives: on 96 x 128 logits differ by"
-        rf" up to {logits} and boxes by [\d.e-]+, expected at most 0\.0001 and 1e-05"
+        rf"model\{path.suffix}: not written, its output differs from the model's: at 96 x 128, expected differences"
+        rf" of logits and boxes of at most 0\.0001 and 1e-05, got {logits} and [\d.e-]+"
     )
     with pytest.raises(ValueError, match=message):
         export(model, target)
@@ -339,17 +351,17 @@ class Mine(ConditionalDETR):
     """A subclass may change anything."""
 
 
-def test_what_export_refuses(plain, tmp_path):
+def test_errors_of_export(plain, tmp_path):
     (tmp_path / "folder.onnx").mkdir()
     target = tmp_path / "model.pt2"
-    endings = r"expected a file's name that ends in one of \.onnx, \.xml, \.pt2"
+    endings = r"expected a file name that ends in one of \.onnx, \.xml, \.pt2"
     refusals = [
-        (lambda: export(optimize(plain), target), ValueError, "model: expected a plain model, got one that was opt"),
+        (lambda: export(optimize(plain), target), ValueError, "model: expected a plain model, got an optimised copy"),
         (lambda: export(Mine(plain.config), target), TypeError, "expected a ConditionalDETR, got Mine"),
         (lambda: export(nn.Linear(2, 2), target), TypeError, "expected a ConditionalDETR, got Linear"),
         (lambda: export(plain, tmp_path / "model.trt"), ValueError, rf"model\.trt: {endings}"),
         (lambda: export(plain, tmp_path), ValueError, endings),
-        (lambda: export(plain, tmp_path / "folder.onnx"), OSError, r"folder\.onnx: expected a file's name, got a fol"),
+        (lambda: export(plain, tmp_path / "folder.onnx"), OSError, r"folder\.onnx: expected a file name, got a fol"),
         (lambda: export(plain, tmp_path / "none" / "model.pt2"), OSError, "none: no such folder"),
         (
             lambda: export(plain, target, dtype=torch.bfloat16),
@@ -370,28 +382,28 @@ def test_what_export_refuses(plain, tmp_path):
     ("suffix", "missing", "extra"),
     [(".onnx", "onnxscript", "onnx"), (".onnx", "onnxruntime", "onnx"), (".xml", "openvino", "openvino")],
 )
-def test_a_missing_package_is_told_before_any_work(suffix, missing, extra, plain, tmp_path, monkeypatch):
+def test_missing_package_raises_before_any_work(suffix, missing, extra, plain, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    message = rf"model\{suffix}: needs {missing}, not installed here: pip install 'conditional-detr\[{extra}\]'"
+    message = rf"model\{suffix}: needs {missing}, which is not installed: pip install 'conditional-detr\[{extra}\]'"
     with pytest.raises(ModuleNotFoundError, match=message):
         export(plain, tmp_path / f"model{suffix}")
 
 
 @pytest.mark.parametrize(("suffix", "missing"), [(".onnx", "onnxruntime"), (".xml", "openvino")])
-def test_a_missing_runtime_is_told(suffix, missing, exports, monkeypatch):
+def test_missing_runtime_raises(suffix, missing, exports, monkeypatch):
     path, _ = exports("tiny", suffix, top_k=TOP_K)
     monkeypatch.setitem(sys.modules, missing, None)
-    # as in a process that has not asked before; the one that others hold must not be freed
+    # as in a process without a core; the existing one must not be freed
     monkeypatch.setattr(runtimes, "_core", runtimes._core.__wrapped__)
     message = rf"{path.name}: needs {missing}, which is not installed: pip install 'conditional-detr\["
     with pytest.raises(ModuleNotFoundError, match=message):
         Detector.from_file(path)
 
 
-DAMAGED = "damaged, or of a kind that the installed version cannot read"
+DAMAGED = "damaged, or not supported by the installed runtime"
 
 
-def test_what_cannot_be_opened(path, tmp_path):
+def test_errors_of_opening(path, tmp_path):
     suffix, content = path.suffix, path.read_bytes()
     target = tmp_path / f"model{suffix}"
     if suffix == ".xml":
@@ -406,14 +418,14 @@ def test_what_cannot_be_opened(path, tmp_path):
         target.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"model\{suffix}: {DAMAGED}: \S") as caught:
             ExportedModel(target)
-        assert "Exception from" not in str(caught.value)  # where in OpenVINO's source
+        assert "Exception from" not in str(caught.value)  # a location in OpenVINO's source
         assert "\n" not in str(caught.value)
 
 
 def test_openvino_needs_the_whole_bin(exports, tmp_path):
     path, _ = exports("tiny", ".xml", top_k=TOP_K)
     shutil.copy(path, tmp_path / "model.xml")
-    with pytest.raises(FileNotFoundError, match=r"model\.bin: no such file; it belongs to model\.xml and holds the w"):
+    with pytest.raises(FileNotFoundError, match=r"model\.bin: no such file; it contains the weights of model\.xml"):
         ExportedModel(tmp_path / "model.xml")
     weights = path.with_suffix(".bin").read_bytes()
     for length in (len(weights) // 2, len(weights) - 1):
@@ -424,24 +436,24 @@ def test_openvino_needs_the_whole_bin(exports, tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "part"), [(".onnx", ".onnx"), (".xml", ".xml"), (".xml", ".bin")])
-def test_a_flipped_bit_is_found(suffix, part, exports, tmp_path):
+def test_a_flipped_bit_is_detected(suffix, part, exports, tmp_path):
     path, _ = exports("tiny", suffix, top_k=TOP_K)
     for file in path.parent.glob(f"{path.stem}.*"):
         shutil.copy(file, tmp_path)
     target = tmp_path / path.with_suffix(part).name
     content = target.read_bytes()
-    for place in (len(content) // 3, len(content) // 2, len(content) - 200):
+    for position in (len(content) // 3, len(content) // 2, len(content) - 200):
         damaged = bytearray(content)
-        damaged[place] ^= 1
+        damaged[position] ^= 1
         target.write_bytes(damaged)
-        wrong = rf"{path.name}: {DAMAGED}: \w+ checksum( of it and .+)? is wrong, unless"
+        wrong = rf"{path.name}: {DAMAGED}: (its checksum is wrong|the checksum of it and .+ is wrong), unless"
         with pytest.raises(ValueError, match=wrong):
             ExportedModel(tmp_path / path.name)
     target.write_bytes(content)
     ExportedModel(tmp_path / path.name)
 
 
-def test_files_that_other_programs_have_written_anew_are_opened(exports, tmp_path):
+def test_files_that_other_programs_have_rewritten_are_opened(exports, tmp_path):
     import onnx
     import openvino
 
@@ -455,7 +467,7 @@ def test_files_that_other_programs_have_written_anew_are_opened(exports, tmp_pat
         assert ExportedModel(tmp_path / name).description.metadata == description.metadata
 
 
-def test_damaged_weights_in_an_archive_are_found(exports, tmp_path):
+def test_damaged_weights_in_an_archive_are_detected(exports, tmp_path):
     path, _ = exports("tiny", ".pt2", top_k=TOP_K)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -464,8 +476,8 @@ def test_damaged_weights_in_an_archive_are_found(exports, tmp_path):
         ExportedModel(tmp_path / "model.pt2")
 
 
-def write_little(target, description=None):
-    """Write a file of a format that has one operation and, if it is given, a description."""
+def write_one_operation(target, description=None):
+    """Write a file with one operation and optionally a description."""
     if target.suffix == ".onnx":
         import onnx
 
@@ -490,17 +502,17 @@ def write_little(target, description=None):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_files_of_others_and_damaged_descriptions(suffix, tmp_path, exports):
+def test_foreign_files_and_damaged_descriptions(suffix, tmp_path, exports):
     target = tmp_path / f"other{suffix}"
-    write_little(target)
-    with pytest.raises(ValueError, match=rf"other\{suffix}: expected a file that `conditional-detr export` has"):
+    write_one_operation(target)
+    with pytest.raises(ValueError, match=rf"other\{suffix}: expected a model exported by `conditional-detr export`"):
         ExportedModel(target)
     newer = '{"format": 2, "versions": {"conditional-detr": "9.1"}}'
-    write_little(target, newer)
+    write_one_operation(target, newer)
     message = rf"other\{suffix}: expected a description of format 1, got 2, written by conditional-detr 9\.1; exp"
     with pytest.raises(ValueError, match=message):
         ExportedModel(target)
-    write_little(target, '{"format": 1, "config": {}')
+    write_one_operation(target, '{"format": 1, "config": {}')
     with pytest.raises(ValueError, match=rf"other\{suffix}: its description is damaged"):
         ExportedModel(target)
 
@@ -520,7 +532,7 @@ def test_damaged_descriptions(exports):
             Description.from_json(json.dumps({**content, "format": 0, "versions": versions}))
 
 
-def test_what_an_exported_file_cannot_do(path, exported, plain, photograph):
+def test_errors_of_an_exported_model(path, exported, plain, photograph):
     pixels = pixels_of(1, 64, 96)
     found = Detector(exported)(photograph, threshold=0)
     other_threads = "call torch.set_num_threads" if path.suffix == ".pt2" else "threads: expected an int of at least 1"
@@ -532,14 +544,18 @@ def test_what_an_exported_file_cannot_do(path, exported, plain, photograph):
         (lambda: ExportedModel(path, threads="2"), ValueError, "threads: expected an int of at least 1, got '2'"),
         (lambda: ExportedModel(path, threads=1 if path.suffix == ".pt2" else 1.5), ValueError, other_threads),
         (lambda: ExportedModel(path, dtype=torch.float64), ValueError, r"dtype: .*got torch\.float64"),
-        (lambda: exported(pixels, torch.zeros(1, 64, 96, dtype=torch.bool)), ValueError, "padding: an exported file"),
+        (
+            lambda: exported(pixels, torch.zeros(1, 64, 96, dtype=torch.bool)),
+            ValueError,
+            "padding: expected None, as an exported model",
+        ),
         (lambda: exported(pixels[0]), ValueError, r"pixels: expected \(B, 3, H, W\)"),
         (lambda: exported(pixels.byte()), TypeError, "pixels: expected a normalised floating point tensor"),
-        (lambda: exported.train(), ValueError, "an exported file cannot be trained"),
+        (lambda: exported.train(), ValueError, "an exported model cannot be trained"),
         (lambda: exported.half(), ValueError, "stays on its device and in its precision"),
         (lambda: exported.to("cpu"), ValueError, "stays on its device and in its precision"),
         (lambda: exported.state_dict(), ValueError, "has no weights to save"),
-        (lambda: copy.deepcopy(exported), ValueError, "an exported file is not copied; open it again"),
+        (lambda: copy.deepcopy(exported), ValueError, "an exported model cannot be copied; open the file again"),
         (lambda: Detector(exported).draw_attention(found), ValueError, "attention maps: an exported model has none"),
         (lambda: export(exported, path), TypeError, "expected a ConditionalDETR, got ExportedModel"),
     ]
@@ -550,17 +566,21 @@ def test_what_an_exported_file_cannot_do(path, exported, plain, photograph):
     assert max(differences(exported, plain, SIZES[0])) < 1e-4
 
 
-def test_only_exported_files_are_opened(exports, tmp_path):
-    message = r"model\.safetensors: expected an exported file \(\.onnx, \.xml, \.pt2\); from_pretrained loads weights"
+def test_other_files_and_dtypes_are_refused(exports, tmp_path):
+    message = (
+        r"model\.safetensors: expected an exported model \(\.onnx, \.xml, \.pt2\); from_pretrained loads checkpoints"
+    )
     with pytest.raises(ValueError, match=message):
         Detector.from_file(ROOT / "weights" / "shapes" / "model.safetensors")
     path, _ = exports("tiny", ".onnx", top_k=TOP_K)
-    with pytest.raises(ValueError, match=r"dtype: \.onnx files are computed in what they were exported in, got"):
+    with pytest.raises(
+        ValueError, match=r"dtype: expected None for \.onnx, which runs in its exported dtype, got torch\.float16"
+    ):
         ExportedModel(path, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".xml"])
-def test_the_number_of_threads_changes_nothing(suffix, exports, plain):
+def test_the_number_of_threads_does_not_change_the_output(suffix, exports, plain):
     path, _ = exports("tiny", suffix, top_k=TOP_K)
     assert max(differences(ExportedModel(path, threads=1, device=torch.device("cpu")), plain, SIZES[0])) < 1e-4
 
@@ -570,19 +590,21 @@ def test_openvino_computes_in_other_precisions(exports, plain):
     logits, boxes = differences(ExportedModel(path, dtype=torch.bfloat16), plain, SIZES[0])
     assert 1e-4 < logits < 0.1
     assert boxes < 0.02
-    known = runtimes.openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if "FP16" not in known:  # it would take bfloat16 instead
-        with pytest.raises(ValueError, match=r"dtype: got torch\.float16, but OpenVINO would compute in b?f"):
+    capabilities = runtimes.openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if "FP16" not in capabilities:  # it would use bfloat16 instead
+        with pytest.raises(
+            ValueError, match=r"dtype: OpenVINO cannot compute in torch\.float16 on this CPU, and would use b?f"
+        ):
             ExportedModel(path, dtype=torch.float16)
 
 
-def test_an_interrupt_while_openvino_translates_is_one_afterwards(plain, tmp_path, monkeypatch):
-    """In the middle of it, it would end the process."""
-    translate, done = openvino.convert_model, []
+def test_an_interrupt_during_the_openvino_conversion_is_raised_afterwards(plain, tmp_path, monkeypatch):
+    """During the conversion it would abort the process."""
+    convert, done = openvino.convert_model, []
 
     def interrupted(program):
         os.kill(os.getpid(), signal.SIGINT)
-        done.append(translate(program))
+        done.append(convert(program))
         return done[0]
 
     monkeypatch.setattr(openvino, "convert_model", interrupted)
@@ -592,10 +614,10 @@ def test_an_interrupt_while_openvino_translates_is_one_afterwards(plain, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_head_that_does_not_fit_its_names(plain, tmp_path):
+def test_a_head_that_does_not_match_its_names(plain, tmp_path):
     model = copy.deepcopy(plain)
     model.class_head = torch.nn.Linear(32, 5)
-    with pytest.raises(ValueError, match="model: its class head has 5 classes, but its metadata names 7"):
+    with pytest.raises(ValueError, match=r"model\.metadata: expected 5 class names, .*, got 7"):
         export(model, tmp_path / "x.pt2")
     nameless = copy.deepcopy(plain)
     nameless.metadata = Metadata((None,) * 7)
@@ -604,8 +626,8 @@ def test_a_head_that_does_not_fit_its_names(plain, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_threads_may_share_a_file(exported, plain, photograph):
-    """A detector on images of several sizes, and calls at sizes of their own, at once."""
+def test_threads_may_share_an_exported_model(exported, plain, photograph):
+    """A detector on images of several sizes, and direct calls at other sizes, run concurrently."""
     image = np.asarray(Image.open(photograph))
     images = [image, image[:60], image[:, :70], image[::-1]]
     expected = Detector(plain)(images, threshold=0.3)
@@ -624,7 +646,7 @@ def test_threads_may_share_a_file(exported, plain, photograph):
         called = [pool.submit(call, size) for size in SIZES[:2]]
         for found in detected.result():
             for one, wanted in zip(found, expected, strict=True):
-                assert_same_objects(one, wanted, 0.3)
+                assert_same_detections(one, wanted, 0.3)
         for calls in called:
             assert max(logits for logits, _ in calls.result()) < 1e-4
             assert max(boxes for _, boxes in calls.result()) < 1e-5
@@ -655,7 +677,7 @@ except KeyboardInterrupt:
 
 @pytest.fixture(scope="module")
 def without_torch(tmp_path_factory):
-    """A Python that finds numpy, pillow, onnxruntime and the standard library, and runs the script it is given."""
+    """Command of a Python with only numpy, pillow and onnxruntime, which runs a script."""
     import numpy
     import onnxruntime
     import PIL
@@ -676,7 +698,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("package", ["torch", "conditional_detr", "onnx"])
-def test_that_python_has_no_more(package, without_torch, tmp_path):
+def test_that_python_has_no_other_packages(package, without_torch, tmp_path):
     (tmp_path / "script.py").write_text(f"import onnxruntime, {package}")
     ran = subprocess.run([*without_torch, tmp_path / "script.py"], capture_output=True, text=True, check=False)
     assert ran.returncode == 1
@@ -685,11 +707,11 @@ def test_that_python_has_no_more(package, without_torch, tmp_path):
 
 @pytest.mark.parametrize(("name", "top_k", "threshold"), [("tiny", TOP_K, 0.3), ("shapes", None, 0.5)])
 def test_example_run_onnx(name, top_k, threshold, without_torch, exports, photograph, tmp_path):
-    """On an image that lies on its side, and on one of shapes: what it prints is what the library finds."""
+    """On a rotated image and on one of shapes, the example prints the detections of the library."""
     path, _ = exports(name, ".onnx", top_k=top_k)
     image = tmp_path / "image.png"
     if name == "shapes":
-        draw_image(0, index_in("demo", 0))[0].save(image)
+        draw_image(0, image_index("demo", 0))[0].save(image)
     else:
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = 6

@@ -1,4 +1,4 @@
-"""8-bit integers: what is in them and what is not, what they cost, and what the command does about it."""
+"""Quantised models: which operations are in int8, their accuracy, and the command."""
 
 import json
 import re
@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from conditional_detr import ConditionalDETR, Detector, Metadata, Preprocessing, optimize
 from conditional_detr.cli import app
-from conditional_detr.data.synthetic import draw_image, index_in, write_shapes
+from conditional_detr.data.synthetic import draw_image, image_index, write_shapes
 from conditional_detr.deploy.quantize import quantize
 from conditional_detr.evaluation.coco import evaluate
 from conditional_detr.inference.exported import ExportedModel
 from conditional_detr.inference.runtimes import openvino_core
-from helpers.models import TINY_CONFIG, told
+from helpers.models import TINY_CONFIG, card_metric
 
 
 def run(*arguments):
@@ -27,7 +27,7 @@ def run(*arguments):
 
 
 def drawn(count):
-    return [draw_image(1, index_in("calibration", place))[0] for place in range(count)]
+    return [draw_image(1, image_index("calibration", index))[0] for index in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def quantised(shapes, tmp_path_factory):
-    """The weights "shapes" in 8 bits, with post-processing, and what was told of them."""
+    """The checkpoint "shapes" in int8 with post-processing, its description and its progress messages."""
     path = tmp_path_factory.mktemp("int8") / "shapes.xml"
     steps = []
     described = quantize(
@@ -47,35 +47,35 @@ def quantised(shapes, tmp_path_factory):
 
 
 def operations(path, kind):
-    """Return the operations of a kind, and whether each reads what was rounded to 8 bits."""
+    """Return the operations of a type, and whether the input of each is quantised."""
     network = openvino_core().read_model(path)
     found = [node for node in network.get_ordered_ops() if node.get_type_name() == kind]
     return [(node.get_friendly_name(), _source(node) == "FakeQuantize") for node in found]
 
 
 def _source(node):
-    """Return what gives an operation its first input, through what only moves or scales it."""
+    """Return the type of operation that computes the first input, skipping reshapes, scales and pooling."""
     while True:
         node = node.input_value(0).get_node()
         if node.get_type_name() not in ("Reshape", "Transpose", "Multiply", "MaxPool"):
             return node.get_type_name()
 
 
-def test_what_is_in_integers(quantised):
-    """The backbone, its additions too, and all linear layers, but no product of attention, no head and no λ_q."""
+def test_quantised_operations(quantised):
+    """The backbone with its additions, and all linear layers except heads and λ_q; no attention and no norm."""
     path, *_ = quantised
     convolutions = operations(path, "Convolution")
     assert len(convolutions) == 16  # of a ResNet-18 up to stage 3, and the projection
     assert all(rounded for _, rounded in convolutions)
     sums = [rounded for name, rounded in operations(path, "Add") if "aten.add" in name]
     assert sum(sums) == 6  # two blocks in each stage
-    assert len(sums) > 20  # and those of positions and of what attention gives, before it is normalised
+    assert len(sums) > 20  # with those of positions and before norms
     for kind in ("ScaledDotProductAttention", "MVN"):
         assert not any(rounded for _, rounded in operations(path, kind))
     linear = operations(path, "MatMul")
     rounded = {name.split("/")[0] for name, is_rounded in linear if is_rounded}
-    # 3 encoder layers of 5; the keys and values of the decoder, whose positions no image changes (16); its layers,
-    # with λ_q between them twice
+    # 3 encoder layers of 5; keys and values of the decoder, whose positional part is constant (16); its layers, with
+    # λ_q between them twice
     numbers = (*range(1, 16), *range(17, 22), *range(24, 31), *range(33, 38))
     assert {f"linear_{i}" for i in numbers} | {"linear"} == rounded
     kept = {f"linear_{i}" for i in (22, 23, 31, 32, 38, 39, 40, 41)}
@@ -84,10 +84,13 @@ def test_what_is_in_integers(quantised):
 
 
 def test_parts_can_be_kept(shapes, tmp_path):
-    quantize(shapes, tmp_path / "kept.xml", drawn(2), keep=("encoder", "backbone"))
+    """In a file whose suffix is in capitals."""
+    quantize(shapes, tmp_path / "kept.XML", drawn(2), keep=("encoder", "backbone"))
+    assert {file.name for file in tmp_path.iterdir()} == {"kept.XML", "kept.bin"}
+    assert ExportedModel(tmp_path / "kept.XML").description.precision == "int8"
     for kind in ("Convolution", "Add"):
-        assert not any(rounded for _, rounded in operations(tmp_path / "kept.xml", kind))
-    rounded = {name.split("/")[0] for name, is_rounded in operations(tmp_path / "kept.xml", "MatMul") if is_rounded}
+        assert not any(rounded for _, rounded in operations(tmp_path / "kept.XML", kind))
+    rounded = {name.split("/")[0] for name, is_rounded in operations(tmp_path / "kept.XML", "MatMul") if is_rounded}
     assert "linear_15" in rounded
     assert not {"linear_3", "linear_4"} & rounded
 
@@ -116,11 +119,11 @@ def test_a_backbone_whose_convolutions_have_other_names(tmp_path):
         assert not any(rounded for _, rounded in found)
 
 
-def test_the_same_objects(quantised, shapes):
+def test_detections_are_similar(quantised, shapes):
     path, *_ = quantised
     detector = Detector.from_file(path)
-    for place in range(4):
-        image, *_ = draw_image(0, index_in("demo", place))
+    for index in range(4):
+        image, *_ = draw_image(0, image_index("demo", index))
         expected = Detector(shapes)(image, threshold=0.6)
         found = detector(image, threshold=0.3)
         assert len(expected) > 0
@@ -131,7 +134,7 @@ def test_the_same_objects(quantised, shapes):
             assert same.scores[distances.argmin()] == pytest.approx(score, abs=0.2)
 
 
-def test_what_stands_in_the_file(quantised, shapes):
+def test_description_of_a_quantised_model(quantised, shapes):
     path, described, steps = quantised
     read = ExportedModel(path).description
     assert read == described
@@ -147,13 +150,13 @@ def test_what_stands_in_the_file(quantised, shapes):
 
 
 def test_bccd_loses_at_most_half_a_point(shared, tmp_path):
-    """On the official test split, with ranges of images of the training split."""
+    """On the official test split, calibrated on the training split."""
     data = shared / "data" / "bccd"
     training = json.loads((data / "instances_train.json").read_text())["images"]
     images = [data / "images" / image["file_name"] for image in training[::4]]
     quantize(ConditionalDETR.from_pretrained("bccd"), tmp_path / "bccd.xml", images)
     result = evaluate(Detector.from_file(tmp_path / "bccd.xml"), data / "instances_test.json", data / "images")
-    assert result.metrics["AP"] >= told("bccd", "AP") - 5e-3
+    assert result.metrics["AP"] >= card_metric("bccd", "AP") - 5e-3
 
 
 @pytest.mark.parametrize(
@@ -162,7 +165,7 @@ def test_bccd_loses_at_most_half_a_point(shared, tmp_path):
         (
             {"target": "x.onnx"},
             ValueError,
-            r"x\.onnx: expected a file's name that ends in \.xml: int8 is",
+            r"x\.onnx: expected a file name that ends in \.xml, for OpenVINO",
         ),
         ({"target": "none/x.xml"}, FileNotFoundError, "none: no such folder"),
         ({"images": []}, ValueError, "images: expected at least one, got none"),
@@ -170,28 +173,28 @@ def test_bccd_loses_at_most_half_a_point(shared, tmp_path):
         ({"images": Path("x.png")}, TypeError, "images: expected a list, got PosixPath"),
         ({"keep": "encoder"}, TypeError, "keep: expected a list, got str"),
         ({"images": ["x.png"]}, FileNotFoundError, r"x\.png: no such file"),
-        ({"keep": ["head"]}, ValueError, "keep: expected some of backbone, encoder, decoder, got 'head'"),
+        ({"keep": ["head"]}, ValueError, "keep: expected parts among backbone, encoder, decoder, got 'head'"),
         ({"top_k": 0}, ValueError, "top_k: expected an int of at least 1, got 0"),
     ],
 )
-def test_what_it_refuses(shapes, tmp_path, monkeypatch, change, error, message):
+def test_errors(shapes, tmp_path, monkeypatch, change, error, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         quantize(shapes, **{"target": "x.xml", "images": drawn(1), **change})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_image_that_cannot_be_read_is_named(shapes, tmp_path):
+def test_error_names_an_unreadable_image(shapes, tmp_path):
     with pytest.raises(TypeError, match=r"images\[1\]: expected"):
         quantize(shapes, tmp_path / "x.xml", [*drawn(1), 3])
-    with pytest.raises(ValueError, match="model: expected a plain model, got one that was optimised before"):
+    with pytest.raises(ValueError, match="model: expected a plain model, got an optimised copy"):
         quantize(optimize(shapes), tmp_path / "x.xml", drawn(1))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_is_told(shapes, tmp_path, monkeypatch):
+def test_missing_package_raises(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr("conditional_detr.deploy.quantize.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="needs nncf, not installed here: pip install 'conditional-detr"):
+    with pytest.raises(ModuleNotFoundError, match="needs nncf, which is not installed: pip install 'conditional-detr"):
         quantize(shapes, tmp_path / "x.xml", drawn(1))
 
 
@@ -199,13 +202,13 @@ def test_a_missing_package_is_told(shapes, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def data_set(tmp_path_factory):
+def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     return write_shapes(folder, 6, seed=2, split="val"), folder / "val"
 
 
-def test_command_measures_what_is_lost(data_set, tmp_path):
-    annotations, images = data_set
+def test_command_measures_the_loss_of_ap(dataset, tmp_path):
+    annotations, images = dataset
     target = tmp_path / "shapes.xml"
     measured = ["--data", annotations, "--images", images]
     options = ["--calibration", images, "--samples", 4]
@@ -231,9 +234,9 @@ def test_command_measures_what_is_lost(data_set, tmp_path):
     assert "already exists: shapes.xml, shapes.bin; use --overwrite to replace" in again.stderr
 
 
-def test_command_keeps_more_in_float_until_little_is_lost(data_set, tmp_path, monkeypatch):
-    """What AP says is made up: only with encoder and decoder in float it is high enough, or not even then."""
-    annotations, images = data_set
+def test_command_keeps_more_parts_in_float_until_ap_is_high_enough(dataset, tmp_path, monkeypatch):
+    """With a fake AP: it is high enough only with encoder and decoder in float, or never."""
+    annotations, images = dataset
     target = tmp_path / "shapes.xml"
     kept = []
 
@@ -265,15 +268,15 @@ def test_command_keeps_more_in_float_until_little_is_lost(data_set, tmp_path, mo
     ("arguments", "message"),
     [
         (("--data", "x.json"), "expected both --data and --images, to measure AP, or neither"),
-        (("--keep", "head"), "keep: expected some of backbone, encoder, decoder, got 'head'"),
+        (("--keep", "head"), "keep: expected parts among backbone, encoder, decoder, got 'head'"),
         (
             ("--keep", "head", "--data", "no.json", "--images", "."),
-            "keep: expected some of backbone, encoder, decoder",
+            "keep: expected parts among backbone, encoder, decoder",
         ),
     ],
 )
-def test_command_refuses(data_set, tmp_path, arguments, message):
-    refused = run("quantize", "shapes", tmp_path / "x.xml", "--calibration", data_set[1], *arguments)
+def test_command_refuses(dataset, tmp_path, arguments, message):
+    refused = run("quantize", "shapes", tmp_path / "x.xml", "--calibration", dataset[1], *arguments)
     assert refused.exit_code == 2
     assert message in refused.stderr
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""A small data set in COCO's form, made here, for tests to break in one place."""
+"""A small generated dataset in COCO format, of which each test damages one part."""
 
 import json
 from pathlib import Path
@@ -11,16 +11,18 @@ CATEGORIES = [{"id": 9, "name": "dog"}, {"id": 3, "name": "cat"}]  # any numberi
 
 
 def content():
-    """Three images: two with two objects each, one with a crowd only."""
+    """Return three images: two with two annotations each, one with a crowd only."""
     images = [{"id": i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH} for i in (10, 11, 12)]
     boxes = [(10, [4, 6, 20, 10], 3), (10, [20, 20, 20, 24], 9), (11, [10, 2, 8, 40], 9), (11, [34, 30, 12, 12], 3)]
-    objects = [{"id": i, "image_id": p, "category_id": c, "bbox": b} for i, (p, b, c) in enumerate(boxes)]
-    objects.append({"id": 4, "image_id": 12, "category_id": 3, "bbox": [0, 0, 60, 40], "area": 900.0, "iscrowd": 1})
-    return {"images": images, "annotations": objects, "categories": [dict(category) for category in CATEGORIES]}
+    annotations = [{"id": i, "image_id": p, "category_id": c, "bbox": b} for i, (p, b, c) in enumerate(boxes)]
+    annotations.append(
+        {"id": 4, "image_id": 12, "category_id": 3, "bbox": [0, 0, 60, 40], "area": 900.0, "iscrowd": 1}
+    )
+    return {"images": images, "annotations": annotations, "categories": [dict(category) for category in CATEGORIES]}
 
 
 def write(folder: Path, annotations=None) -> tuple[Path, Path]:
-    """Write the images and the json; returns the json's path and the folder of the images."""
+    """Write the images and the json; return the path of the json and the folder of the images."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Models, inputs and comparisons that the tests share."""
+"""Models, inputs and comparisons shared by the tests."""
 
 import re
 import subprocess
@@ -15,10 +15,10 @@ WEIGHTS = ROOT / "weights"
 
 
 def transformers_model(*, num_labels=91, dc5=False, backbone="resnet50", stage=4, seed=0, **options):
-    """A transformers model whose random weights make queries, positions and every projection count."""
+    """Return a transformers model with random weights for which queries, positions and every projection matter."""
     from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection
 
-    described = {
+    backbone_config = {
         "model_type": "timm_backbone",
         "backbone": backbone,
         "out_indices": [stage],
@@ -26,7 +26,7 @@ def transformers_model(*, num_labels=91, dc5=False, backbone="resnet50", stage=4
         "features_only": True,
         "use_pretrained_backbone": False,
     }
-    config = ConditionalDetrConfig(backbone_config=described, dilation=dc5, num_labels=num_labels, **options)
+    config = ConditionalDetrConfig(backbone_config=backbone_config, dilation=dc5, num_labels=num_labels, **options)
     torch.manual_seed(seed)
     model = ConditionalDetrForObjectDetection(config).eval()
     randomise(model)
@@ -35,11 +35,11 @@ def transformers_model(*, num_labels=91, dc5=False, backbone="resnet50", stage=4
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
-    """Draw weights that keep queries and positions apart.
+    """Initialise weights at random so that queries and positions stay different.
 
-    In a fresh model all queries and all places of the memory soon become alike: attention is even, and what it adds to
-    the residual stream drowns the differences. Half the projections could then be zero and nobody would notice. So
-    queries and keys are drawn large, what is added to the stream small, and features are spread over the image.
+    With default initialisation all queries and all memory positions become similar: attention is uniform, and its
+    output hides the differences in the residual stream. Half of the projections could then be zero without effect.
+    Therefore queries and keys get large weights, residual branches small ones, and features vary over the image.
     """
     for name, module in model.named_modules():
         part = name.rsplit(".", 1)[-1]
@@ -95,21 +95,20 @@ TINY_CONFIG = Config(
 
 
 def assert_same(a: nn.Module, b: nn.Module) -> None:
-    """Equal to the last bit, every parameter and buffer."""
+    """Assert that all parameters and buffers are bitwise equal."""
     state, other = a.state_dict(), b.state_dict()
     assert state.keys() == other.keys()
     assert [name for name in state if not torch.equal(state[name], other[name])] == []
 
 
-def assert_same_objects(one, other, cut: float) -> None:
-    """Both found the same, each object matched to the nearest of its name, but for scores within 1e-4 of the cut.
+def assert_same_detections(one, other, threshold: float) -> None:
+    """Assert equal detections, each matched to the nearest of its class, except scores within 1e-4 of the threshold.
 
-    Kernels differ in the last digits from batch to batch and from runtime to runtime, so near-equal scores may change
-    their order.
+    Kernels differ in the last digits between batch sizes and runtimes, so that near-equal scores may change order.
     """
     for found, expected in ((one, other), (other, one)):
         for box, score, name in found:
-            if score > cut + 1e-4:
+            if score > threshold + 1e-4:
                 same = expected.filter(classes=[name])
                 distances = (same.boxes - torch.tensor(box)).abs().amax(dim=1)
                 assert distances.min() < 1e-2
@@ -123,7 +122,7 @@ def run_example(name, *arguments, folder, python=(sys.executable,)) -> list[str]
 
 
 class Published:
-    """A checkpoint folder in the published format, and the transformers model it was saved from."""
+    """A checkpoint folder in the published format, and the transformers model that was saved there."""
 
     def __init__(self, folder: Path, **options) -> None:
         self.folder = folder
@@ -132,7 +131,7 @@ class Published:
 
 
 def two_images(height=160, width=224, seed=0):
-    """Pixels (2, 3, H, W) and padding (2, H, W): the second image is smaller both ways."""
+    """Return pixels (2, 3, H, W) and padding (2, H, W); the second image is smaller in both dimensions."""
     torch.manual_seed(seed)
     pixels = torch.randn(2, 3, height, width)
     padding = torch.zeros(2, height, width, dtype=torch.bool)
@@ -147,7 +146,7 @@ def pixels_of(batch, height, width):
 
 @torch.no_grad()
 def differences(fast, plain, pixels, padding=None):
-    """Largest ones of logits and boxes between a copy or file, which gives one layer, and the plain model's last."""
+    """Return the largest differences of logits and boxes between a one-layer model and the plain model's last layer."""
     found, expected = fast(pixels, padding), plain(pixels, padding)
     assert found.logits.shape == (1, *expected.logits.shape[1:])
     assert found.boxes.shape == (1, *expected.boxes.shape[1:])
@@ -155,6 +154,6 @@ def differences(fast, plain, pixels, padding=None):
     return [(a[-1] - b[-1]).abs().max().item() for a, b in zip(found, expected, strict=True)]
 
 
-def told(name, metric):
-    """A number of the table on a card."""
+def card_metric(name, metric):
+    """Return a metric from the table of a model card."""
     return float(re.search(rf"^\| {metric} \| ([\d.]+) \|", (WEIGHTS / name / "README.md").read_text(), re.M)[1])

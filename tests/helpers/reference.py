@@ -1,4 +1,4 @@
-"""transformers' outputs at every decoder layer, in the form of ours."""
+"""transformers' outputs at every decoder layer, as this library's Output."""
 
 import re
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from conditional_detr import Output
 
-# Idle by mathematics. Softmax cancels what adds the same to all scores of a query, so key biases do nothing. The first
-# decoder layer's content is zero, so that all its values are the value's bias: whatever attends to them gets the same.
+# Parameters without effect. Softmax cancels a constant added to all scores of a query, so key biases have no effect.
+# The content of the first decoder layer is zero, so that all values equal the value's bias for any attention weights.
 _FIRST = r"decoder\.layers\.0\.self_attention"
 IDLE = re.compile(
     r"(self_attention|cross_attention)\.(\w+_)?key\.bias"
@@ -18,9 +18,9 @@ IDLE = re.compile(
 
 @torch.no_grad()
 def transformers_output(model, pixels: Tensor, padding: Tensor) -> Output:
-    """Run transformers and put its own heads on every decoder layer's state, as its loss does."""
+    """Run transformers and apply its heads to the states of every decoder layer, as its loss does."""
     outputs = model.model(pixels, pixel_mask=(~padding).long(), output_hidden_states=True)
-    *between, last = outputs.decoder_hidden_states[1:]  # the last is normalised already, those before are not
+    *between, last = outputs.decoder_hidden_states[1:]  # only the last is normalised
     states = torch.stack([*map(model.model.decoder.layernorm, between), last])
     points = outputs.reference_points.transpose(0, 1)  # (B, N, 2)
     boxes = model.bbox_predictor(states)
@@ -29,12 +29,12 @@ def transformers_output(model, pixels: Tensor, padding: Tensor) -> Output:
 
 
 def distance(a: Output, b: Output) -> tuple[float, float]:
-    """Largest absolute difference of logits and of boxes."""
+    """Return the largest absolute difference of logits and of boxes."""
     return tuple((x.double() - y.double()).abs().max().item() for x, y in zip(a, b, strict=True))
 
 
 def rounding(model, pixels: Tensor, padding: Tensor) -> tuple[float, float]:
-    """How far transformers in float32 is from itself in float64: logits, boxes."""
+    """Return the distance of transformers in float32 from float64, of logits and of boxes."""
     single = transformers_output(model, pixels, padding)
     double = transformers_output(model.double(), pixels.double(), padding)
     model.float()

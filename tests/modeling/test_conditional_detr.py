@@ -1,4 +1,4 @@
-"""The network against transformers on the same weights, and what an nn.Module must be able to do."""
+"""The network against transformers with the same weights, and its behaviour as an nn.Module."""
 
 import copy
 import pickle
@@ -24,10 +24,10 @@ def output_of(model, pixels, padding=None):
 
 
 def assert_equals_transformers(model, reference):
-    """Every layer's logits and boxes within three times what float32 rounding does to transformers itself."""
+    """Assert that logits and boxes of every layer differ by at most three times transformers' own float32 rounding."""
     pixels, padding = two_images()
     expected = transformers_output(reference, pixels, padding)
-    assert expected.logits[-1].std(dim=1).mean() > 0.02, "the queries are alike, so that nothing is tested"
+    assert expected.logits[-1].std(dim=1).mean() > 0.02, "the queries are too similar to test anything"
     logits, boxes = distance(output_of(model, pixels, padding), expected)
     limits = rounding(reference, pixels, padding)
     assert logits <= 3 * limits[0] < 3e-5
@@ -59,7 +59,7 @@ def test_dilation_halves_the_stride(dc5, r50):
 
 
 def test_reference_points_beyond_the_bound_equal_transformers(tiny):
-    """The authors bound the inverse sigmoid at 1e-5; a reference point driven to the edge shows it."""
+    """The authors clamp the inverse sigmoid at 1e-5, which matters for a reference point at the edge."""
     reference = copy.deepcopy(tiny.transformers)
     model = ConditionalDETR.from_pretrained(tiny.folder)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_reference_points_beyond_the_bound_equal_transformers(tiny):
     assert distance(output_of(model, pixels, padding), expected)[1] < 1e-6
 
 
-def test_output_shapes_are_those_of_the_docstring(model):
+def test_output_shapes_match_the_docstring(model):
     pixels, padding = two_images()
     features, cells = model.backbone(pixels, padding)
     memory, positions = model.encode(features, cells)
@@ -91,14 +91,14 @@ def test_output_shapes_are_those_of_the_docstring(model):
     torch.testing.assert_close(output.logits, model.class_head(f), rtol=0, atol=0)
 
 
-def test_what_stands_under_the_padding_does_not_matter(model):
+def test_values_of_padded_pixels_do_not_change_the_output(model):
     pixels, padding = two_images()
     noisy = torch.where(padding[:, None], torch.tensor(float("nan")), pixels)
     a, b = output_of(model, pixels, padding), output_of(model, noisy, padding)
     assert distance(a, b) == (0, 0)
 
 
-def test_padding_of_nothing_equals_no_padding(model):
+def test_padding_of_no_pixel_equals_no_padding(model):
     pixels, padding = two_images()
     a, b = output_of(model, pixels), output_of(model, pixels, torch.zeros_like(padding))
     assert max(distance(a, b)) < 5e-6
@@ -112,7 +112,7 @@ def test_forward_is_the_same_in_train_and_eval_mode(tmp_path):
     assert distance(output_of(model.train(), pixels, padding), expected) == (0, 0)
 
 
-def test_dropout_acts_while_training_only(model):
+def test_dropout_acts_only_in_training(model):
     pixels, _ = two_images()
     torch.manual_seed(0)
     evaluated, again = output_of(model, pixels), output_of(model, pixels)
@@ -143,7 +143,7 @@ def test_sine_encoding_of_a_map_ends_at_the_last_visible_cell():
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_attention_maps_are_those_the_model_uses(tiny, first):
+def test_attention_maps_equal_those_of_the_forward(tiny, first):
     """The combined map against the weights that transformers' eager attention reports."""
     layer = 0 if first else 2
     reference = copy.deepcopy(tiny.transformers)
@@ -157,7 +157,7 @@ def test_attention_maps_are_those_the_model_uses(tiny, first):
     torch.testing.assert_close(maps.combined.flatten(3), expected, rtol=0, atol=1e-6)
 
 
-def test_attention_maps_multiply_to_the_combined_one(model):
+def test_product_of_attention_maps_is_the_combined_one(model):
     """exp(a + b) = exp(a) exp(b): the combined map is the normalised product of its parts."""
     pixels, padding = two_images()
     with torch.no_grad():
@@ -172,13 +172,13 @@ def test_attention_maps_multiply_to_the_combined_one(model):
 
 
 @pytest.mark.parametrize("layers", [(), (3,), (-4,)])
-def test_attention_maps_of_a_layer_that_is_not_there(model, layers):
+def test_attention_maps_of_a_layer_that_does_not_exist(model, layers):
     with pytest.raises(ValueError, match=r"layers: expected one or more of -3\.\.2, got"):
         model.attention_maps(torch.randn(1, 3, 32, 32), layers=layers)
 
 
 def test_every_trainable_parameter_gets_a_gradient(tiny):
-    model = ConditionalDETR.from_pretrained(tiny.folder)  # in eval mode: dropout would make them uneven
+    model = ConditionalDETR.from_pretrained(tiny.folder)  # in eval mode, without dropout
     output = model(*two_images())
     (output.logits.square().sum() + output.boxes.square().sum()).backward()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -209,7 +209,7 @@ def test_gradients_against_finite_differences(tiny):
     assert (values[0] - values[1]) / 2e-7 == pytest.approx(slope, rel=1e-5)
 
 
-def test_stem_and_first_stage_do_not_train_and_batch_norm_is_frozen():
+def test_stem_first_stage_and_batch_norm_are_frozen():
     """Of ResNet-50's 53 convolutions the stem and the ten of the first stage are frozen, as in the authors' code."""
     backbone = ConditionalDETR(Config(encoder_layers=0, decoder_layers=1)).backbone
     trains = {name: p.requires_grad for name, p in backbone.named_parameters()}
@@ -248,16 +248,19 @@ def test_any_convolutional_backbone_at_any_stage(name, stage, channels, stride, 
     [
         (
             {"backbone": "resnet5O"},
-            r"backbone: got 'resnet5O', expected the name of a timm model.*did you mean resnet",
+            r"backbone: expected the name of a timm model.*got 'resnet5O'; did you mean resnet",
         ),
-        ({"backbone": "swin_tiny_patch4_window7_224", "backbone_stage": 3}, "takes images of one size only"),
+        ({"backbone": "swin_tiny_patch4_window7_224", "backbone_stage": 3}, "which has a fixed input size"),
         ({"backbone": "mambaout_femto", "backbone_stage": 3}, "channels-last"),
-        ({"backbone_stage": 5}, "timm cannot give stage 5 of 'resnet50'"),
+        ({"backbone_stage": 5}, "timm cannot build stage 5 of 'resnet50'"),
         ({"backbone": "resnet18", "backbone_stage": 1, "dilation": True}, "resnet18"),
-        ({"backbone": "hrnet_w18", "backbone_stage": 3}, "stem and first stage cannot be told"),
+        (
+            {"backbone": "hrnet_w18", "backbone_stage": 3},
+            "expected a backbone whose stem and first stage can",
+        ),
     ],
 )
-def test_a_backbone_that_cannot_serve(options, message):
+def test_unsupported_backbones(options, message):
     with pytest.raises(ValueError, match=message):
         ConditionalDETR(Config(**options))
 
@@ -278,7 +281,7 @@ def test_a_backbone_that_cannot_serve(options, message):
         ({"depth": 6}, TypeError, "depth"),
     ],
 )
-def test_a_config_that_makes_no_sense(options, error, message):
+def test_invalid_config(options, error, message):
     with pytest.raises(error, match=message):
         Config(**options)
 
@@ -286,7 +289,7 @@ def test_a_config_that_makes_no_sense(options, error, message):
 @pytest.mark.parametrize(
     ("pixels", "padding", "error", "message"),
     [
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), None, TypeError, "got torch.uint8; Detector takes images"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), None, TypeError, "got torch.uint8; use Detector for images"),
         ("street.jpg", None, TypeError, "pixels: expected a normalised floating point tensor .*, got str"),
         (torch.zeros(3, 8, 8), None, ValueError, r"pixels: expected \(B, 3, H, W\).*got \(3, 8, 8\)"),
         (torch.zeros(1, 8, 8, 3), None, ValueError, r"got \(1, 8, 8, 3\)"),
@@ -295,12 +298,12 @@ def test_a_config_that_makes_no_sense(options, error, message):
         (torch.zeros(1, 3, 8, 8), torch.zeros(8, 8, dtype=torch.bool), ValueError, r"padding: expected \(1, 8, 8\)"),
     ],
 )
-def test_input_that_makes_no_sense(model, pixels, padding, error, message):
+def test_invalid_input(model, pixels, padding, error, message):
     with pytest.raises(error, match=message):
         model(pixels, padding)
 
 
-def test_a_new_model_scores_the_prior_everywhere():
+def test_a_new_model_scores_the_prior_probability():
     torch.manual_seed(0)
     model = ConditionalDETR(Config(num_classes=3)).eval()
     torch.testing.assert_close(model.class_head.bias.data, torch.full((3,), -4.59512), rtol=0, atol=1e-5)
@@ -308,13 +311,13 @@ def test_a_new_model_scores_the_prior_everywhere():
     torch.testing.assert_close(boxes[..., 2:], torch.full_like(boxes[..., 2:], 0.5))
     encoder, decoder = model.encoder.layers[0].self_attention, model.decoder.layers[0].self_attention
     for weight, bound in [(encoder.query.weight, (6 / 1024) ** 0.5), (decoder.value.weight, (6 / 512) ** 0.5)]:
-        assert bound * 0.999 < weight.abs().max() <= bound, "Xavier's bound, of (3D, D) and of (D, D)"
+        assert bound * 0.999 < weight.abs().max() <= bound, "Xavier's bound for (3D, D) and for (D, D)"
     assert not encoder.output.bias.any()
     assert not decoder.output.bias.any()
 
 
 def test_parameters_and_flops_of_the_papers_table():
-    """44 M parameters and 90 G, the table's; its 90 G are multiply-adds and a mean over COCO's sizes.
+    """The table has 44 M parameters and 90 G; these are multiply-adds, and a mean over COCO's image sizes.
 
     Counted on the meta device: on a CPU some versions of torch's counter miss its fused attention.
     """
@@ -346,7 +349,7 @@ def test_copy_pickle_state_dict_and_dtype(tiny, model, tmp_path):
         assert distance(output_of(model, pixels, padding), expected)[1] < 0.05
 
 
-def test_parts_are_replaced_and_frozen_as_in_any_module(model):
+def test_parts_can_be_replaced_and_frozen(model):
     model = copy.deepcopy(model)
     model.class_head = torch.nn.Linear(32, 2)
     model.encoder.requires_grad_(False)

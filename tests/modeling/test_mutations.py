@@ -1,6 +1,7 @@
-"""The parity test can fail: whatever is taken out of the network, or exchanged in it, shows in its numbers.
+"""Every part removed from the network or exchanged in it makes the parity test fail.
 
-transformers' output is recorded once; every mutant of ours must be further from it than the parity tests allow.
+transformers' output is computed once; every mutant of the network must differ from it by more than the parity tests
+allow.
 """
 
 import itertools
@@ -35,7 +36,7 @@ def ours(tiny):
 
 
 def projections(network) -> dict[str, nn.Module]:
-    """Every layer with a matrix behind the backbone, and the learned queries."""
+    """Return every layer with a matrix after the backbone, and the learned queries."""
     kinds = (nn.Linear, nn.Embedding, nn.Conv2d)
     return {n: m for n, m in network.named_modules() if isinstance(m, kinds) and not n.startswith("backbone")}
 
@@ -46,11 +47,11 @@ def visible(network, images, expected) -> bool:
     return max(logits, boxes) > VISIBLE
 
 
-def test_unchanged_it_passes(ours, images, expected):
+def test_the_unchanged_network_passes(ours, images, expected):
     assert max(distance(ours(*images), expected)) < 3e-5
 
 
-def test_zeroing_any_one_parameter_shows(ours, images, expected):
+def test_zeroing_any_parameter_is_visible(ours, images, expected):
     unseen = []
     for name, parameter in ours.named_parameters():
         if name.startswith("backbone"):
@@ -64,7 +65,7 @@ def test_zeroing_any_one_parameter_shows(ours, images, expected):
     assert {name for name in dict(ours.named_parameters()) if IDLE.search(name)} == set(unseen)
 
 
-def test_swapping_any_two_projections_shows(ours, images, expected):
+def test_swapping_any_two_projections_is_visible(ours, images, expected):
     unseen = []
     pairs = [
         (a, b)
@@ -89,7 +90,7 @@ def transformation_in_every_layer(self, layer, f, p_s):
     return self.transformation(f) * p_s
 
 
-def transformation_alone(self, layer, f, p_s):
+def transformation_only(self, layer, f, p_s):
     return p_s if layer == 0 else self.transformation(f)
 
 
@@ -147,7 +148,7 @@ def decoder_sees_padding(self, f, o_q, p_q, memory, p_k, padding):
     return cross_attention(self, f, o_q, p_q, memory, p_k, None)
 
 
-def sigmoid_left_out(self, o_q):
+def sigmoid_removed(self, o_q):
     points = self.reference_point(o_q)
     return points.sigmoid(), positions_module.sine_of_points(points, o_q.shape[-1])
 
@@ -178,10 +179,10 @@ sine, sine_of_points, sine_of_map = (
 MUTANTS = [
     (decoder.Decoder, "spatial_query", without_transformation),
     (decoder.Decoder, "spatial_query", transformation_in_every_layer),
-    (decoder.Decoder, "spatial_query", transformation_alone),
+    (decoder.Decoder, "spatial_query", transformation_only),
     (decoder.Decoder, "spatial_query", transformation_of_normalised_state),
     (decoder.Decoder, "run", states_normalised_between_layers),
-    (decoder.Decoder, "points", sigmoid_left_out),
+    (decoder.Decoder, "points", sigmoid_removed),
     (decoder.ConditionalCrossAttention, "project_queries", content_only),
     (decoder.ConditionalCrossAttention, "project_queries", spatial_only),
     (decoder.ConditionalCrossAttention, "project_queries", first_layer_without_object_queries),
@@ -200,6 +201,6 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("owner", "name", "mutant"), MUTANTS, ids=lambda x: getattr(x, "__name__", str(x)))
-def test_dropping_any_term_of_the_paper_shows(ours, images, expected, monkeypatch, owner, name, mutant):
+def test_dropping_any_term_of_the_paper_is_visible(ours, images, expected, monkeypatch, owner, name, mutant):
     monkeypatch.setattr(owner, name, mutant)
     assert visible(ours, images, expected)
