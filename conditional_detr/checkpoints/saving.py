@@ -133,18 +133,18 @@ def _checked_state(model: ConditionalDETR, dtype: torch.dtype | None) -> dict[st
     with MetaInit():
         described = ConditionalDETR(model.config, model.metadata).state_dict()
     state = model.state_dict()
-    problems = [f"{name} is missing" for name in described if name not in state]
+    problems = [f"{name}: missing" for name in described if name not in state]
     stored = {}
     for native, tensor in state.items():
         if native not in described or tensor.shape != described[native].shape:
             expected = tuple(described[native].shape) if native in described else "no such parameter"
-            problems.append(f"{native} {tuple(tensor.shape)}: the config has {expected}")
+            problems.append(f"{native}: expected {expected}, got {tuple(tensor.shape)}")
             continue
         stored[native] = tensor.detach().to("cpu", dtype).contiguous()
     infinite = not_finite(stored, [tensor.sum() for tensor in stored.values()])
     problems += [f"{native}: not finite in {stored[native].dtype}" for native in infinite]
     if problems:
-        raise ValueError(f"the model cannot be saved: {abbreviate(problems)}")
+        raise ValueError(f"model: cannot be saved: {abbreviate(problems)}")
     return stored
 
 

@@ -146,7 +146,7 @@ def pixels_of(batch, height, width):
 
 @torch.no_grad()
 def differences(fast, plain, pixels, padding=None):
-    """Return the largest differences of logits and boxes between a one-layer model and the plain model's last layer."""
+    """Return the largest differences of logits and boxes of a one-layer model from the plain model's last layer."""
     found, expected = fast(pixels, padding), plain(pixels, padding)
     assert found.logits.shape == (1, *expected.logits.shape[1:])
     assert found.boxes.shape == (1, *expected.boxes.shape[1:])
