@@ -1,4 +1,4 @@
-"""Everything a person would call an image gives detections; everything else gives one error that names it."""
+"""Images of every kind give detections; everything else raises one error that contains its name."""
 
 import base64
 import io
@@ -37,7 +37,7 @@ def turned() -> bytes:
 
 
 def broken_exif() -> bytes:
-    """Turned, and with a pointer to before the file's start."""
+    """Return a rotated JPEG with an EXIF pointer to before the start of the file."""
     turned = b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00"
     pointer = b"\x87\x69\x00\x09\x00\x00\x00\x01\xdd\x00\x00\x32"
     return encoded(kind="JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x02" + turned + pointer + bytes(4))
@@ -94,46 +94,46 @@ GOOD = {
 @pytest.mark.parametrize("kind", GOOD)
 @pytest.mark.filterwarnings("ignore:.*EXIF", "ignore:.*MaxImagePixels")
 def test_good(detector, kind):
-    found = detector(GOOD[kind], threshold=0.0, top_k=5)
-    assert len(found) == 5
-    assert found.boxes.isfinite().all()
-    assert found.scores.isfinite().all()
-    height, width = found.size
-    assert (found.boxes <= torch.tensor([width, height, width, height])).all()
-    assert found.draw().size == (width, height)
+    detections = detector(GOOD[kind], threshold=0.0, top_k=5)
+    assert len(detections) == 5
+    assert detections.boxes.isfinite().all()
+    assert detections.scores.isfinite().all()
+    height, width = detections.size
+    assert (detections.boxes <= torch.tensor([width, height, width, height])).all()
+    assert detections.draw().size == (width, height)
     if kind == "turned jpeg":
-        assert found.size == (64, 48)
+        assert detections.size == (64, 48)
 
 
 def test_good_files_and_open_files(detector, tmp_path):
     path = tmp_path / "ein Bild ü.jpg"
     path.write_bytes(GOOD["jpeg"])
     with path.open("rb") as file:
-        found = detector([path, str(path), file, io.BytesIO(GOOD["jpeg"])], threshold=0, top_k=3)
-    for other in found[1:]:
-        torch.testing.assert_close(found[0].boxes, other.boxes, rtol=0, atol=1e-2)
+        detections = detector([path, str(path), file, io.BytesIO(GOOD["jpeg"])], threshold=0, top_k=3)
+    for other in detections[1:]:
+        torch.testing.assert_close(detections[0].boxes, other.boxes, rtol=0, atol=1e-2)
         assert other.draw().size == (64, 48)
-    assert found[0].source == found[1].source == path
+    assert detections[0].source == detections[1].source == path
 
 
-def test_a_broken_exif_is_told(detector):
+def test_broken_exif_warns(detector):
     with pytest.warns(UserWarning, match=r"image: the EXIF data cannot be read .*; the image is not rotated"):
         detector(GOOD["jpeg with broken EXIF"])
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    """A part of a PNG."""
+    """Return a chunk of a PNG file."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def swollen() -> bytes:
-    """A PNG with a comment that would fill the memory when it is unpacked."""
+    """Return a PNG with a comment that would fill the memory when it is decompressed."""
     comment = chunk(b"zTXt", b"Comment\x00\x00" + zlib.compress(bytes(10**8)))
     return GOOD["png"][:33] + comment + GOOD["png"][33:]
 
 
 def bomb() -> bytes:
-    """A PNG of 60,000 x 60,000 pixels in a few bytes: its header alone says so."""
+    """Return a small PNG file whose header declares 60,000 x 60,000 pixels."""
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
 
@@ -220,14 +220,14 @@ def test_bad_objects(detector, kind):
 
 
 def test_skipping(detector, tmp_path):
-    """Same length, None in that place, one warning each."""
+    """A skipped image gives None at its position and one warning."""
     (tmp_path / "text.jpg").write_text("hello")
     images = [IMAGE, tmp_path / "text.jpg", RGB[:20], None, RGB]
-    with pytest.warns(UserWarning, match="skipped: ") as told:
-        found = detector(images, threshold=0, top_k=2, on_error="skip")
-    assert [f is None for f in found] == [False, True, False, True, False]
-    assert found[2].size == (20, 64)
-    messages = [str(warning.message) for warning in told]
+    with pytest.warns(UserWarning, match="skipped: ") as warned:
+        detections = detector(images, threshold=0, top_k=2, on_error="skip")
+    assert [d is None for d in detections] == [False, True, False, True, False]
+    assert detections[2].size == (20, 64)
+    messages = [str(warning.message) for warning in warned]
     assert [m.split(":")[:2] for m in messages] == [["skipped", f" {images[1]}"], ["skipped", " images[3]"]]
     with pytest.warns(UserWarning, match="skipped: image: expected a file opened in binary mode"):
         assert detector(io.StringIO(), on_error="skip") is None

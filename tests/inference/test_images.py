@@ -1,4 +1,4 @@
-"""Images of every kind become the pixels that transformers' own processor makes."""
+"""Pixels of images of every kind equal those of transformers' processor."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_pixels_equal_transformers_on_photographs(shared, number):
     "size", [(1, 1), (3, 500), (500, 3), (640, 200), (200, 640), (801, 799), (97, 97), (1400, 30)]
 )
 def test_sizes_equal_transformers(size):
-    """Small limits make the same rounding as 800 and 1333, cheaply."""
+    """Small edges, which are fast, test the same rounding as 800 and 1333."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
     preprocessing = Preprocessing(shortest_edge=97, longest_edge=161, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     expected = transformers_pixels(
@@ -109,7 +109,7 @@ def test_a_palette_with_transparency():
     assert np.array_equal(np.asarray(open_image(image, "image")), expected)
 
 
-def test_exif_orientation_is_honoured(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     image = Image.fromarray(RGB)
     exif = image.getexif()
     exif[0x0112] = 6  # the camera was turned: rows run from right to left
@@ -145,12 +145,12 @@ def test_exif_orientation_is_honoured(tmp_path):
         (Image.fromarray(np.full((2, 2), 70000, np.int32)), ValueError, r"expected 16-bit values 0\.\.65535"),
     ],
 )
-def test_what_is_no_image(image, error, message):
+def test_unsupported_images(image, error, message):
     with pytest.raises(error, match=message):
         open_image(image, "images[0]")
 
 
-def test_files_that_are_no_images(tmp_path):
+def test_a_truncated_file(tmp_path):
     Image.fromarray(np.tile(RGB, (9, 9, 1))).save(tmp_path / "whole.jpg")
     whole = (tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])

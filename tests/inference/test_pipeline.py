@@ -1,4 +1,4 @@
-"""Working ahead and in batches: order, bounds and errors."""
+"""Mapping in threads and in batches: order, bounds and errors."""
 
 import threading
 import time
@@ -8,40 +8,40 @@ import pytest
 from conditional_detr.inference.pipeline import map_in_batches, map_in_threads
 
 
-def test_prepared_in_order_and_no_further_ahead_than_said():
-    drawn, prepared = [], []
+def test_results_are_in_order_and_reading_ahead_is_bounded():
+    read, threads = [], []
 
     def numbers():
         for i in range(20):
-            drawn.append(i)
+            read.append(i)
             yield i
 
-    def prepare(i):
+    def function(i):
         time.sleep(0.002 * (i % 3))
-        prepared.append(threading.current_thread())
+        threads.append(threading.current_thread())
         return i * i
 
     results = []
-    for result in map_in_threads(prepare, numbers(), workers=3, depth=5):
+    for result in map_in_threads(function, numbers(), workers=3, depth=5):
         results.append(result)
-        assert len(drawn) <= len(results) - 1 + 5
+        assert len(read) <= len(results) - 1 + 5
     assert results == [i * i for i in range(20)]
-    assert len(set(prepared)) == 3
-    assert threading.current_thread() not in prepared
+    assert len(set(threads)) == 3
+    assert threading.current_thread() not in threads
 
 
-def test_an_error_comes_at_its_items_turn_and_stops_the_threads():
-    def prepare(i):
+def test_an_error_is_raised_at_its_item_and_stops_the_threads():
+    def function(i):
         return 6 // (3 - i)
 
-    ahead = map_in_threads(prepare, range(9), workers=2, depth=4)
+    ahead = map_in_threads(function, range(9), workers=2, depth=4)
     assert [next(ahead), next(ahead), next(ahead)] == [2, 3, 6]
     with pytest.raises(ZeroDivisionError):
         next(ahead)
     assert not [t for t in threading.enumerate() if t.name.startswith("conditional_detr")]
 
 
-def test_leaving_early_stops_the_threads():
+def test_closing_early_stops_the_threads():
     ahead = map_in_threads(lambda i: i, iter(range(1000)), workers=2, depth=4)
     assert next(ahead) == 0
     ahead.close()
@@ -52,18 +52,18 @@ def test_leaving_early_stops_the_threads():
     "keys", ["", "a", "aaaa", "abababab", "baaaaaaaaaaaaaaaaaa", "abcdefgh", "a-b-a-b", "aabbaabb-c"]
 )
 @pytest.mark.parametrize(("size", "window"), [(1, 1), (2, 4), (3, 12), (8, 8)])
-def test_results_keep_the_items_order(keys, size, window):
+def test_results_are_in_the_order_of_the_items(keys, size, window):
     runs, held = [], 0
 
     def items():
         nonlocal held
-        for place, key in enumerate(keys):
+        for index, key in enumerate(keys):
             held += 1
-            yield place, key
+            yield index, key
 
-    def run(group):
-        runs.append(group)
-        return [place for place, _ in group]
+    def run(batch):
+        runs.append(batch)
+        return [index for index, _ in batch]
 
     results = []
     for result in map_in_batches(
@@ -73,24 +73,24 @@ def test_results_keep_the_items_order(keys, size, window):
         held -= 1
         assert held <= window
     assert results == list(range(len(keys)))
-    assert all(len({key for _, key in group}) == 1 for group in runs)
-    assert all(len(group) <= (1 if group[0][1] == "-" else size) for group in runs)
-    assert sorted(item for group in runs for item in group) == list(enumerate(keys))
+    assert all(len({key for _, key in batch}) == 1 for batch in runs)
+    assert all(len(batch) <= (1 if batch[0][1] == "-" else size) for batch in runs)
+    assert sorted(item for batch in runs for item in batch) == list(enumerate(keys))
 
 
-def test_full_groups_where_the_keys_allow():
+def test_full_batches_where_the_keys_allow():
     runs = []
     keys = "abababab"
 
-    def run(group):
-        runs.append("".join(group))
-        return group
+    def run(batch):
+        runs.append("".join(batch))
+        return batch
 
     list(map_in_batches(keys, lambda key: key, run, batch_size=4, window=8))
     assert runs == ["aaaa", "bbbb"]
 
 
-def test_what_the_callers_iterator_raises_comes_after_all_that_was_drawn():
+def test_an_error_of_the_iterator_is_raised_after_all_earlier_results():
     def broken():
         yield from range(5)
         raise KeyError("camera")

@@ -1,4 +1,4 @@
-"""Images from addresses, base64, bytes and open files: what comes is what was there, or an error names it."""
+"""Images from URLs, base64, bytes and open files: their bytes, or an error that contains the name."""
 
 import base64
 import http.server
@@ -29,7 +29,7 @@ PNG = encoded()
 
 @pytest.fixture(scope="module")
 def server():
-    """A web server that behaves in as many ways as it has paths."""
+    """Start a web server that answers each path in another way, and return its URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -41,7 +41,7 @@ def server():
                         self.wfile.write(b"X: y\r\n")
                         time.sleep(0.05)
                 except OSError:
-                    pass  # the client had enough
+                    pass  # the client has disconnected
                 return
             if path == "moved.png":
                 self.send_response(302)
@@ -67,7 +67,7 @@ def server():
                 else:
                     self.wfile.write(body)
             except OSError:
-                pass  # the client had enough
+                pass  # the client has disconnected
 
         def log_message(self, *_):
             pass
@@ -80,7 +80,7 @@ def server():
 
 
 @pytest.mark.parametrize("path", ["image.png", "moved.png", "an image ü.png", "image.png?size=1&x=%20"])
-def test_an_address(server, path):
+def test_url(server, path):
     assert resolve_source(server + path, "image") == PNG
     assert np.array_equal(np.asarray(open_image(server + path, "image")), RGB)
 
@@ -103,7 +103,7 @@ def test_an_address(server, path):
         ("page", Limits(), ValueError, "page: expected an image, got a web page"),
     ],
 )
-def test_an_address_that_gives_no_image(server, path, limits, error, message):
+def test_url_without_an_image(server, path, limits, error, message):
     start = time.monotonic()
     with pytest.raises(error, match=message) as caught:
         open_image(server + path, "image", limits)
@@ -111,7 +111,7 @@ def test_an_address_that_gives_no_image(server, path, limits, error, message):
     assert time.monotonic() - start < 1.5
 
 
-def test_nobody_answers():
+def test_refused_connection():
     with pytest.raises(OSError, match=r"http://127\.0\.0\.1:9/a\.jpg: the URL cannot be fetched: .*refused"):
         resolve_source("http://127.0.0.1:9/a.jpg", "image")
     with pytest.raises(OSError, match=r"http://\[a\.jpg: the URL cannot be fetched: "):
@@ -166,12 +166,12 @@ def test_bytes_and_open_files(tmp_path):
         ("data:text/plain,hello", ValueError, r"images\[4\]: expected an image, got a text file"),
     ],
 )
-def test_what_is_no_source(image, error, message):
+def test_unsupported_sources(image, error, message):
     with pytest.raises(error, match=message):
         open_image(image, "images[4]")
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_unreadable_files(tmp_path):
     closed = io.BytesIO(PNG)
     closed.close()
     with pytest.raises(OSError, match="image: the open file cannot be read: I/O operation on closed file"):
@@ -181,13 +181,13 @@ def test_files_that_cannot_be_read(tmp_path):
         resolve_source(text, "image")
 
 
-def test_a_short_path_is_no_base64():
-    """This is base64's alphabet, and its bytes are no image."""
+def test_a_short_path_is_not_base64():
+    """The path is valid base64, but its bytes are not an image."""
     path = "photographs/of/the/summer/holidays/beach"
     assert resolve_source(path, "image") == Path(path)
 
 
-def test_names():
+def test_source_names():
     assert source_name("a.jpg", "images[0]") == source_name(Path("a.jpg"), "images[0]") == "a.jpg"
     assert source_name("http://host/a.jpg", "images[0]") == "http://host/a.jpg"
     for image in ["A" * 300, "data:,", b"", RGB, ""]:
