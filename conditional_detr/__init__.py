@@ -1,16 +1,26 @@
-"""Conditional DETR (ICCV 2021, arXiv 2108.06152) as a native PyTorch library."""
+"""Conditional DETR (ICCV 2021, arXiv 2108.06152) as a native PyTorch library.
 
-from conditional_detr.deploy.export import export
-from conditional_detr.deploy.optimize import optimize
-from conditional_detr.inference.detections import Detections
-from conditional_detr.inference.detector import Detector
-from conditional_detr.inference.exported import ExportedModel
-from conditional_detr.inference.sources import Limits
-from conditional_detr.modeling.conditional_detr import AttentionMaps, ConditionalDETR, Config, Output
-from conditional_detr.modeling.metadata import Metadata, Preprocessing
-from conditional_detr.set_prediction.losses import SetLoss
-from conditional_detr.set_prediction.matcher import HungarianMatcher
+Public names are loaded on first use: importing the package alone imports neither torch nor torchvision.
+"""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from conditional_detr.checkpoints.loading import from_pretrained
+    from conditional_detr.deploy.export import export
+    from conditional_detr.deploy.optimize import optimize
+    from conditional_detr.deploy.quantize import quantize
+    from conditional_detr.inference.detections import Detections
+    from conditional_detr.inference.detector import Detector
+    from conditional_detr.inference.exported import ExportedModel
+    from conditional_detr.inference.sources import Limits
+    from conditional_detr.modeling.conditional_detr import AttentionMaps, ConditionalDETR, Config, Output
+    from conditional_detr.modeling.metadata import Metadata, Preprocessing
+    from conditional_detr.set_prediction.losses import SetLoss
+    from conditional_detr.set_prediction.matcher import HungarianMatcher
+
+__version__ = "0.1.0"
 __all__ = [
     "AttentionMaps",
     "ConditionalDETR",
@@ -25,6 +35,39 @@ __all__ = [
     "Preprocessing",
     "SetLoss",
     "export",
+    "from_pretrained",
     "optimize",
+    "quantize",
 ]
-__version__ = "0.1.0"
+
+_MODULES = {
+    "AttentionMaps": "modeling.conditional_detr",
+    "ConditionalDETR": "modeling.conditional_detr",
+    "Config": "modeling.conditional_detr",
+    "Detections": "inference.detections",
+    "Detector": "inference.detector",
+    "ExportedModel": "inference.exported",
+    "HungarianMatcher": "set_prediction.matcher",
+    "Limits": "inference.sources",
+    "Metadata": "modeling.metadata",
+    "Output": "modeling.conditional_detr",
+    "Preprocessing": "modeling.metadata",
+    "SetLoss": "set_prediction.losses",
+    "export": "deploy.export",
+    "from_pretrained": "checkpoints.loading",
+    "optimize": "deploy.optimize",
+    "quantize": "deploy.quantize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name on first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

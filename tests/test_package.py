@@ -1,14 +1,20 @@
 """What holds for the package as a whole: layers, import, public names."""
 
 import ast
-import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import typer
+
 import conditional_detr
+from conditional_detr.cli import app
 
 PACKAGE = Path(conditional_detr.__file__).parent
+COMMANDS = typer.main.get_command(app).commands
 
 # Which packages each package may import; only ``cli`` imports them all.
 ALLOWED = {
@@ -94,23 +100,90 @@ def test_no_module_imports_itself_in_a_circle():
         assert module not in reached, module
 
 
-def test_import_is_fast_and_leaves_the_slow_packages_out():
-    code = """
-import json, sys, time
-import torch, torchvision
-start = time.perf_counter()
-import conditional_detr
-print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))
+def loaded_after(*statements: str) -> set[str]:
+    """Return the modules that are loaded in a fresh interpreter after some statements."""
+    code = "; ".join(("import sys", *statements, "print(*sys.modules)"))
+    return set(subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()[-1].split())
+
+
+SLOW = {"torchvision", "timm", "scipy", "pycocotools", "huggingface_hub", "transformers", "matplotlib", "typer", "PIL"}
+
+
+def test_importing_the_package_loads_nothing_slow():
+    loaded = loaded_after("import conditional_detr")
+    assert loaded.isdisjoint(SLOW | {"torch", "numpy"})
+    assert {name for name in loaded if name.startswith("conditional_detr")} == {"conditional_detr"}
+
+
+def test_importing_the_network_loads_torch_alone():
+    assert loaded_after("from conditional_detr import ConditionalDETR").isdisjoint(SLOW)
+
+
+def test_importing_the_detector_leaves_training_and_evaluation_out():
+    loaded = loaded_after("from conditional_detr import Detector")
+    assert loaded.isdisjoint(SLOW - {"torchvision", "PIL"})
+    packages = {name.split(".")[1] for name in loaded if name.startswith("conditional_detr.")}
+    assert packages == {"modeling", "inference"}
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in sorted(COMMANDS))], ids=" ".join)
+def test_help_loads_no_torch_and_fits_80_columns(command):
+    """And cuts nothing off: rich marks what it cuts with an ellipsis."""
+    code = f"""
+import sys
+from conditional_detr.cli import app
+try:
+    app([*{command!r}, "--help"], prog_name="conditional-detr")
+finally:
+    print("\\n", *sys.modules, sep=" ")
 """
-    runs = [json.loads(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
-    assert min(seconds for seconds, _ in runs) < 0.3
-    slow = {"timm", "scipy", "huggingface_hub", "pycocotools", "transformers", "matplotlib", "typer"}
-    assert slow.isdisjoint(runs[0][1])
+    env = {**os.environ, "COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
+    output = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    help_text, _, loaded = output.rstrip("\n").rpartition("\n")
+    assert set(loaded.split()).isdisjoint(SLOW - {"typer"} | {"torch", "numpy"})
+    assert max(map(len, help_text.splitlines())) <= 80
+    assert "…" not in help_text
+    options = {option for p in COMMANDS[command[0]].params for option in p.opts if not p.hidden} if command else set()
+    assert {option for option in options if option.startswith("--") and option not in help_text} == set()
 
 
-def test_public_names_are_there_and_documented():
+def test_completion_loads_no_torch():
+    """What a shell runs on every press of TAB."""
+    code = "import sys; sys.argv = ['conditional-detr']; from conditional_detr.cli import app; app()"
+    for words, expected in (("conditional-detr ev", "evaluate"), ("conditional-detr detect --thr", "--threshold")):
+        env = {
+            **os.environ,
+            "_CONDITIONAL_DETR_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split()) - 1),
+        }
+        shown = subprocess.run(
+            [sys.executable, "-X", "importtime", "-c", code], env=env, capture_output=True, text=True, check=False
+        )
+        assert shown.stdout.split() == [expected]
+        assert not re.search(r"\| +(torch|torchvision|numpy|PIL)$", shown.stderr, re.MULTILINE)
+
+
+def test_python_dash_m_runs_the_command_line():
+    command = [sys.executable, "-m", "conditional_detr", "--version"]
+    assert subprocess.check_output(command, text=True).strip() == conditional_detr.__version__
+
+
+def test_public_names_resolve_and_are_documented():
+    assert conditional_detr._MODULES.keys() == set(conditional_detr.__all__)
     for name in conditional_detr.__all__:
         assert getattr(conditional_detr, name).__doc__
+    assert set(conditional_detr.__all__) <= set(dir(conditional_detr))
+    with pytest.raises(AttributeError, match="module 'conditional_detr' has no attribute 'Detectr'"):
+        _ = conditional_detr.Detectr
+
+
+def test_editors_see_the_public_names():
+    """The names that type checkers read are those that are loaded on first use, from the same modules."""
+    tree = ast.parse(Path(conditional_detr.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {name.name: node.module for node in block.body for name in node.names}
+    assert seen == {name: f"conditional_detr.{module}" for name, module in conditional_detr._MODULES.items()}
 
 
 def test_version_is_the_packages():

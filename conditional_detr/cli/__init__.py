@@ -1,4 +1,7 @@
-"""The command line: ``conditional-detr``. One file a command."""
+"""The command line: ``conditional-detr``. One file per command.
+
+The files import what a command needs when it runs: ``--help`` and shell completion load neither torch nor torchvision.
+"""
 
 from importlib.metadata import version as version_of
 from typing import Annotated
@@ -17,7 +20,14 @@ from conditional_detr.cli.info import info
 from conditional_detr.cli.quantize import quantize
 from conditional_detr.cli.train import train
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+_PANELS = {
+    "Detect": (detect, attention),
+    "Train and evaluate": (train, evaluate, check_data),
+    "Checkpoints": (info, convert),
+    "Deploy": (export, quantize, benchmark),
+}
 
 
 def _print_version(wanted: bool) -> None:
@@ -32,20 +42,13 @@ def main(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Conditional DETR: detect objects on images, and look after the weights that do it.
+    """Detect objects with Conditional DETR; train, evaluate, convert and export its models.
 
-    Every command ends with 0 if all went well, 1 if something failed on the way, 2 if it could not begin.
+    Exit codes: 0 success; 1 partial failure; 2 usage or setup error; 130 interrupted.
     """
     warn_in_one_line()
 
 
-app.command()(detect)
-app.command()(attention)
-app.command()(train)
-app.command()(evaluate)
-app.command()(check_data)
-app.command()(info)
-app.command()(convert)
-app.command()(export)
-app.command()(quantize)
-app.command()(benchmark)
+for _panel, _commands in _PANELS.items():
+    for _command in _commands:
+        app.command(rich_help_panel=_panel)(_command)

@@ -1,4 +1,4 @@
-"""``conditional-detr attention``: where the model looks for an object, the paper's figure 1."""
+"""``conditional-detr attention``: draw where the model attends, the paper's figure 1."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,40 +6,43 @@ from typing import Annotated
 import typer
 
 from conditional_detr.cli.console import AUTO, one_line_errors, out, pick_device
-from conditional_detr.inference.detector import PUBLISHED, Detector
+from conditional_detr.cli.options import SOURCE
 from conditional_detr.inference.listing import list_images
+from conditional_detr.modeling.metadata import PUBLISHED
 from conditional_detr.system.atomic_files import write_atomically
 
 
 def attention(
-    image: Annotated[str, typer.Argument(help="An image's file or http(s) address.", show_default=False)],
-    weights: Annotated[str, typer.Option(help="A folder, a file, or a hub id 'owner/name'.")] = PUBLISHED,
-    which: Annotated[int, typer.Option("--object", help="Which object: 1 is the best one.", min=1)] = 1,
+    image: Annotated[str, typer.Argument(help="An image file or http(s) URL.", show_default=False)],
+    weights: Annotated[str, typer.Option(help=SOURCE, rich_help_panel="Model")] = PUBLISHED,
+    index: Annotated[int, typer.Option("--object", help="Which detection: 1 has the highest score.", min=1)] = 1,
     classes: Annotated[
-        list[str] | None, typer.Option("--class", help="Of this class only; again for more.", show_default="all")
+        list[str] | None, typer.Option("--class", help="Of this class only; repeatable.", show_default="all")
     ] = None,
     layers: Annotated[
         list[int] | None,
-        typer.Option("--layer", help="Decoder layer, from 0 or, from the end, -1; again for more.", show_default="-1"),
+        typer.Option("--layer", help="Decoder layer, from 0, or from -1 at the end; repeatable.", show_default="-1"),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")] = AUTO,
-    output: Annotated[Path, typer.Option(help="Folder for the image that is written.")] = Path("detections"),
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", rich_help_panel="Model")] = AUTO,
+    output: Annotated[Path, typer.Option(help="Folder for the drawing.")] = Path("detections"),
 ) -> None:
-    """Draw where the model looks for an object: a column a head, with its content, spatial and combined attention."""
+    """Draw the cross-attention of one detection: content, spatial and combined maps, a column per head."""
     with one_line_errors():
         if image == "-" or Path(image).is_dir():
             raise ValueError(f"expected one image, got {'standard input' if image == '-' else image}")
         (source, name), *more = list_images([image], output=output).images
         if more:
-            raise ValueError(f"expected one image, got {image}, which means {len(more) + 1}")
+            raise ValueError(f"expected one image, got {image}, which matches {len(more) + 1}")
+        from conditional_detr.inference.detector import Detector
+
         detector = Detector.from_pretrained(weights, device=pick_device(device))
-        found = detector(source, threshold=0, top_k=which, classes=classes)
-        if len(found) < which:
-            raise ValueError(f"--object {which}: expected 1 to {len(found)}, the number of objects")
-        figure = detector.draw_attention(found, which - 1, layers=layers or (-1,))
+        detections = detector(source, threshold=0, top_k=index, classes=classes)
+        if len(detections) < index:
+            raise ValueError(f"--object: expected 1 to {len(detections)}, the number of detections, got {index}")
+        figure = detector.draw_attention(detections, index - 1, layers=layers or (-1,))
         output.mkdir(parents=True, exist_ok=True)
-        path = output / f"{name.name}-attention-{which}.png"
+        path = output / f"{name.name}-attention-{index}.png"
         write_atomically({path: lambda unfinished: figure.save(unfinished, "PNG")})
-    box, score, called = found[which - 1]
-    place = " ".join(f"{value:.1f}" for value in box)
-    out.print(f"{called} {score:.3f} at {place}; drawn in {path}", soft_wrap=True, highlight=False, markup=False)
+    box, score, class_name = detections[index - 1]
+    corners = " ".join(f"{value:.1f}" for value in box)
+    out.print(f"{class_name} {score:.3f} at {corners}; drawn in {path}", soft_wrap=True, highlight=False, markup=False)

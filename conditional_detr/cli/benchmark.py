@@ -7,42 +7,43 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import rich.box
-import rich.table
-import torch
 import typer
 
-from conditional_detr.benchmark.engines import ENGINES, REFERENCE
-from conditional_detr.benchmark.figure import draw
-from conditional_detr.benchmark.growth import measure_scaling
-from conditional_detr.benchmark.measure import available, check, measure
-from conditional_detr.benchmark.report import Report, Table
-from conditional_detr.benchmark.timing import product_rate
-from conditional_detr.benchmark.training import STEP, measure_training, step_peak_memory
-from conditional_detr.checkpoints.loading import checked_device, from_pretrained
-from conditional_detr.cli.console import AUTO, err, one_line_errors, out, pick_device, tell
-from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
+from conditional_detr.cli.console import AUTO, err, one_line_errors, out, pick_device, print_line
 from conditional_detr.system.atomic_files import write_atomically
 
-_SCALING_ENGINES = (REFERENCE, "plain", "optimised", "optimised bf16")
+if TYPE_CHECKING:
+    import rich.table
+    import torch
+
+    from conditional_detr.benchmark.report import Report, Table
+    from conditional_detr.modeling.conditional_detr import ConditionalDETR
+
+_SCALING_ENGINES = ("transformers", "plain", "optimised", "optimised bf16")
 
 
 def benchmark(
     engines: Annotated[
         list[str] | None,
-        typer.Option("--engine", help=f"Engine to time; repeatable. Default: all available of {', '.join(ENGINES)}."),
+        typer.Option(
+            "--engine",
+            help="Engine to time; repeatable. An unknown name lists all engines.",
+            show_default="all that are installed",
+        ),
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="Folder, file, short name or hub id. Default: the untrained published architecture."),
+        typer.Option(
+            help="A folder, a file, a short name, or a hub id.", show_default="the published architecture, untrained"
+        ),
     ] = None,
     height: Annotated[int, typer.Option(min=32, help="Image height in pixels.")] = 800,
     width: Annotated[int, typer.Option(min=32, help="Image width in pixels.")] = 1066,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls per engine.")] = 7,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all")] = None,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Also time other image sizes, batch sizes and thread counts.")
     ] = False,
@@ -54,7 +55,7 @@ def benchmark(
     output: Annotated[
         Path | None, typer.Option(help="Folder for benchmark.md, benchmark.json and benchmark.png.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1.")] = AUTO,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = AUTO,
     peak_memory: Annotated[
         str | None,
         typer.Option(hidden=True, help="Run training steps of this library and print the peak memory in MB."),
@@ -73,6 +74,16 @@ def benchmark(
     images: dict[str, Any] = {"size": (height, width), "batch": batch_size}
     step: dict[str, Any] = {"size": (training_size, training_size), "batch": training_batch_size}
     with one_line_errors():
+        import torch
+
+        from conditional_detr.benchmark.engines import REFERENCE
+        from conditional_detr.benchmark.growth import measure_scaling
+        from conditional_detr.benchmark.measure import check, measure
+        from conditional_detr.benchmark.report import Report
+        from conditional_detr.benchmark.timing import product_rate
+        from conditional_detr.benchmark.training import measure_training, step_peak_memory
+        from conditional_detr.checkpoints.loading import checked_device, from_pretrained
+
         torch_device = checked_device(pick_device(device))
         if threads is not None:
             torch.set_num_threads(threads)
@@ -109,8 +120,12 @@ def benchmark(
             _write(report, output)
 
 
-def _untrained() -> ConditionalDETR:
+def _untrained() -> "ConditionalDETR":
     """Return a randomly initialised model of the published architecture whose boxes depend on the pixels."""
+    import torch
+
+    from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
+
     model = ConditionalDETR(Config())
     last: Any = model.box_head.layers[-1]  # it is initialised to zero
     torch.nn.init.xavier_uniform_(last.weight)
@@ -119,6 +134,9 @@ def _untrained() -> ConditionalDETR:
 
 def _engine_names(engines: list[str] | None, device: str) -> list[str]:
     """Return the names of the engines to time, validated, with the reference first."""
+    from conditional_detr.benchmark.engines import REFERENCE
+    from conditional_detr.benchmark.measure import available, check
+
     names = list(dict.fromkeys(engines)) if engines else available(device)
     for name in names:
         check(name, device)
@@ -131,10 +149,10 @@ def _option(option: str, value: object) -> list[object]:
 
 
 def _warn_skipped(reason: str) -> None:
-    tell(f"warning: skipped: {reason}", style="yellow")
+    print_line(f"warning: skipped: {reason}", style="yellow")
 
 
-def _with_peak_memory(report: Report, arguments: Sequence[object], progress: Callable[[str], None]) -> Report:
+def _with_peak_memory(report: "Report", arguments: Sequence[object], progress: Callable[[str], None]) -> "Report":
     """Measure the peak memory of each library's training step in its own process.
 
     Args:
@@ -145,6 +163,8 @@ def _with_peak_memory(report: Report, arguments: Sequence[object], progress: Cal
     Returns:
         The report with the peak memory.
     """
+    from conditional_detr.benchmark.training import STEP
+
     training = []
     for measurement in report.training:
         if measurement.kind == STEP:
@@ -156,8 +176,7 @@ def _with_peak_memory(report: Report, arguments: Sequence[object], progress: Cal
 
 def _peak_memory(engine: str, arguments: Sequence[object]) -> float | None:
     """Return the peak memory of a training process in MB; if the process fails, warn and return None."""
-    start = "from conditional_detr.cli import app; app()"
-    command = [sys.executable, "-c", start, "benchmark", "--peak-memory", engine, *map(str, arguments)]
+    command = [sys.executable, "-m", "conditional_detr", "benchmark", "--peak-memory", engine, *map(str, arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -166,22 +185,25 @@ def _peak_memory(engine: str, arguments: Sequence[object]) -> float | None:
         if done.returncode == 0:
             return float(done.stdout.split()[-1])
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-    tell(f"warning: {engine}: peak memory was not measured, the process failed: {reason}", style="yellow")
+    print_line(f"warning: {engine}: peak memory was not measured, the process failed: {reason}", style="yellow")
     return None
 
 
-def _print(report: Report) -> None:
+def _print(report: "Report") -> None:
     """Print the tables, the reference engine and the speed of a matrix product."""
     for table in report.tables():
         out.print(_printable(table))
         out.print()
     rates = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in report.rates.items())
     first = report.measurements[0].engine
-    tell(f"Reference: {first}. Matrix product in GFLOP/s: {rates}.", to=out)
+    print_line(f"Reference: {first}. Matrix product in GFLOP/s: {rates}.", to=out)
 
 
-def _printable(table: Table) -> rich.table.Table:
+def _printable(table: "Table") -> "rich.table.Table":
     """Return a rich table that fits 80 columns: without a frame, headings of numbers on two lines."""
+    import rich.box
+    import rich.table
+
     frame: dict[str, Any] = {"show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
     shown = rich.table.Table(title=table.title, box=rich.box.SIMPLE_HEAD, **frame)
     shown.add_column(table.head[0])
@@ -192,8 +214,10 @@ def _printable(table: Table) -> rich.table.Table:
     return shown
 
 
-def _write(report: Report, folder: Path) -> None:
+def _write(report: "Report", folder: Path) -> None:
     """Write the report as Markdown, JSON and an image."""
+    from conditional_detr.benchmark.figure import draw
+
     text = json.dumps(report.to_dict(), indent=2) + "\n"
     write_atomically(
         {
@@ -202,11 +226,13 @@ def _write(report: Report, folder: Path) -> None:
             folder / "benchmark.png": lambda path: draw(report, path),
         }
     )
-    tell(f"wrote benchmark.json, benchmark.md and benchmark.png in {folder}", to=out)
+    print_line(f"wrote benchmark.json, benchmark.md and benchmark.png in {folder}", to=out)
 
 
-def _machine_name(device: torch.device) -> str:
+def _machine_name(device: "torch.device") -> str:
     """Return the names of the processor or GPU and of the torch version."""
+    import torch
+
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()

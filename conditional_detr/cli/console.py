@@ -1,4 +1,4 @@
-"""What the commands share: where they speak, and how they end."""
+"""Output, errors and exit codes that all commands share."""
 
 import os
 import warnings
@@ -7,22 +7,20 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import TextIO
 
-import torch
 import typer
-from PIL import Image
 from rich.console import Console
 
 FAILED = 1
-"""Exit code of a command that did its work in part: some images, for example, could not be read."""
+"""Exit code of partial failure: some images could not be read, for example."""
 
 UNUSABLE = 2
-"""Exit code of a command that could not begin: wrong arguments, weights that do not load."""
+"""Exit code of a usage or setup error: wrong arguments, weights that do not load."""
 
 INTERRUPTED = 130
-"""Exit code of a command that was stopped by Ctrl-C, as shells have it."""
+"""Exit code of a command that Ctrl-C has stopped, as in shells."""
 
 AUTO = "auto"
-"""The device option's default: an accelerator where there is one."""
+"""Default of ``--device``: an accelerator if there is one."""
 
 
 class Precision(str, Enum):
@@ -37,31 +35,33 @@ out = Console()
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def tell(text: str, *, style: str | None = None, to: Console = err) -> None:
-    """Print a line as it is: whatever names stand in it are neither markup nor must they be valid UTF-8."""
+def print_line(text: str, *, style: str | None = None, to: Console = err) -> None:
+    """Print a line verbatim: names in it are not markup, and need not be valid UTF-8."""
     readable = text.encode("utf-8", "backslashreplace").decode("utf-8")
     to.print(readable, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def one_line_errors(code: int = UNUSABLE) -> Iterator[None]:
-    """Turn what our own checks raise, and packages that are missing, into one line on stderr and an exit code."""
+    """Turn errors of input, files and missing packages into one line on stderr and an exit code."""
     try:
         yield
     except (ImportError, OSError, TypeError, ValueError) as error:
-        tell(f"error: {error}", style="red")
+        print_line(f"error: {error}", style="red")
         raise typer.Exit(code) from error
 
 
-def pick_device(wish: str) -> str:
+def pick_device(requested: str) -> str:
     """Return the device to use; under torchrun each process of a machine takes an accelerator of its own."""
-    if wish == AUTO:
-        wish = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if wish == "cuda" else wish
+    import torch
+
+    if requested == AUTO:
+        requested = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if requested == "cuda" else requested
 
 
 def warn_in_one_line() -> None:
-    """Show warnings as a person wants them, without the place in the code."""
+    """Show a warning as one line, without its location in the code."""
 
     def show(
         message: Warning | str,
@@ -71,13 +71,13 @@ def warn_in_one_line() -> None:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        tell(f"warning: {message}", style="yellow")
+        print_line(f"warning: {message}", style="yellow")
 
     warnings.showwarning = show
-    # that a large image "could be a decompression bomb" frightens without need: the limit is an error of its own
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    # PIL's warning of a large image: beyond the limit it is an error, below it only alarms
+    warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
 
 
 def megabytes(size: int) -> str:
-    """Spell out a number of bytes."""
+    """Return a number of bytes as text."""
     return f"{size / 1e6:.1f} MB"

@@ -1,21 +1,20 @@
-"""``conditional-detr evaluate``: COCO's twelve numbers, on the screen and as json."""
+"""``conditional-detr evaluate``: print COCO's twelve metrics, and write them as JSON."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from conditional_detr.cli.console import AUTO, err, one_line_errors, out
-from conditional_detr.cli.models import DEVICE, WEIGHTS, open_detector
-from conditional_detr.evaluation.coco import MAX_DETECTIONS, CocoResult, evaluate_detections
-from conditional_detr.evaluation.coco import evaluate as measure
-from conditional_detr.inference.detector import PUBLISHED
+from conditional_detr.cli.options import DEVICE, WEIGHTS, open_detector
 from conditional_detr.inference.processes import join_processes
+from conditional_detr.modeling.metadata import PUBLISHED
 from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.progress import progress_bar
+
+if TYPE_CHECKING:
+    from conditional_detr.evaluation.coco import CocoResult
 
 _MEANINGS = {
     "AP": "average precision, IoU 0.50 to 0.95",
@@ -24,7 +23,7 @@ _MEANINGS = {
     "APs": "average precision, objects under 32 x 32 pixels",
     "APm": "average precision, objects between",
     "APl": "average precision, objects over 96 x 96 pixels",
-    "AR1": "average recall, 1 detection of a class an image",
+    "AR1": "average recall, 1 detection per class and image",
     "AR10": "average recall, 10 detections",
     "AR100": "average recall, 100 detections",
     "ARs": "average recall, objects under 32 x 32 pixels",
@@ -34,27 +33,31 @@ _MEANINGS = {
 
 
 def evaluate(
-    data: Annotated[Path, typer.Option(help="COCO's json of the data set.")],
-    images: Annotated[Path | None, typer.Option(help="The folder of its images, to detect on.")] = None,
-    weights: Annotated[str | None, typer.Option(help=WEIGHTS, show_default=PUBLISHED)] = None,
-    results: Annotated[Path | None, typer.Option(help="Detections in COCO's json, instead of images.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
-    device: Annotated[str, typer.Option(help=DEVICE)] = AUTO,
-    batch_size: Annotated[int, typer.Option(min=1, help="The most images that run together.")] = 8,
+    data: Annotated[Path, typer.Option(help="COCO annotation file of the dataset.")],
+    images: Annotated[Path | None, typer.Option(help="Image folder of the dataset, to detect on.")] = None,
+    weights: Annotated[str | None, typer.Option(help=WEIGHTS, show_default=PUBLISHED, rich_help_panel="Model")] = None,
+    results: Annotated[Path | None, typer.Option(help="COCO results file, to measure instead of --images.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics to this file.")] = None,
+    device: Annotated[str, typer.Option(help=DEVICE, rich_help_panel="Model")] = AUTO,
+    batch_size: Annotated[int, typer.Option(min=1, help="Run at most this many images together.")] = 8,
 ) -> None:
-    """Measure detections on a data set in COCO's twelve numbers, with the 100 best of an image and no threshold.
+    """Measure detections by COCO's twelve metrics.
+
+    The 100 detections with the highest scores of each image count; there is no threshold.
 
     Under torchrun every process detects on its share of the images.
     """
     with one_line_errors():
         if (images is None) == (results is None):
-            raise ValueError("expected either --images, to detect on, or --results, detections that are there")
+            raise ValueError("expected either --images, to detect on, or --results, to measure")
         if weights is not None and results is not None:
-            raise ValueError(f"--weights: nothing is detected where --results are given, got {weights}")
+            raise ValueError(f"--weights: expected none with --results, got {weights}")
         if json_file is not None and not json_file.absolute().parent.is_dir():  # before hours of work, not after
-            raise NotADirectoryError(f"{json_file}: expected a file in a folder that exists, got {json_file.parent}")
+            raise NotADirectoryError(f"{json_file}: expected a file in an existing folder, got {json_file.parent}")
         with join_processes() as (rank, _):
             if results is not None:
+                from conditional_detr.evaluation.coco import evaluate_detections
+
                 result = evaluate_detections(data, results)
             else:
                 result = _detect_and_evaluate(data, Path(images or ""), weights or PUBLISHED, device, batch_size, rank)
@@ -69,12 +72,14 @@ def evaluate(
 
 def _detect_and_evaluate(
     data: Path, images: Path, weights: str, device: str, batch_size: int, rank: int
-) -> CocoResult:
-    """Load the weights, detect and measure, with a progress bar in the first process."""
+) -> "CocoResult":
+    """Load the model, detect and measure, with a progress bar in the first process."""
+    from conditional_detr.evaluation.coco import evaluate
+
     detector = open_detector(weights, device)
     with progress_bar(err, shown=rank == 0) as bar:
         task = bar.add_task("detecting", total=None)
-        return measure(
+        return evaluate(
             detector,
             data,
             images,
@@ -83,20 +88,25 @@ def _detect_and_evaluate(
         )
 
 
-def _show(result: CocoResult) -> None:
-    """Print the twelve numbers, and a table of the classes."""
-    twelve = Table("", "", "", title=f"COCO's measures of boxes: {MAX_DETECTIONS} best detections, no threshold")
+def _show(result: "CocoResult") -> None:
+    """Print the twelve metrics, and a table of the classes."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from conditional_detr.evaluation.coco import MAX_DETECTIONS
+
+    twelve = Table("", "", "", title=f"COCO metrics of boxes: {MAX_DETECTIONS} detections per image, no threshold")
     for name, value in result.metrics.items():
         twelve.add_row(name, _number(value), _MEANINGS[name])
     names = ("AP", "AP50", "AP75", "AR100")
-    classes = Table("class", "id", "objects", *names)
+    classes = Table("class", "id", "annotations", *names)
     for name, of_class in result.per_class.items():
-        numbers = (_number(of_class[measure]) for measure in names)
-        classes.add_row(Text(name), str(of_class["category_id"]), str(of_class["objects"]), *numbers)
+        numbers = (_number(of_class[metric]) for metric in names)
+        classes.add_row(Text(name), str(of_class["category_id"]), str(of_class["annotations"]), *numbers)
     out.print(twelve)
     out.print(classes)
 
 
 def _number(value: float) -> str:
-    """Write a fraction; nothing where there was nothing to measure it on."""
+    """Format a fraction; "-" where there was nothing to measure."""
     return "-" if value < 0 else f"{value:.3f}"

@@ -1,31 +1,26 @@
 """``conditional-detr export``: export a model for torch.export, ONNX Runtime or OpenVINO."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-from conditional_detr.checkpoints.loading import from_pretrained
-from conditional_detr.cli.console import err, megabytes, one_line_errors, out, tell
-from conditional_detr.deploy.export import checked_target, files_of
-from conditional_detr.deploy.export import export as write
-from conditional_detr.inference.exported import Description
+from conditional_detr.cli.console import err, megabytes, one_line_errors, out, print_line
+from conditional_detr.cli.options import OVERWRITE, REVISION, SOURCE, TOP_K
 
-OVERWRITE = "Replace existing files."
+if TYPE_CHECKING:
+    from conditional_detr.inference.exported import Description
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="Checkpoint: folder, file, short name, or hub id 'owner/name'.")],
+    source: Annotated[str, typer.Argument(help=SOURCE)],
     target: Annotated[Path, typer.Argument(help="File to write: .onnx, .xml (OpenVINO) or .pt2 (torch.export).")],
     half: Annotated[bool, typer.Option("--half", help="Export in float16, for GPUs.")] = False,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, help="Include post-processing that keeps this many detections per image.")
-    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help=TOP_K)] = None,
     image: Annotated[
         str | None, typer.Option(help="Image to compare the two models on.", show_default="a generated pattern")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Export a model for any image size and batch size. The exported model runs without this library.
@@ -36,6 +31,12 @@ def export(
     With --top-k it also takes the image sizes and returns corners in pixels, scores and labels.
     """
     with one_line_errors(), err.status("loading") as status:
+        import torch
+
+        from conditional_detr.checkpoints.loading import from_pretrained
+        from conditional_detr.deploy.export import checked_target
+        from conditional_detr.deploy.export import export as write
+
         check_free(checked_target(target), overwrite=overwrite)
         model = from_pretrained(source, revision=revision)
         dtype = torch.float16 if half else torch.float32
@@ -45,15 +46,19 @@ def export(
 
 def check_free(target: Path, *, overwrite: bool) -> None:
     """Raise FileExistsError if the target exists, or the ``.bin`` of an ``.xml``, and must not be overwritten."""
+    from conditional_detr.deploy.export import files_of
+
     existing = [file.name for file in files_of(target) if file.exists()]
     if existing and not overwrite:
         raise FileExistsError(f"{target}: already exists: {', '.join(existing)}; use --overwrite to replace")
 
 
-def report(target: Path, description: Description) -> None:
+def report(target: Path, description: "Description") -> None:
     """Print the size of an exported model and its differences from the original model."""
+    from conditional_detr.deploy.export import files_of
+
     size = sum(file.stat().st_size for file in files_of(target))
-    tell(f"wrote {target} ({description.precision}, {megabytes(size)})", to=out)
+    print_line(f"wrote {target} ({description.precision}, {megabytes(size)})", to=out)
     for parity in description.parity:
         differences = f"logits differ by at most {parity.logits:.1e}, boxes by {parity.boxes:.1e}"
-        tell(f"compared with the model at {parity.height} x {parity.width}: {differences}", to=out)
+        print_line(f"compared with the model at {parity.height} x {parity.width}: {differences}", to=out)

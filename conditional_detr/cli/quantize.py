@@ -4,22 +4,21 @@ import contextlib
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.status import Status
 
-from conditional_detr.checkpoints.loading import from_pretrained
-from conditional_detr.cli.console import FAILED, err, one_line_errors, out, tell
-from conditional_detr.cli.export import OVERWRITE, check_free, report
-from conditional_detr.deploy.optimize import optimize
-from conditional_detr.deploy.quantize import PARTS, check_request
-from conditional_detr.deploy.quantize import quantize as write
-from conditional_detr.evaluation.coco import evaluate
-from conditional_detr.inference.detector import Detector
-from conditional_detr.inference.exported import Description, ExportedModel
+from conditional_detr.cli.console import FAILED, err, one_line_errors, out, print_line
+from conditional_detr.cli.export import check_free, report
+from conditional_detr.cli.options import OVERWRITE, REVISION, SOURCE, TOP_K
 from conditional_detr.inference.listing import list_images
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+    from conditional_detr.inference.detector import Detector
+    from conditional_detr.inference.exported import Description, ExportedModel
+    from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 _FALLBACKS = ((), ("encoder",), ("encoder", "decoder"))  # parts kept in float32, tried until AP is high enough
 
@@ -29,7 +28,7 @@ class _AccuracyError(Exception):
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(help="Checkpoint: folder, file, short name, or hub id 'owner/name'.")],
+    source: Annotated[str, typer.Argument(help=SOURCE)],
     target: Annotated[Path, typer.Argument(help="File to write, .xml; its weights are written to a .bin beside it.")],
     calibration: Annotated[
         list[str], typer.Option(help="Calibration images, representative of later input: files, folders or globs.")
@@ -42,13 +41,11 @@ def quantize(
     ] = 0.005,
     keep: Annotated[
         list[str] | None,
-        typer.Option(help=f"Part to keep in float32 ({', '.join(PARTS)}), repeatable; no other part is tried."),
+        typer.Option(help="Part to keep in float32: backbone, encoder or decoder; repeatable. No other is tried."),
     ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, help="Include post-processing that keeps this many detections per image.")
-    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help=TOP_K)] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the calibration images.")] = 0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Quantise a model to int8 for OpenVINO, for fast inference on CPUs.
@@ -60,6 +57,10 @@ def quantize(
     Exit codes: 0 success; 1 AP loss too large; 2 usage or setup error.
     """
     with one_line_errors(), err.status("loading") as status:
+        from conditional_detr.checkpoints.loading import from_pretrained
+        from conditional_detr.deploy.quantize import check_request
+        from conditional_detr.deploy.quantize import quantize as write
+
         check_free(check_request(target, keep or ()), overwrite=overwrite)  # before AP is measured
         if (data is None) != (images is None):
             raise ValueError("expected both --data and --images, to measure AP, or neither")
@@ -88,35 +89,44 @@ class _AccuracyCheck:
         status: the status line that shows progress.
     """
 
-    def __init__(self, model: ConditionalDETR, data: Path, images: Path, max_loss: float, status: Status) -> None:
+    def __init__(self, model: "ConditionalDETR", data: Path, images: Path, max_loss: float, status: "Status") -> None:
+        from conditional_detr.deploy.optimize import optimize
+        from conditional_detr.inference.detector import Detector
+
         self.data, self.images, self.max_loss, self.status = data, images, max_loss, status
         self.before = self._ap(Detector(optimize(model)), "float32")
         if self.before < 0:
             raise ValueError(f"{data}: expected annotations to measure AP on, got none")
         self.tried: list[float] = []
 
-    def __call__(self, exported: ExportedModel) -> Mapping[str, Any]:
+    def __call__(self, exported: "ExportedModel") -> Mapping[str, Any]:
         """Return the AP before and after; raise _AccuracyError if the loss is too large."""
+        from conditional_detr.inference.detector import Detector
+
         after = self._ap(Detector(exported), "int8")
         self.tried.append(after)
         if not self.before - after <= self.max_loss:
-            tell(f"AP {self.before:.4f} before, {after:.4f} after: lost more than {self.max_loss}", style="yellow")
+            print_line(
+                f"AP {self.before:.4f} before, {after:.4f} after: lost more than {self.max_loss}", style="yellow"
+            )
             raise _AccuracyError
         return {"AP": {"float32": self.before, "int8": after, "data": self.data.name}}
 
-    def _ap(self, detector: Detector, precision: str) -> float:
+    def _ap(self, detector: "Detector", precision: str) -> float:
+        from conditional_detr.evaluation.coco import evaluate
+
         def show(done: int, total: int) -> None:
             self.status.update(f"AP in {precision}: {done} of {total} images")
 
         return evaluate(detector, self.data, self.images, progress=show).metrics["AP"]
 
 
-def _report(target: Path, description: Description | None, check: _AccuracyCheck | None) -> None:
+def _report(target: Path, description: "Description | None", check: _AccuracyCheck | None) -> None:
     """Print the exported model and its AP; exit with FAILED if nothing was written."""
     if description is None:
         assert check is not None  # only its error is suppressed
         best = max(check.tried)
-        tell(
+        print_line(
             f"error: {target}: not written: AP was {check.before:.4f} before and at best {best:.4f} after,"
             f" lost more than {check.max_loss}; try more calibration images, --keep backbone,"
             " or a larger --max-loss",
@@ -125,8 +135,8 @@ def _report(target: Path, description: Description | None, check: _AccuracyCheck
         raise typer.Exit(FAILED)
     report(target, description)
     kept = ", ".join(description.measured["calibration"]["also in float"]) or "none"
-    tell(f"parts kept in float32: {kept}", to=out)
+    print_line(f"parts kept in float32: {kept}", to=out)
     if check is None:
-        tell("AP was not measured; use --data and --images to measure it", to=out)
+        print_line("AP was not measured; use --data and --images to measure it", to=out)
     else:
-        tell(f"AP {check.before:.4f} before, {check.tried[-1]:.4f} after, on {check.data.name}", to=out)
+        print_line(f"AP {check.before:.4f} before, {check.tried[-1]:.4f} after, on {check.data.name}", to=out)

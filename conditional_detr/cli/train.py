@@ -124,7 +124,12 @@ def train(
         ),
     ] = False,
     preset: Annotated[
-        Preset, typer.Option(help="Defaults of the options below.", rich_help_panel=_OPTIMIZER)
+        Preset,
+        typer.Option(
+            metavar="<preset>",
+            help="Defaults of these options: from_scratch, finetune or finetune_small.",
+            rich_help_panel=_OPTIMIZER,
+        ),
     ] = Preset.FINETUNE_SMALL,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.", rich_help_panel=_OPTIMIZER)] = None,
     batch_size: Annotated[
@@ -154,7 +159,7 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.", rich_help_panel=_OPTIMIZER)] = 0,
     autocast: Annotated[
-        Precision, typer.Option(help="Precision of the forward pass.", rich_help_panel=_SPEED)
+        Precision, typer.Option(help="Precision of the forward pass.", rich_help_panel=_OPTIMIZER)
     ] = Precision.FLOAT32,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Use less memory and more time.", rich_help_panel=_SPEED)

@@ -1,4 +1,4 @@
-"""Images in, detections out."""
+"""Detect objects on images: open, preprocess, run the model, post-process."""
 
 import os
 import warnings
@@ -35,15 +35,15 @@ from conditional_detr.inference.sources import (
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.detection_model import DetectionModel
 from conditional_detr.modeling.layers import evaluation_mode
+from conditional_detr.modeling.metadata import PUBLISHED
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-PUBLISHED = "microsoft/conditional-detr-resnet-50"
 IMAGE_ERRORS = (OSError, TypeError, ValueError)
-"""What opening an image raises, for whatever is wrong with it."""
+"""The exceptions that opening an image raises."""
 
-_WINDOW = 4  # batches that an image of a rare shape waits for others of its shape
+_WINDOW = 4  # how many batches an image of a rare shape waits for others of its shape
 
 
 class _Options(TypedDict, total=False):
@@ -65,21 +65,23 @@ class _Prepared(NamedTuple):
 
 
 class Detector:
-    """A model with everything around it: from images of any kind and size to named boxes.
+    """Detect objects on images of any kind and size.
 
     Args:
-        model: the model, or an exported file; its metadata says how images are prepared and what the classes are
-            called. Where it is and in which mode stays as it is; one in train mode is set to eval mode while it runs,
-            so it must not run in several threads at once.
-        limits: how long fetching an image's address may take, and how large the file may be.
+        model: the network, its optimised copy, or an exported model. Its metadata has the preprocessing and the class
+            names. The model stays on its device. A model in train mode is set to eval mode while it runs, so it must
+            not run in several threads at once.
+        limits: timeout and largest file size for images that are given as URLs.
 
     Raises:
-        TypeError: neither a ConditionalDETR nor an ExportedModel.
+        TypeError: ``model`` is no :class:`~conditional_detr.modeling.detection_model.DetectionModel`.
     """
 
     def __init__(self, model: DetectionModel, *, limits: Limits = DEFAULT_LIMITS) -> None:
         if not isinstance(model, DetectionModel):
-            raise TypeError(f"model: expected a ConditionalDETR or an ExportedModel, got {type(model).__name__}")
+            raise TypeError(
+                f"model: expected a ConditionalDETR, its optimised copy or an ExportedModel, got {type(model).__name__}"
+            )
         self.model = model
         self.limits = limits
 
@@ -90,7 +92,7 @@ class Detector:
 
     @classmethod
     def from_file(cls, path: str | Path, **options: Any) -> "Detector":
-        """Open an exported file: see :class:`conditional_detr.inference.exported.ExportedModel`."""
+        """Open an exported model: see :class:`conditional_detr.inference.exported.ExportedModel`."""
         return cls(ExportedModel(path, **options))
 
     @overload  # a string is also a sequence of strings: the first match, one image, is meant
@@ -130,28 +132,27 @@ class Detector:
     ) -> Any:
         """Detect objects on one image or on many.
 
-        Images that come out at the same size run together, others apart: none is ever padded, so a list gives what
-        its images give one by one. Opening and resizing run in threads, ahead of the model.
+        Images of the same size after resizing run together in a batch. Images are never padded, so a list gives the
+        same detections as its images one by one. Opening and resizing run in threads, ahead of the model.
 
         Args:
-            images: a path, http(s) address, data URI, base64, bytes, open binary file, PIL image, array or tensor:
-                see :data:`conditional_detr.inference.sources.ImageSource`; or a list, or any iterator, of such.
-            threshold: objects must score above this, in [0, 1].
-            top_k: the most objects an image, the best.
-            classes: names or rows of the classes to report; None: all.
-            batch_size: the most images that run together.
-            on_error: what an image that cannot be opened does: "raise" its error, or "skip" it, with a warning and
-                None in its place.
+            images: a path, http(s) URL, data URI, base64 text, bytes, open binary file, PIL image, array or tensor
+                (see :data:`conditional_detr.inference.sources.ImageSource`); or a list or iterator of these.
+            threshold: report detections with a higher score, in [0, 1].
+            top_k: report at most this many detections per image, those with the highest scores.
+            classes: names or class head rows of the classes to report; None: all.
+            batch_size: run at most this many images together.
+            on_error: "raise" the error of an image that cannot be opened, or "skip" the image with a warning.
 
         Returns:
-            One Detections for one image; a list of them for a list, also of one; for any other iterable an
-            iterator, which draws images a few batches ahead and holds no more than those.
+            Detections for one image. A list of Detections for a list, also of one image. An iterator for any other
+            iterable; it reads a few batches ahead and holds no more images than those. A skipped image gives None.
 
         Raises:
-            OSError: a file or address that cannot be read.
+            OSError: a file or URL that cannot be read.
             TypeError: an image or an argument of the wrong type.
-            ValueError: a file that is no image, a class that the model does not have, a number out of its range; or
-                the model gave values that are not finite.
+            ValueError: a file that is no image, a class that the model does not have, or a number out of range; or
+                the model returns values that are not finite.
         """
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
@@ -171,24 +172,24 @@ class Detector:
     def postprocessing(
         self, *, threshold: float = 0.5, top_k: int = 100, classes: Iterable[str | int] | None = None
     ) -> Postprocessing:
-        """Check what is to be reported against the model's classes; arguments and errors as of a call."""
+        """Return the post-processing for a call with these arguments; raises what the call raises."""
         return make_postprocessing(self.model.metadata.class_names, threshold=threshold, top_k=top_k, classes=classes)
 
     def outcomes(
         self, images: Iterable[ImageSource], postprocessing: Postprocessing, *, batch_size: int = 8
     ) -> Generator[Detections | Exception, None, None]:
-        """Detect objects on many images, in order and in bounded memory; errors of images are given, not raised.
+        """Detect objects on many images, in order and in bounded memory; yield errors instead of raising them.
 
         Args:
-            images: drawn from a few batches ahead.
-            postprocessing: what to report.
-            batch_size: the most images that run together.
+            images: read a few batches ahead.
+            postprocessing: what to report, from :meth:`postprocessing`.
+            batch_size: run at most this many images together.
 
         Returns:
-            For each image its Detections, or the error that opening it raised.
+            A generator with the Detections of each image, or the error that opening it raised.
         """
         workers = min(4, os.cpu_count() or 1)
-        numbered = ((image, f"images[{place}]") for place, image in enumerate(images))
+        numbered = ((image, f"images[{index}]") for index, image in enumerate(images))
         prepared = map_in_threads(self._prepare, numbered, workers=workers, depth=batch_size + workers)
 
         def key(item: _Prepared | Exception) -> tuple[Any, ...] | None:
@@ -200,31 +201,31 @@ class Detector:
             return [*self._run([item for item in items if isinstance(item, _Prepared)], postprocessing)]
 
         with closing(prepared):
-            yield from map_in_batches(prepared, key, run, size=batch_size, window=_WINDOW * batch_size)
+            yield from map_in_batches(prepared, key, run, batch_size=batch_size, window=_WINDOW * batch_size)
 
-    def draw_attention(self, found: Detections, which: int = 0, *, layers: Sequence[int] = (-1,)) -> Image.Image:
-        """Draw where the query of one detection looks: the paper's figure 1.
+    def draw_attention(self, detections: Detections, index: int = 0, *, layers: Sequence[int] = (-1,)) -> Image.Image:
+        """Draw the cross-attention maps of one detection's query: the paper's figure 1.
 
         Args:
-            found: what this detector found on an image; the image is opened anew.
-            which: the place of the detection in it.
+            detections: detections of this detector; the image is opened again.
+            index: index of the detection.
             layers: decoder layers, -L..L-1.
 
         Returns:
-            An image with one column a head (of each layer in turn) and a row each for the content part of the
-            attention, the spatial part, and both combined; every map is scaled to its own maximum.
+            An image with one column per head (of each layer in turn), and one row each for the content part of the
+            attention, the spatial part, and both combined. Each map is scaled to its own maximum.
 
         Raises:
-            IndexError: there is no such detection.
-            OSError: the image's file is gone.
-            ValueError: no layer, or one that the decoder does not have; an exported file, which has no maps.
+            IndexError: no detection has this index.
+            OSError: the image can no longer be read.
+            ValueError: no layer, or one that the decoder does not have; a model without attention maps.
         """
-        box, score, name = found[which]
-        opened = open_image(found.source, "image")
+        box, score, name = detections[index]
+        opened = open_image(detections.source, "image")
         preprocessing = self.model.metadata.preprocessing
         pixels = normalise(resize(opened, preprocessing), preprocessing)[None]
         maps = self._evaluate(lambda x: self.model.attention_maps(x, layers=layers), pixels)
-        query = int(found.queries[which])
+        query = int(detections.queries[index])
         return draw_attention(
             to_pil(opened),
             *(part[0, :, query].float().cpu() for part in maps),
@@ -234,7 +235,7 @@ class Detector:
 
     @staticmethod
     def _settle(outcome: Detections | Exception, on_error: str) -> Detections | None:
-        """Return a result; raise an error, or warn of it."""
+        """Return detections; raise an error, or warn of it and return None."""
         if not isinstance(outcome, Exception):
             return outcome
         if on_error == "raise":
@@ -248,9 +249,9 @@ class Detector:
         return prepared if isinstance(prepared, Exception) else next(self._run([prepared], postprocessing))
 
     def _prepare(self, named: tuple[ImageSource, str]) -> _Prepared | Exception:
-        """Open and resize an image, or return the error of it."""
-        image, place = named
-        name = source_name(image, place)
+        """Open and resize an image, or return the error that this raises."""
+        image, default_name = named
+        name = source_name(image, default_name)
         try:
             source = resolve_source(image, name, self.limits)
             opened = open_image(source, name)
@@ -259,19 +260,19 @@ class Detector:
             return error
 
     def _run(self, group: list[_Prepared], postprocessing: Postprocessing) -> Iterator[Detections]:
-        """Run images of one shape through the model."""
+        """Run the model on images of one shape, and yield their detections."""
         metadata = self.model.metadata
         values = torch.stack([image.values for image in group]).to(self.model.device)  # (B, 3, H, W)
         output = self._evaluate(self.model, normalise(values, metadata.preprocessing))
         logits, boxes = (x[-1].float().cpu() for x in output)  # (B, N, C), (B, N, 4)
         check_head(logits.shape[-1], metadata.class_names)
-        for image, its_logits, its_boxes in zip(group, logits, boxes, strict=True):
-            if not (its_logits.isfinite().all() and its_boxes.isfinite().all()):
-                raise ValueError(f"{image.name}: the model gave logits or boxes that are not finite")
-            chosen, scores, labels, queries = postprocess(its_logits, its_boxes, image.size, postprocessing)
+        for image, image_logits, image_boxes in zip(group, logits, boxes, strict=True):
+            if not (image_logits.isfinite().all() and image_boxes.isfinite().all()):
+                raise ValueError(f"{image.name}: the model returned logits or boxes that are not finite")
+            corners, scores, labels, queries = postprocess(image_logits, image_boxes, image.size, postprocessing)
             rows = labels.tolist()
             yield Detections(
-                boxes=chosen,
+                boxes=corners,
                 scores=scores,
                 labels=labels,
                 names=tuple(str(metadata.class_names[row]) for row in rows),
@@ -283,6 +284,6 @@ class Detector:
 
     @torch.inference_mode()
     def _evaluate(self, function: Any, pixels: Tensor) -> Any:
-        """Apply the model or a part of it in eval mode, where it is, and leave its mode as it was."""
+        """Apply the model, or a method of it, to pixels in eval mode, and restore its mode."""
         with evaluation_mode(self.model):
             return function(pixels.to(self.model.device, self.model.dtype))

@@ -1,4 +1,4 @@
-"""Exported files, read back: what they say of themselves, and a model that runs them."""
+"""Open exported models: their description, and a model that runs them."""
 
 import json
 from collections.abc import Mapping
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from conditional_detr.inference.postprocessing import check_count
-from conditional_detr.inference.runtimes import SUFFIXES, Opened, open_file
+from conditional_detr.inference.runtimes import SUFFIXES, LoadedFile, open_file
 from conditional_detr.modeling.conditional_detr import AttentionMaps, Config, Output, check_input
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
 
-FORMAT = 1  # of a description; another number means that older versions of this library cannot read it
+FORMAT = 2  # of a description; format 1 calls the image "picture"
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an exported file was from the model that it was made from, on one image.
+    """Differences between an exported model and the model it was exported from, on one image.
 
     Attributes:
-        height: of the image's pixels.
-        width: of the image's pixels.
-        logits: largest difference.
-        boxes: largest difference; boxes lie in [0, 1].
+        height: height of the pixels.
+        width: width of the pixels.
+        logits: largest absolute difference of the logits.
+        boxes: largest absolute difference of the boxes, which are in [0, 1].
     """
 
     height: int
@@ -36,18 +36,18 @@ class Parity:
 
 @dataclass(frozen=True)
 class Description:
-    """What an exported file says of itself.
+    """The description that an exported model contains.
 
     Attributes:
         config: the architecture.
         metadata: class names, category ids, preprocessing.
         precision: "float32", "float16" or "int8".
-        top_k: how many detections an image has in the outputs "corners", "scores" and "labels"; None: the file has no
-            post-processing.
-        parity: checked when it was written.
-        image: on which image.
-        versions: of the packages that wrote it.
-        measured: what else was measured of it, such as AP; by name.
+        top_k: number of detections per image in the outputs "corners", "scores" and "labels"; None: the exported model
+            has no post-processing.
+        parity: differences from the original model, measured at export.
+        image: the image they were measured on.
+        versions: versions of the packages that wrote the file.
+        measured: other measurements, such as AP, by name.
     """
 
     config: Config
@@ -60,63 +60,66 @@ class Description:
     measured: Mapping[str, Any]
 
     def to_json(self) -> str:
-        """Return the text that stands in the file."""
-        numbers: Any = {"ensure_ascii": False, "default": lambda number: number.item()}  # numpy's and torch's
-        return json.dumps({"format": FORMAT, **asdict(self)}, **numbers)
+        """Return the description as the JSON text that is stored in the file."""
+        options: Any = {"ensure_ascii": False, "default": lambda number: number.item()}  # of numpy and torch
+        return json.dumps({"format": FORMAT, **asdict(self)}, **options)
 
     @classmethod
     def from_json(cls, text: str) -> "Description":
-        """Read the text.
+        """Parse the JSON text that is stored in a file.
 
         Raises:
-            ValueError: it is damaged, or of a format that this version does not know.
+            ValueError: the text is damaged, or has a format that this version cannot read.
         """
         try:
             content = json.loads(text)
             written = content.pop("format")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError("its description is damaged") from error
+        if written == 1 and "picture" in content:
+            content["image"], written = content.pop("picture"), FORMAT
         if written != FORMAT:
             versions = content.get("versions")
             by = versions.get("conditional-detr", "?") if isinstance(versions, dict) else "?"
             raise ValueError(
                 f"expected a description of format {FORMAT}, got {written!r}, written by conditional-detr {by};"
-                " export the model anew, or update this library"
+                " export the model again, or update this library"
             )
         try:
             metadata = content.pop("metadata")
-            numbers = {**metadata.pop("preprocessing")}
+            preprocessing = {**metadata.pop("preprocessing")}
             for name in ("mean", "std"):
-                numbers[name] = tuple(numbers[name])
+                preprocessing[name] = tuple(preprocessing[name])
             names, ids = tuple(metadata["class_names"]), tuple(metadata["category_ids"])
             config = Config(**content.pop("config"))
             parity = tuple(Parity(**one) for one in content.pop("parity"))
-            return cls(config, Metadata(names, ids, Preprocessing(**numbers)), parity=parity, **content)
+            return cls(config, Metadata(names, ids, Preprocessing(**preprocessing)), parity=parity, **content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"its description is damaged: {error}") from error
 
 
 class ExportedModel(nn.Module):
-    """A model in an exported file. Called as the plain model is, but without padding, and it cannot be trained.
+    """Run an exported model. It is called like the network, but without padding, and cannot be trained.
 
     Args:
-        path: an ``.onnx``, ``.xml`` (OpenVINO; its ``.bin`` lies beside it) or ``.pt2`` (torch.export) file.
-        device: where it runs: "cpu", "cuda:0", or what OpenVINO calls a device, such as "GPU".
-        threads: of the CPU; None: the runtime's choice. Not for ``.pt2``: ``torch.set_num_threads`` is for all.
-        dtype: what an OpenVINO file is computed in where it is not int8, such as ``torch.bfloat16``; None: float32, as
-            it was checked, but for a float16 file on another device than the CPU.
+        path: an ``.onnx``, ``.xml`` (OpenVINO, with its ``.bin`` in the same folder) or ``.pt2`` (torch.export) file.
+        device: the device to run on: "cpu", "cuda:0", or an OpenVINO device such as "GPU".
+        threads: number of CPU threads; None: the runtime decides. For ``.pt2``, use ``torch.set_num_threads``.
+        dtype: precision in which OpenVINO computes what is not int8, such as ``torch.bfloat16``; None: float32, in
+            which the file was checked, or float16 for a float16 file on a device other than the CPU.
 
     Attributes:
-        description: what the file says of itself.
+        description: the description that the file contains.
         metadata: class names, category ids, preprocessing.
         config: the architecture.
-        device: where it takes pixels.
+        device: the device that pixels must be on.
+        dtype: float32, the precision that pixels must have.
 
     Raises:
         ModuleNotFoundError: the runtime is not installed.
         OSError: no such file.
-        ValueError: a file that is damaged, was not written by :func:`conditional_detr.export` or by another version of
-            it; a device, number of threads or precision that the runtime does not have.
+        ValueError: a file that is damaged, or that this version of :func:`conditional_detr.export` did not write; a
+            device, number of threads or precision that the runtime does not have.
     """
 
     def __init__(
@@ -131,7 +134,7 @@ class ExportedModel(nn.Module):
         path = Path(path)
         if threads is not None:
             check_count("threads", threads)
-        self._opened: Opened = open_file(path, device=str(device), threads=threads, dtype=dtype)
+        self._opened: LoadedFile = open_file(path, device=str(device), threads=threads, dtype=dtype)
         try:
             self.description = Description.from_json(self._opened.description)
         except ValueError as error:
@@ -144,7 +147,7 @@ class ExportedModel(nn.Module):
         """Detect objects.
 
         Args:
-            pixels: (B, 3, H, W), normalised as ``metadata.preprocessing`` says, float32.
+            pixels: (B, 3, H, W), normalised by ``metadata.preprocessing``, float32.
             padding: must be None.
 
         Returns:
@@ -156,7 +159,7 @@ class ExportedModel(nn.Module):
         """
         check_input(pixels, padding)
         if padding is not None:
-            raise ValueError("padding: an exported file takes none; run images of one size together")
+            raise ValueError("padding: expected None, as an exported model has no padding; run images of one size together")
         pixels = pixels.detach().to(self.device, torch.float32)
         logits, boxes = self._opened.run(pixels.contiguous())
         return Output(logits[None], boxes[None])
@@ -166,31 +169,31 @@ class ExportedModel(nn.Module):
         raise ValueError("attention maps: an exported model has none; use the model it was exported from")
 
     def train(self, mode: bool = True) -> "ExportedModel":
-        """Raise if it is to train."""
+        """Raise ValueError if ``mode`` is True: an exported model cannot be trained."""
         if mode:
-            raise ValueError("an exported file cannot be trained; train the model that it was made from")
+            raise ValueError("an exported model cannot be trained; train the model it was exported from")
         return super().train(False)
 
     def state_dict(self, *_: Any, **__: Any) -> Any:
-        """Raise: the weights are the file's."""
-        raise ValueError("an exported file has no weights to save; save the model that it was made from")
+        """Raise ValueError: the weights are part of the file."""
+        raise ValueError("an exported model has no weights to save; save the model it was exported from")
 
     def load_state_dict(self, *_: Any, **__: Any) -> Any:
-        """Raise: the weights are the file's."""
-        raise ValueError("an exported file takes no weights; load them into a model and export that")
+        """Raise ValueError: the weights are part of the file."""
+        raise ValueError("an exported model cannot load weights; load them into a model and export it")
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ExportedModel":
-        """Raise: it runs where it was opened, in the precision of the file."""
+        """Raise ValueError: device and precision are fixed when the file is opened."""
         raise ValueError(
-            "an exported file stays on its device and in its precision; open it again on another:"
+            "an exported model stays on its device and in its precision; open it again on another device:"
             " ExportedModel(path, device=device)"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raise, for pickle and for deepcopy."""
-        raise ValueError("an exported file is not copied; open it again")
+        """Raise ValueError: pickle and deepcopy are not supported."""
+        raise ValueError("an exported model cannot be copied; open the file again")
 
 
 def is_exported(name: str | Path) -> bool:
-    """Return whether something is called as exported files are."""
+    """Return whether a name has the suffix of an exported model."""
     return Path(name).suffix.lower() in SUFFIXES

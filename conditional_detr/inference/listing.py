@@ -1,4 +1,4 @@
-"""Which images the command line means: files, folders, globs, addresses, lists on standard input."""
+"""List images: expand files, folders, globs, URLs and lists on standard input."""
 
 import glob
 import os
@@ -6,7 +6,7 @@ import re
 import sys
 import urllib.parse
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -16,71 +16,70 @@ SUFFIXES = frozenset((
     ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".heic", ".heif",
 ))
 # fmt: on
-"""What a file in a folder must end with to be taken for an image."""
+"""Suffixes by which a file in a folder is recognised as an image."""
 
 
-class Input(NamedTuple):
-    """An image to work on.
+class ListedImage(NamedTuple):
+    """An image to process.
 
     Attributes:
-        image: its path or address.
-        output: what its results are called below the output folder, without suffix; no two inputs share it.
+        image: its path or URL.
+        output: path of its results below the output folder, without suffix; no two listed images share it.
     """
 
     image: str
     output: PurePath
 
 
-class Inputs(NamedTuple):
-    """What the arguments came to.
+class Listing(NamedTuple):
+    """The images that arguments stand for.
 
     Attributes:
-        images: in the arguments' order; those of a folder or glob sorted by path.
-        passed_over: how many files in folders do not end as images do.
+        images: in the order of the arguments; those of a folder or glob sorted by path.
+        skipped: number of files in folders whose suffix is none of an image.
     """
 
-    images: list[Input]
-    passed_over: int
+    images: list[ListedImage]
+    skipped: int
 
 
-def list_images(arguments: Sequence[str], *, output: Path) -> Inputs:
-    """Find the images that arguments mean.
+def list_images(arguments: Sequence[str], *, output: str | Path) -> Listing:
+    """List the images that arguments stand for.
 
     Args:
-        arguments: files, folders (with all folders below), globs, http(s) addresses; "-": a file, folder or address
-            each line of standard input. A name that is nothing of these stays, to fail at its turn.
-        output: the folder of results: images in it are none of a folder's or glob's own.
+        arguments: files, folders (with all folders below), globs, http(s) URLs; "-" reads a file, folder or URL from
+            each line of standard input. Any other name is kept, and fails when it is opened.
+        output: the folder of results; folders and globs do not list images in it.
 
     Raises:
-        ValueError: an empty name, a folder or glob without an image, or nothing at all.
+        ValueError: an empty name, a folder or glob without an image, or no argument.
     """
     results = os.path.realpath(output)
-    found: list[tuple[str, PurePath]] = []
-    passed_over = 0
-    for argument, listed in _expand_standard_input(arguments):
+    listed: list[tuple[str, PurePath]] = []
+    skipped = 0
+    for argument, from_stdin in _expand_standard_input(arguments):
         if not argument:
-            raise ValueError("images: expected files, folders, globs or addresses, got an empty name")
+            raise ValueError("images: expected files, folders, globs or URLs, got an empty name")
         if re.match("https?://", argument, re.IGNORECASE):
-            found.append((argument, _name_of_address(argument)))
-        elif _is(argument, os.path.isdir):
+            listed.append((argument, _name_of_url(argument)))
+        elif _check_path(argument, os.path.isdir):
             images, others = _list_folder(argument, results)
-            passed_over += others
-            found += images
+            skipped += others
+            listed += images
             if not images:
-                raise ValueError(f"{argument}: the folder has no images, and {others} other files")
-        elif not listed and glob.has_magic(argument) and not _is(argument, os.path.lexists):
-            found += _list_glob(argument, results)
+                raise ValueError(f"{argument}: expected a folder with images, got one with {others} other files")
+        elif not from_stdin and glob.has_magic(argument) and not _check_path(argument, os.path.lexists):
+            listed += _list_glob(argument, results)
         else:
-            found.append((argument, PurePath(PurePath(argument).name)))
-    if not found:
+            listed.append((argument, PurePath(PurePath(argument).name)))
+    if not listed:
         raise ValueError("images: expected at least one, got none")
-    outputs = _without_doubles(name.with_suffix("") if name.name else name for _, name in found)
-    images_found = [Input(image, name) for (image, _), name in zip(found, outputs, strict=True)]
-    return Inputs(images_found, passed_over)
+    outputs = _make_unique(name.with_suffix("") if name.name else name for _, name in listed)
+    return Listing([ListedImage(image, name) for (image, _), name in zip(listed, outputs, strict=True)], skipped)
 
 
 def _expand_standard_input(arguments: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Give the arguments, "-" replaced by the lines of standard input, and whether they stood there."""
+    """Yield the arguments, with "-" replaced by the lines of standard input, and whether each comes from there."""
     for argument in arguments:
         if argument == "-":
             lines = (line.rstrip("\r\n").removeprefix("\ufeff") for line in sys.stdin)
@@ -89,33 +88,33 @@ def _expand_standard_input(arguments: Sequence[str]) -> Iterator[tuple[str, bool
             yield argument, False
 
 
-def _is(name: str, kind: object) -> bool:
-    """Ask the file system about a name that may be none at all, such as a data URI."""
+def _check_path(name: str, check: Callable[[str], bool]) -> bool:
+    """Return the check of a name that need not be a valid path, such as a data URI."""
     try:
-        return bool(kind(name))  # type: ignore[operator]
+        return check(name)
     except (OSError, ValueError):
         return False
 
 
 def _list_folder(folder: str, results: str) -> tuple[list[tuple[str, PurePath]], int]:
-    """Return the images in a folder and those below it, and the number of other files.
+    """Return the images in a folder and the folders below it, and the number of other files.
 
-    Links to folders are followed, each folder is gone through once.
+    Links to folders are followed; each folder is listed once.
     """
     images, others, seen = [], 0, set()
 
-    def tell(error: OSError) -> None:
-        warnings.warn(f"{error.filename}: the folder cannot be entered: {error.strerror}", stacklevel=2)
+    def warn(error: OSError) -> None:
+        warnings.warn(f"{error.filename}: the folder cannot be read: {error.strerror}", stacklevel=2)
 
-    for place, below, files in os.walk(folder, followlinks=True, onerror=tell):
-        real = os.path.realpath(place)
-        if real in seen or (real == results and place != folder):
+    for current, below, files in os.walk(folder, followlinks=True, onerror=warn):
+        real = os.path.realpath(current)
+        if real in seen or (real == results and current != folder):
             below.clear()
             continue
         seen.add(real)
         below.sort()
         for file in files:
-            path = os.path.join(place, file)  # noqa: PTH118  # a Path each would take most of the time and memory
+            path = os.path.join(current, file)  # noqa: PTH118  # a Path each would take most of the time and memory
             if PurePath(file).suffix.lower() in SUFFIXES:
                 images.append((path, PurePath(os.path.relpath(path, folder))))
             else:
@@ -124,7 +123,7 @@ def _list_folder(folder: str, results: str) -> tuple[list[tuple[str, PurePath]],
 
 
 def _list_glob(pattern: str, results: str) -> list[tuple[str, PurePath]]:
-    """Return the files that match a glob, each once, by their path below the part of it that is fixed.
+    """Return the files that match a glob, each once, named by their path below the fixed part of the pattern.
 
     Raises:
         ValueError: no file matches.
@@ -132,7 +131,7 @@ def _list_glob(pattern: str, results: str) -> list[tuple[str, PurePath]]:
     parts = PurePath(pattern).parts
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     base = PurePath(*parts[:fixed])
-    matches: dict[str, str] = {}  # by the real path: links may lead in circles
+    matches: dict[str, str] = {}  # by the real path: links may form circles
     for match in sorted(glob.glob(pattern, recursive=True)):  # noqa: PTH207  # pathlib takes no absolute patterns
         real = os.path.realpath(match)
         if os.path.isfile(match) and not real.startswith(results + os.sep):  # noqa: PTH113
@@ -142,14 +141,14 @@ def _list_glob(pattern: str, results: str) -> list[tuple[str, PurePath]]:
     return [(match, PurePath(os.path.relpath(match, base))) for match in matches.values()]
 
 
-def _name_of_address(url: str) -> PurePath:
-    """Return the last part of an address's path, without what a file name cannot have."""
+def _name_of_url(url: str) -> PurePath:
+    """Return the last part of a URL's path, without characters that a file name cannot have."""
     name = urllib.parse.unquote(PurePath(urllib.parse.urlsplit(url).path).name)
     return PurePath(re.sub(r"[^\w.-]+", "_", name).strip(".") or "image")
 
 
-def _without_doubles(names: Iterable[PurePath]) -> Iterator[PurePath]:
-    """Number names that come again, also in other letters' case: name, name-2, name-3."""
+def _make_unique(names: Iterable[PurePath]) -> Iterator[PurePath]:
+    """Number repeated names, ignoring case: name, name-2, name-3."""
     taken: set[str] = set()
     numbers: dict[str, int] = {}  # so that many images of one name do not count from 2 each time
     for name in names:

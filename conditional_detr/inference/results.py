@@ -1,84 +1,125 @@
-"""How detections are written: one json file an image, or one growing file of json lines; csv is made from the latter.
+"""Write detections as one JSON file per image, JSON Lines, or CSV.
 
-The name of an image in its file, or in any of the growing files, tells that it is done. A growing file belongs to one
-process.
+An image is done when its name is in its JSON file, or in any of the JSON Lines files. Each process writes a JSON Lines
+file of its own; CSV is made from all of them.
 """
 
 import csv
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
 
-from conditional_detr.inference.detections import Detections
-from conditional_detr.inference.listing import Input
+from conditional_detr.inference.listing import ListedImage
 from conditional_detr.inference.processes import Process
 from conditional_detr.system.atomic_files import write_atomically
+
+if TYPE_CHECKING:
+    from conditional_detr.inference.detections import Detections
 
 _LINES = "detections"
 _COLUMNS = ("image", "name", "score", "x0", "y0", "x1", "y1", "label")
 
 
 class Format(str, Enum):
-    """What ``--format`` takes."""
+    """Formats of results."""
 
     json = "json"
     jsonl = "jsonl"
     csv = "csv"
 
 
-class Records(Protocol):
-    """Where results go, and what is there already."""
+class ResultWriter(ABC):
+    """Write the detections of images; use it as a context manager, or call :meth:`close` in the end.
 
-    def has(self, which: Input) -> bool:
-        """Tell whether the results of an image are there and shall stay."""
+    ``open_results`` makes one.
+    """
 
-    def knows(self, which: Input) -> bool:
-        """Tell whether an earlier run was here and worked on an image."""
+    @abstractmethod
+    def is_done(self, listed: ListedImage) -> bool:
+        """Return whether the results of an image exist and must stay."""
 
-    def write(self, which: Input, found: Detections) -> None:
-        """Write the results of an image, whole or not at all."""
+    @abstractmethod
+    def has_results(self, listed: ListedImage) -> bool:
+        """Return whether an earlier run has written results of an image."""
 
+    @abstractmethod
+    def write(self, listed: ListedImage, detections: "Detections") -> None:
+        """Write the results of an image, completely or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+
+    @abstractmethod
     def close(self) -> list[Path]:
-        """Finish, and return the files that hold all results together."""
+        """Finish the files, and return those that hold the results of all images."""
+
+    def __enter__(self) -> "ResultWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
 
-def open_records(kind: Format, folder: Path, process: Process, *, resume: bool, overwrite: bool) -> Records:
-    """Make ready to write.
+def open_results(
+    format: Format | str,
+    folder: str | Path,
+    process: Process = Process(),  # noqa: B008  # immutable
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> ResultWriter:
+    """Prepare to write results.
+
+    ::
+
+        listing = list_images(["photos"], output="results")
+        with open_results("jsonl", "results") as results:
+            images = (listed.image for listed in listing.images)
+            for listed, detections in zip(listing.images, detector(images)):
+                results.write(listed, detections)
 
     Args:
-        kind: the format.
+        format: "json" writes one file per image, "jsonl" one file with a line per image, "csv" also a table with a
+            row per detection.
         folder: made if missing.
-        process: which of those that share the work this is; all of them must call it.
-        resume: go on where results are; otherwise those of json are written anew and the others must not be there.
-        overwrite: replace whatever is there.
+        process: which of the processes that share the work this is; each of them must call this function.
+        resume: keep existing results and add to them.
+        overwrite: replace existing results. With neither, JSON files are replaced, and an existing JSON Lines file is
+            an error.
 
     Raises:
         OSError: the folder cannot be made or written.
-        ValueError: a file that would have to be overwritten, or that holds something else.
+        ValueError: an unknown format; a file that would be overwritten, or that holds something else.
     """
+    format, folder = Format(format), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if kind is Format.json:
-        return _FileEach(folder, resume=resume, overwrite=overwrite)
-    there = sorted(folder.glob(f"{_LINES}*.jsonl"))
-    process.wait()  # so that no process takes another's new file for an old one
-    if there and not (resume or overwrite):
-        raise ValueError(f"{there[0]}: it is there already; --resume goes on with it, --overwrite replaces it")
+    if format is Format.json:
+        return _JsonFiles(folder, resume=resume, overwrite=overwrite)
+    existing = sorted(folder.glob(f"{_LINES}*.jsonl"))
+    process.wait()  # so that no process takes the new file of another for an old one
+    if existing and not (resume or overwrite):
+        raise ValueError(f"{existing[0]}: already exists; --resume adds to it, --overwrite replaces it")
     if overwrite and process.rank == 0:
-        for path in there:
+        for path in existing:
             path.unlink()
     process.wait()
-    return _Lines(folder, kind, process, there if resume else [])
+    return _JsonLines(folder, format, process, existing if resume else [])
 
 
-def as_json(which: Input, found: Detections) -> dict[str, Any]:
-    """Return an image's results as they are written."""
-    return {"image": which.image, **found.to_dict()}
+def as_json(listed: ListedImage, detections: "Detections") -> dict[str, Any]:
+    """Return the results of an image as they are written."""
+    return {"image": listed.image, **detections.to_dict()}
 
 
-class _FileEach:
+class _JsonFiles(ResultWriter):
     """``NAME.json`` for each image."""
 
     def __init__(self, folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -86,72 +127,72 @@ class _FileEach:
         self.resume = resume
         self.overwrite = overwrite
 
-    def _file(self, which: Input) -> Path:
-        return self.folder / which.output.with_name(f"{which.output.name}.json")
+    def _file(self, listed: ListedImage) -> Path:
+        return self.folder / listed.output.with_name(f"{listed.output.name}.json")
 
-    def has(self, which: Input) -> bool:
-        """Look into the file: by its name alone it might be another image's, or no result at all."""
-        path = self._file(which)
-        if self.overwrite or not self.knows(which):
+    def is_done(self, listed: ListedImage) -> bool:
+        """Read the file: by its name alone it could hold another image's results, or something else."""
+        path = self._file(listed)
+        if self.overwrite or not self.has_results(listed):
             return False
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             image, _ = content["image"], content["detections"]
         except (ValueError, TypeError, KeyError):
             image = None
-        if image != which.image:
-            holds = "something else than detections" if image is None else f"the detections on {image}"
+        if image != listed.image:
+            holds = "something other than detections" if image is None else f"the detections of {image}"
             raise ValueError(
-                f"{path}: expected the place of those on {which.image}, but it holds {holds};"
+                f"{path}: expected the detections of {listed.image}, got a file with {holds};"
                 " --overwrite replaces it, --output names another folder"
             )
         return self.resume
 
-    def knows(self, which: Input) -> bool:
+    def has_results(self, listed: ListedImage) -> bool:
         try:
-            return self._file(which).exists()
-        except OSError:  # a name that is too long fails at its turn
+            return self._file(listed).exists()
+        except OSError:  # a name that is too long fails when it is written
             return False
 
-    def write(self, which: Input, found: Detections) -> None:
-        text = json.dumps(as_json(which, found), indent=2) + "\n"
-        self._file(which).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically({self._file(which): lambda path: path.write_text(text, encoding="utf-8")})
+    def write(self, listed: ListedImage, detections: "Detections") -> None:
+        text = json.dumps(as_json(listed, detections), indent=2) + "\n"
+        self._file(listed).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically({self._file(listed): lambda path: path.write_text(text, encoding="utf-8")})
 
     def close(self) -> list[Path]:
         return []
 
 
-class _Lines:
-    """``detections.jsonl``, a line an image in the order they were done, and, if wanted, a csv made of it."""
+class _JsonLines(ResultWriter):
+    """``detections.jsonl``, one line per image in the order they were finished, and a CSV made from it if wanted."""
 
-    def __init__(self, folder: Path, kind: Format, process: Process, former: list[Path]) -> None:
-        self.kind = kind
+    def __init__(self, folder: Path, format: Format, process: Process, earlier: list[Path]) -> None:
+        self.format = format
         self.process = process
         self.path = folder / f"{_LINES}{f'-{process.rank + 1}-of-{process.size}' if process.size > 1 else ''}.jsonl"
-        if self.path in former:
+        if self.path in earlier:
             _drop_broken_line(self.path)
-        self.done = {line["image"] for path in former for line in _read_lines(path)}
+        self.done = {line["image"] for path in earlier for line in _read_lines(path)}
         self.file: TextIO = self.path.open("a", encoding="utf-8")
 
-    def has(self, which: Input) -> bool:
-        return which.image in self.done
+    def is_done(self, listed: ListedImage) -> bool:
+        return listed.image in self.done
 
-    knows = has
+    has_results = is_done
 
-    def write(self, which: Input, found: Detections) -> None:
+    def write(self, listed: ListedImage, detections: "Detections") -> None:
         try:
-            self.file.write(json.dumps(as_json(which, found)) + "\n")
+            self.file.write(json.dumps(as_json(listed, detections)) + "\n")
             self.file.flush()
         except OSError as error:
             raise OSError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def close(self) -> list[Path]:
-        with suppress(OSError):  # all lines are out, but one that a full disk refused and that was told
+        with suppress(OSError):  # every line was flushed, but one that a full disk refused and that was reported
             self.file.close()
         self.process.wait()
         parts = sorted(self.path.parent.glob(f"{_LINES}*.jsonl"))
-        if self.kind is Format.jsonl:
+        if self.format is Format.jsonl:
             return parts
         table = self.path.with_name(f"{_LINES}.csv")
         if self.process.rank == 0:
@@ -160,17 +201,17 @@ class _Lines:
 
     @staticmethod
     def _write_table(path: Path, parts: list[Path]) -> None:
-        """Write a row an object, of all processes."""
+        """Write one row per detection, of all processes."""
         with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(_COLUMNS)
             for line in (line for part in parts for line in _read_lines(part)):
-                for found in line["detections"]:
-                    rows.writerow((line["image"], found["name"], found["score"], *found["box"], found["label"]))
+                for one in line["detections"]:
+                    rows.writerow((line["image"], one["name"], one["score"], *one["box"], one["label"]))
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Give the results in a file of json lines; what another process is just writing is not yet there."""
+    """Yield the results in a JSON Lines file; skip a last line that another process is still writing."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):
@@ -179,12 +220,12 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 content = json.loads(line)
                 content["image"], content["detections"]
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}, line {number}: expected one image's detections as json") from error
+                raise ValueError(f"{path}, line {number}: expected the detections of one image as JSON") from error
             yield content
 
 
 def _drop_broken_line(path: Path) -> None:
-    """Cut off what a killed process left behind the last line's end."""
+    """Cut off what a killed process has left after the end of the last complete line."""
     with path.open("rb+") as file:
         size = file.seek(0, 2)
         while size:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from conditional_detr import Detector
 from conditional_detr.cli import app
-from conditional_detr.data.synthetic import draw_image, index_in
+from conditional_detr.data.synthetic import draw_image, image_index
 from conditional_detr.inference.listing import list_images
 
 
@@ -46,9 +46,9 @@ def test_demo_finds_the_shapes_that_were_drawn(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert files_in(tmp_path) == [f"detections/{name}" for name in ("demo-image.png", "demo.json", "demo.png")]
     assert len(Detector.from_pretrained("shapes")("detections/demo-image.png")) > 2
-    _, boxes, labels = draw_image(0, index_in("demo", 23))
+    _, boxes, labels = draw_image(0, image_index("demo", 23))
     with Image.open("detections/demo-image.png") as image:
-        assert image.tobytes() == draw_image(0, index_in("demo", 23))[0].tobytes()
+        assert image.tobytes() == draw_image(0, image_index("demo", 23))[0].tobytes()
     written = json.loads(Path("detections/demo.json").read_text())
     found = [(entry["label"], entry["box"]) for entry in written["detections"]]
     for label, box in zip(labels.tolist(), boxes, strict=True):
@@ -80,7 +80,7 @@ def test_demo_takes_other_weights_and_no_images(small, detect, photograph):
     for arguments, got in [(("--demo", photograph), "both"), ((), "neither")]:
         refused = detect(*arguments)
         assert refused.exit_code == 2
-        assert refused.stderr == f"error: images: expected either some or --demo, got {got}\n"
+        assert refused.stderr == f"error: images: expected either images or --demo, got {got}\n"
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_folder_with_all_below_it(detect, folder, tmp_path):
     names = ["a.jpg", "a.json", "b.json", "b.png", "deep/a.json", "deep/a.png", "deep/er/c.json", "deep/er/c.png"]
     assert files_in(tmp_path / "out") == names
     assert "4 images, 308 objects" in result.output
-    assert "passed over files in folders that are no images: 1" in result.stderr
+    assert "skipped files in folders that are no images: 1" in result.stderr
     rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in result.stdout.splitlines() if "│" in line}
     counts = {name: [int(cell) for cell in cells] for name, cells in rows.items() if name.startswith("LABEL")}
     assert counts == {f"LABEL_{i}": [44, 4] for i in range(7)}
@@ -162,7 +162,11 @@ def test_a_bad_image_stops_nothing_and_is_listed(detect, folder, tmp_path):
     [
         (None, ("--threshold", "2"), "error: threshold: expected 0..1, got 2.0"),
         (None, ("--device", "abacus"), "error: device: expected one that this machine has, got 'abacus'"),
-        (None, ("--class", "cow"), "error: classes: got 'cow', expected any of LABEL_0"),
+        (
+            None,
+            ("--class", "cow"),
+            "error: classes: expected names or rows of the model's classes, got 'cow'; the names are LABEL_0, LABEL_1",
+        ),
         ("no*.jpg", (), "error: no*.jpg: no file matches"),
         (".", (), "error: .: the folder has no images, and 0 other files"),
         ("-", (), "error: images: expected at least one, got none"),
@@ -182,7 +186,7 @@ def test_originals_are_never_overwritten(detect, folder):
     before = (folder / "a.jpg").read_bytes()
     result = detect(folder, output=folder)
     assert result.exit_code == 2
-    assert "a.jpg is one of the images and would be overwritten by an annotated copy" in result.stderr
+    assert "a.jpg is one of the input images and would be overwritten by its annotated copy" in result.stderr
     assert (folder / "a.jpg").read_bytes() == before
     assert detect(folder, "--no-draw", output=folder).exit_code == 0
 
@@ -193,7 +197,7 @@ def test_resuming_json_passes_over_what_is_there(detect, folder, tmp_path):
     marked.write_text(marked.read_text().replace('"size"', '"mark": 1, "size"'))
     result = detect(folder, "--resume", "--no-draw")
     assert result.exit_code == 0
-    assert "1 of 4 images are done already" in result.stderr
+    assert "skipped images that already have results: 1 of 4" in result.stderr
     assert "mark" in json.loads(marked.read_text())
     assert len(files_in(tmp_path / "out")) == 4
     assert detect(folder, "--no-draw").exit_code == 0
@@ -215,7 +219,7 @@ def test_what_is_not_this_images_is_never_overwritten(detect, folder, tmp_path, 
     (tmp_path / "out" / "c.png").write_bytes(b"mine")
     image = detect(folder / "deep" / "er" / "c.webp")
     assert image.exit_code == 2
-    assert "c.png: it is there already, and no annotated image of an earlier run" in image.stderr
+    assert "c.png: expected no file, or one that an earlier run has written" in image.stderr
     assert (tmp_path / "out" / "c.png").read_bytes() == b"mine"
     assert detect(folder / "b.png", folder / "deep" / "er" / "c.webp", "--overwrite").exit_code == 0
     assert json.loads((tmp_path / "out" / "b.json").read_text())["image"] == str(folder / "b.png")
@@ -236,7 +240,7 @@ def test_lines_resumed_after_a_kill_are_those_of_one_run(detect, folder, tmp_pat
     (tmp_path / "out" / "detections.jsonl").write_bytes(lines[0] + lines[1][:50])
     refused = detect(folder, "--format", "jsonl", "--no-draw")
     assert refused.exit_code == 2
-    assert "detections.jsonl: it is there already; --resume goes on with it, --overwrite replaces it" in refused.stderr
+    assert "detections.jsonl: already exists; --resume adds to it, --overwrite replaces it" in refused.stderr
     assert detect(folder, "--format", "jsonl", "--no-draw", "--resume").exit_code == 0
     again = [json.loads(line) for line in (tmp_path / "out" / "detections.jsonl").read_bytes().splitlines()]
     assert [line["image"] for line in again] == [json.loads(line)["image"] for line in lines]
@@ -286,7 +290,7 @@ def test_processes_share_the_images(small, detect, folder, tmp_path):
     with (tmp_path / "out" / "detections.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == sum(len(line["detections"]) for line in lines)
     (folder / "aa.jpg").unlink()
-    assert "4 of 4 images are done already" in detect(folder, "--format", "jsonl", "--resume", "--no-draw").stderr
+    assert "skipped images that already have results: 4 of 4" in detect(folder, "--format", "jsonl", "--resume", "--no-draw").stderr
     images = {line["image"] for line in lines}
     assert images == {which.image for which in list_images([str(folder)], output=tmp_path / "out").images}
 
@@ -377,7 +381,7 @@ def test_a_full_disk_stops_with_one_line(detect, folder, tmp_path, monkeypatch):
     assert result.exit_code == 1
     error, told = result.stderr.splitlines()[-2:]
     assert re.fullmatch(r"error: .*\.(jpg|png): cannot be written: No space left on device", error)
-    assert told == "stopped after 0 of 4 images; --resume goes on"
+    assert told == "stopped after 0 of 4 images; --resume continues"
     assert files_in(tmp_path / "out") == []
 
 
@@ -408,7 +412,7 @@ def test_ctrl_c_says_how_to_go_on(small, folder, tmp_path):
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     done = len(files_in(tmp_path / "out"))
-    told = int(re.search(r"interrupted after (\d+) of 1000 images; --resume goes on", stderr)[1])
+    told = int(re.search(r"interrupted after (\d+) of 1000 images; --resume continues", stderr)[1])
     assert done - told in (0, 1), "the signal may come between writing and counting"
     assert "Traceback" not in stderr
     assert all(json.loads((tmp_path / "out" / name).read_text()) for name in files_in(tmp_path / "out"))
@@ -436,7 +440,7 @@ def test_attention(small, photograph, tmp_path):
     assert result.stdout.startswith(f"LABEL_3 {found.scores[1]:.3f} at ")
     refused = run("attention", photograph, "--object", 99, *options)
     assert refused.exit_code == 2
-    assert refused.stderr == "error: --object 99: expected 1 to 11, the number of objects\n"
+    assert refused.stderr == "error: --object: expected 1 to 11, the number of detections, got 99\n"
     refused = run("attention", photograph, *options[:-1], 3)
     assert refused.stderr.startswith("error: layers: expected one or more of -3..2, got (3,)")
 

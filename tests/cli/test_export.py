@@ -51,6 +51,8 @@ def test_nothing_is_overwritten_unasked(written, small, tmp_path):
     (tmp_path / "x.bin").touch()
     refused = run("export", small, tmp_path / "x.xml")
     assert "already exists: x.bin; use --overwrite to replace" in refused.stderr
+    refused = run("export", small, tmp_path / "x.XML")
+    assert "already exists: x.bin; use --overwrite to replace" in refused.stderr
     half = run("export", small, tmp_path / "x.xml", "--half", "--overwrite")
     assert half.exit_code == 0, half.output
     assert (tmp_path / "x.bin").stat().st_size > 0
@@ -60,7 +62,7 @@ def test_nothing_is_overwritten_unasked(written, small, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("x.pth",), "x.pth: expected a file's name that ends in one of .onnx, .xml, .pt2"),
+        (("x.pth",), "x.pth: expected a file name that ends in one of .onnx, .xml, .pt2"),
         (("no/x.onnx",), "no: no such folder"),
         (("x.onnx", "--image", "x.png"), "x.png: no such file"),
     ],

@@ -143,7 +143,7 @@ def test_interrupted(shapes, small, tmp_path, monkeypatch):
     monkeypatch.setattr(RunLogger, "log_step", step_and_interrupt)
     result = run("train", *data_of(shapes, val=False), *SHORT, "--weights", small, "--output", tmp_path)
     assert result.exit_code == 130
-    assert f"interrupted; --resume goes on from {tmp_path / 'last'}" in result.stderr
+    assert f"interrupted; --resume continues from {tmp_path / 'last'}" in result.stderr
     assert len(steps_of(tmp_path)) == 1
 
 

@@ -1,0 +1,29 @@
+"""Help texts that several commands share, and the detector that ``--weights`` and ``--device`` load."""
+
+from typing import TYPE_CHECKING
+
+from conditional_detr.cli.console import AUTO, pick_device
+
+if TYPE_CHECKING:
+    from conditional_detr.inference.detector import Detector
+
+WEIGHTS = "A folder, a file, the name of shipped weights, a hub id 'owner/name', or an exported .onnx, .xml or .pt2."
+SOURCE = "Checkpoint: a folder, a file, the name of shipped weights, or a hub id 'owner/name'."
+REVISION = "Branch, tag or commit on the hub."
+TOP_K = "Include post-processing that keeps this many detections per image."
+OVERWRITE = "Replace existing files."
+DEVICE = "cpu, cuda, cuda:1 or mps. With 'auto', exported models run on the CPU."
+
+
+def open_detector(weights: str, device: str) -> "Detector":
+    """Load a checkpoint or an exported model.
+
+    Raises:
+        OSError, ValueError: as ``Detector.from_pretrained`` and ``Detector.from_file``.
+    """
+    from conditional_detr.inference.detector import Detector
+    from conditional_detr.inference.exported import is_exported
+
+    if is_exported(weights):
+        return Detector.from_file(weights, device="cpu" if device == AUTO else pick_device(device))
+    return Detector.from_pretrained(weights, device=pick_device(device))
