@@ -23,7 +23,7 @@ def replace_heads(
         model: the model.
         class_names: the new classes; rows whose names match are kept, others start at the prior probability. None
             means a row that belongs to no class.
-        num_classes: the number of classes, if they have no names; rows are kept only if it is the present number.
+        num_classes: the number of classes, if they have no names; rows are kept only if it is the current number.
         num_queries: the number of object queries; the leading ones are kept, new ones are initialised at random.
 
     Returns:
@@ -47,9 +47,9 @@ def replace_heads(
         model.metadata = Metadata(names, preprocessing=old.preprocessing)
     kept_queries = min(queries, model.config.num_queries)
     if queries != model.config.num_queries:
-        present = model.object_queries.weight
-        model.object_queries = nn.Embedding(queries, model.config.width, device=present.device)
-        _keep_rows(model.object_queries.weight, present, [*range(kept_queries)])
+        current = model.object_queries.weight
+        model.object_queries = nn.Embedding(queries, model.config.width, device=current.device)
+        _keep_rows(model.object_queries.weight, current, [*range(kept_queries)])
     changes = HeadReplacement(
         kept_classes=_named(name for name, row in zip(names, rows, strict=True) if row is not None),
         new_classes=_named(name for name, row in zip(names, rows, strict=True) if row is None),

@@ -163,7 +163,7 @@ class _Slot(NamedTuple):
 
     module: nn.Module
     name: str
-    tensor: Tensor  # the present one
+    tensor: Tensor  # the current one
 
     def fill(self, tensor: Tensor) -> None:
         """Set the parameter or buffer; ``load_state_dict(assign=True)`` does the same in four times the time."""

@@ -131,13 +131,13 @@ def _checked_state(model: ConditionalDETR, dtype: torch.dtype | None) -> dict[st
         ValueError: a tensor is missing, does not fit the config or is not finite; the message lists all of them.
     """
     with MetaInit():
-        described = ConditionalDETR(model.config, model.metadata).state_dict()
+        expected_state = ConditionalDETR(model.config, model.metadata).state_dict()
     state = model.state_dict()
-    problems = [f"{name}: missing" for name in described if name not in state]
+    problems = [f"{name}: missing" for name in expected_state if name not in state]
     stored = {}
     for native, tensor in state.items():
-        if native not in described or tensor.shape != described[native].shape:
-            expected = tuple(described[native].shape) if native in described else "no such parameter"
+        if native not in expected_state or tensor.shape != expected_state[native].shape:
+            expected = tuple(expected_state[native].shape) if native in expected_state else "no such parameter"
             problems.append(f"{native}: expected {expected}, got {tuple(tensor.shape)}")
             continue
         stored[native] = tensor.detach().to("cpu", dtype).contiguous()
