@@ -143,7 +143,7 @@ def check(name: str, device: str) -> None:
     if device not in engine.devices:
         raise ValueError(f"{name}: expected a device of type {' or '.join(engine.devices)}, got {device}")
     if missing := engine.missing_packages:
-        raise ModuleNotFoundError(f"{name}: requires packages that are not installed: {', '.join(missing)}")
+        raise ModuleNotFoundError(f"{name}: needs packages that are not installed: {', '.join(missing)}")
 
 
 def available(device: str) -> list[str]:

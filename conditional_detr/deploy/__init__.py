@@ -1,1 +1,1 @@
-"""Models made ready to run: optimised in memory, or as files for other runtimes."""
+"""Optimise models for inference, and export and quantise them for other runtimes."""

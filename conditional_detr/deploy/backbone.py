@@ -1,4 +1,4 @@
-"""A backbone without BatchNorm: its statistics become part of the convolutions, ReLU and additions of their kernels."""
+"""Optimise a backbone: fold BatchNorm into the convolutions, and fuse ReLU and additions into their kernels."""
 
 import copy
 import operator
@@ -12,18 +12,18 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
-from conditional_detr.deploy.kernels import Computation, FusedConv, of_any_size
+from conditional_detr.deploy.kernels import Computation, FusedConv, mark_dynamic_size
 
-_ANY_IMAGE = (2, 3, 160, 224)  # large enough that maps of different sizes stay apart
+_EXAMPLE_SHAPE = (2, 3, 160, 224)  # large enough that different feature maps have different sizes
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
 class FastBackbone(nn.Module):
-    """The graph of a backbone, rewritten, which takes float32 pixels and gives maps in its own precision.
+    """Optimised graph of a backbone, which takes float32 pixels and returns feature maps in its own dtype.
 
     Args:
-        backbone: the plain backbone; it stays as it is.
-        computation: what to compute in; oneDNN's kernels compute ReLU and additions with the convolution.
+        backbone: the plain backbone; it is not changed.
+        computation: dtype and kernels; oneDNN's kernels compute ReLU and additions with the convolution.
     """
 
     def __init__(self, backbone: nn.Module, computation: Computation) -> None:
@@ -35,37 +35,37 @@ class FastBackbone(nn.Module):
         if computation.kernels:
             _fuse(graph)
         self.graph = graph
-        apart = computation.kernels and computation.compiled  # the compiler's convolutions are slower than the kernels
-        self._run: Any = torch.compiler.disable(self._maps_of_any_size) if apart else self._maps
+        eager = computation.kernels and computation.compiled  # the compiler's convolutions are slower than the kernels
+        self._run: Any = torch.compiler.disable(self._dynamic_maps) if eager else self._maps
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Map (B, 3, H, W) to the list of maps that the plain backbone gives."""
+        """Return the feature maps of the plain backbone for pixels (B, 3, H, W)."""
         return self._run(pixels)
 
     def _maps(self, pixels: Tensor) -> list[Tensor]:
         return self.graph(pixels.to(dtype=self.dtype, memory_format=torch.channels_last))
 
-    def _maps_of_any_size(self, pixels: Tensor) -> list[Tensor]:
-        return [of_any_size(x) for x in self._maps(pixels)]
+    def _dynamic_maps(self, pixels: Tensor) -> list[Tensor]:
+        return [mark_dynamic_size(x) for x in self._maps(pixels)]
 
 
 class _Tracer(fx.Tracer):
-    """Sees frozen BatchNorm as one thing."""
+    """Tracer that keeps frozen BatchNorm as one node."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, FrozenBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(backbone: nn.Module) -> fx.GraphModule:
-    """Return a backbone as a graph, without what does nothing.
+    """Return the graph of a backbone, without identities.
 
     Raises:
-        ValueError: what the backbone does depends on the pixels, so there is no one graph.
+        ValueError: the control flow of the backbone depends on the pixels.
     """
     try:
         traced = fx.GraphModule(backbone, _Tracer().trace(backbone))
-    except Exception as error:  # of any kind: the backbone's own code runs on proxies
-        raise ValueError(f"backbone: cannot be optimised, for it cannot be traced: {error}") from error
+    except Exception as error:  # of any type: the backbone's own code runs on proxies
+        raise ValueError(f"backbone: expected one that torch.fx can trace, got an error: {error}") from error
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Identity):
             node.replace_all_uses_with(node.args[0])
@@ -73,16 +73,16 @@ def _trace(backbone: nn.Module) -> fx.GraphModule:
     return traced
 
 
-def _module(graph: fx.GraphModule, node: Any, kind: type[nn.Module]) -> Any:
-    """Return the module that a node calls, if it is one of a kind."""
+def _module(graph: fx.GraphModule, node: Any, expected: type[nn.Module]) -> Any:
+    """Return the module that a node calls if it is of the expected type, else None."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
     module = graph.get_submodule(str(node.target))
-    return module if isinstance(module, kind) else None
+    return module if isinstance(module, expected) else None
 
 
 def normalised_convolutions(backbone: nn.Module) -> list[tuple[nn.Conv2d, FrozenBatchNorm2d]]:
-    """Return each convolution whose output goes through a frozen BatchNorm and nowhere else, with that BatchNorm.
+    """Return each convolution whose only consumer is a frozen BatchNorm, with that BatchNorm.
 
     Raises:
         ValueError: the backbone cannot be traced.
@@ -92,13 +92,13 @@ def normalised_convolutions(backbone: nn.Module) -> list[tuple[nn.Conv2d, Frozen
 
 
 def _called_once(graph: fx.GraphModule) -> set[Any]:
-    """Return the names of modules that a graph calls in one place only."""
+    """Return the names of the modules that a graph calls exactly once."""
     calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
-    return {name for name, times in calls.items() if times == 1}
+    return {name for name, number in calls.items() if number == 1}
 
 
 def _pairs(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node, nn.Conv2d, FrozenBatchNorm2d]]:
-    """Give the nodes of a convolution and of the frozen BatchNorm after it, and the two modules."""
+    """Yield the nodes of a convolution and of the frozen BatchNorm after it, and both modules."""
     once = _called_once(graph)
     for node in list(graph.graph.nodes):
         before: Any = node.args[0] if node.args else None
@@ -110,7 +110,7 @@ def _pairs(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node, nn.Conv2d,
 
 
 def _fold_norms(graph: fx.GraphModule) -> None:
-    """Make each frozen BatchNorm part of the convolution before it."""
+    """Fold each frozen BatchNorm into the convolution before it."""
     for before, node, convolution, norm in _pairs(graph):
         statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         weight, bias = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
@@ -121,10 +121,10 @@ def _fold_norms(graph: fx.GraphModule) -> None:
 
 
 def _fuse(graph: fx.GraphModule) -> None:
-    """Let kernels compute what follows a convolution: ReLU, or the addition of a map of its size and then ReLU."""
+    """Fuse each convolution with the ReLU after it, or the addition of a map of the same size, also with ReLU."""
     once = _called_once(graph)
     parameter = next(graph.parameters())
-    ShapeProp(graph).propagate(parameter.new_zeros(_ANY_IMAGE))
+    ShapeProp(graph).propagate(parameter.new_zeros(_EXAMPLE_SHAPE))
     for node in list(graph.graph.nodes):
         convolution = _module(graph, node, nn.Conv2d)
         if convolution is None or node.target not in once or not pads_with_zeros(convolution):
@@ -133,9 +133,9 @@ def _fuse(graph: fx.GraphModule) -> None:
         other = None
         user = _only_user(last)
         if user is not None and user.op == "call_function" and user.target in _ADDITIONS and not user.kwargs:
-            parts = [part for part in user.args if part is not node]
-            if len(parts) == 1 and _shape(node) is not None and _shape(parts[0]) == _shape(node):
-                last, other = user, parts[0]
+            operands = [operand for operand in user.args if operand is not node]
+            if len(operands) == 1 and _shape(node) is not None and _shape(operands[0]) == _shape(node):
+                last, other = user, operands[0]
         user = _only_user(last)
         relu = _module(graph, user, nn.ReLU) is not None
         last = user if relu else last
@@ -145,8 +145,8 @@ def _fuse(graph: fx.GraphModule) -> None:
             fused = graph.graph.call_module(path, (node.args[0], other) if other else (node.args[0],))
         fused.meta = dict(last.meta)
         last.replace_all_uses_with(fused)
-        while last is not node:  # from the last to the convolution
-            before = next(part for part in last.all_input_nodes if part is not other)
+        while last is not node:  # from the last node back to the convolution
+            before = next(operand for operand in last.all_input_nodes if operand is not other)
             graph.graph.erase_node(last)
             last = before
         graph.graph.erase_node(node)
@@ -154,25 +154,25 @@ def _fuse(graph: fx.GraphModule) -> None:
 
 
 def pads_with_zeros(convolution: nn.Conv2d) -> bool:
-    """Return whether a convolution pads, if at all, with zeros and by numbers: only those have fused kernels."""
+    """Return whether a convolution pads with zeros and numeric padding, as fused kernels require."""
     return convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
 
 
 def _shape(node: Any) -> tuple[int, ...] | None:
-    """Return the shape of what a node gives, if it is a tensor of the image that was sent through."""
+    """Return the shape of a node's output for the example image; None: it is not a tensor."""
     meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
     shape = getattr(meta, "shape", None)
     return None if shape is None else tuple(shape)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
-    """Return the one node that uses another; None if there are several."""
+    """Return the only node that uses a node; None if there are several."""
     users = list(node.users)
     return users[0] if len(users) == 1 else None
 
 
 def _finish(graph: fx.GraphModule) -> None:
-    """Compile a changed graph, and leave out the modules that it no longer calls."""
+    """Recompile a changed graph and delete the modules that it no longer calls."""
     graph.graph.lint()
     graph.delete_all_unused_submodules()
     graph.recompile()

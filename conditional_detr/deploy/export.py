@@ -1,9 +1,9 @@
-"""A model as one file that runs without this library: torch.export, ONNX, OpenVINO."""
+"""Export a model to torch.export, ONNX or OpenVINO, to run without this library."""
 
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from conditional_detr.deploy.kernels import Computation
 from conditional_detr.deploy.optimize import OptimizedDETR, check_dtype, check_model
 from conditional_detr.deploy.parity import TOLERANCES, check_parity, compare, parity_pixels
-from conditional_detr.inference.checksums import seal
+from conditional_detr.inference.checksums import append_checksum
 from conditional_detr.inference.exported import Description, ExportedModel
 from conditional_detr.inference.postprocessing import check_count, check_head, named_rows, top_k_detections
-from conditional_detr.inference.runtimes import BOXES, DETECTED, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
+from conditional_detr.inference.runtimes import BOXES, DETECTIONS, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
 from conditional_detr.inference.sources import ImageSource, source_name
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.shutdown import ShutdownRequest
 
-_TRACED = (2, 3, 160, 224)  # no size of any map in it is 1, or equal to another
-_NEEDS = {
-    ".onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),  # the last one to compare
+_TRACE_SHAPE = (2, 3, 160, 224)  # no dimension of any feature map is 1 or equal to another
+_PACKAGES = {  # and the extra that installs them
+    ".onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),
     ".xml": (("openvino",), "openvino"),
     ".pt2": ((), ""),
 }
@@ -44,54 +44,56 @@ def export(
     image: ImageSource | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Description:
-    """Write a model into one file, for images of any size and any number of them.
+    """Export a model for any image size and batch size.
 
-    The file has the input "pixels" (B, 3, H, W), normalised float32, and the outputs "logits" (B, N, C) and "boxes"
-    (B, N, 4) cx cy w h in [0, 1], float32. With ``top_k`` there is post-processing in it: the second input "sizes"
-    (B, 2), int64, height and width of the original images in pixels, and the outputs "corners" (B, K, 4) x0 y0 x1 y1
-    in those pixels, "scores" (B, K) and "labels" (B, K), int64, best first; rows without a class name are left out.
+    The exported model has the input "pixels" (B, 3, H, W), normalised float32, and the outputs "logits" (B, N, C) and
+    "boxes" (B, N, 4) cx cy w h in [0, 1], float32. With ``top_k`` it includes post-processing: the second input
+    "sizes" (B, 2), int64, height and width of the original images in pixels, and the outputs "corners" (B, K, 4)
+    x0 y0 x1 y1 in those pixels, "scores" (B, K) and "labels" (B, K), int64, by descending score. Classes without a
+    name are excluded.
 
-    Before it is moved to its place, the file is run on an image at two sizes, and its logits and boxes are compared
-    with the model's. Class names, preprocessing and the differences stand in it, and ``Detector.from_file`` needs
-    nothing else.
+    Before the target is written, logits and boxes are compared with the model's on an image at two sizes. The exported
+    model contains class names, preprocessing and these differences, so ``Detector.from_file`` needs no other file.
 
     Args:
-        model: the model; it stays as it is.
-        target: "….onnx"; "….xml" for OpenVINO, which gets its weights beside it in "….bin"; "….pt2" for torch.export.
-            Files that are there are replaced.
-        dtype: what to compute in: float32; or float16, for GPUs, where softmax, sines, reference points and the
-            arithmetic of boxes remain in float32.
-        top_k: the most detections an image, for post-processing in the file; None: none.
-        image: what to compare on; None: a pattern that is drawn.
-        progress: told what is being done.
+        model: the model; it is not changed.
+        target: "….onnx"; "….xml" for OpenVINO, whose weights are written beside it to "….bin"; "….pt2" for
+            torch.export. The suffix may be in capitals, except that ".bin" never is. Existing files are replaced.
+        dtype: dtype of the computation: float32; or float16, for GPUs, where softmax, sines, reference points and box
+            arithmetic stay in float32.
+        top_k: largest number of detections per image, to include post-processing; None: no post-processing.
+        image: image to compare the outputs on; None: a generated pattern.
+        progress: called with a description of the current step.
 
     Returns:
-        What stands in the file.
+        The description stored in the exported model.
 
     Raises:
         ModuleNotFoundError: a package for the format is not installed.
-        OSError: the file cannot be written, or the image not read.
-        TypeError: no ConditionalDETR, or a subclass; no dtype.
-        ValueError: another suffix or dtype; a model that was optimised, whose backbone cannot be traced, or whose class
-            head does not fit its class names; the file does not give what the model gives, and was not written.
+        OSError: the file cannot be written, or the image cannot be read.
+        TypeError: the model is not a ConditionalDETR, or is of a subclass; not a dtype.
+        ValueError: an unsupported suffix or dtype; a model that is an optimised copy, whose backbone cannot be traced,
+            or whose class head does not match its class names; outputs that differ from the model's, in which case
+            nothing is written.
     """
     check_model(model)
     check_dtype(dtype, tuple(TOLERANCES))
     target = checked_target(target)
     if top_k is not None:
         check_count("top_k", top_k)
-    images = parity_pixels(image, model.metadata.preprocessing)  # an image that cannot be read is told at once
+    images = parity_pixels(image, model.metadata.preprocessing)  # before tracing, to report an unreadable image early
     progress("tracing")
-    write = writer_of(model, target.suffix, dtype=dtype, top_k=top_k)
-    description = describe(model, target.suffix, precision=str(dtype).removeprefix("torch."), top_k=top_k)
-    named = "drawn" if image is None else source_name(image, "given")
+    suffix = target.suffix.lower()
+    write = make_writer(model, suffix, dtype=dtype, top_k=top_k)
+    description = describe(model, suffix, precision=str(dtype).removeprefix("torch."), top_k=top_k)
+    image_name = "drawn" if image is None else source_name(image, "given")
     with tempfile.TemporaryDirectory() as folder:
-        draft = Path(folder) / target.name
+        draft = draft_of(target, Path(folder))
         write(draft, description)
         progress("comparing with the model")
         parity = compare(ExportedModel(draft), model, images)
         check_parity(parity, TOLERANCES[dtype], target)
-        description = replace(description, parity=parity, image=named)
+        description = replace(description, parity=parity, image=image_name)
         progress("writing")
         write(draft, description)
         move(draft, target)
@@ -99,11 +101,11 @@ def export(
 
 
 class Graph(nn.Module):
-    """What is exported: the optimised copy, with plain tensors in and out.
+    """Module to export: an optimised copy with tensors as inputs and outputs.
 
     Args:
         model: the model.
-        dtype: what to compute in.
+        dtype: dtype of the computation.
         top_k: K; None: no post-processing.
     """
 
@@ -115,7 +117,7 @@ class Graph(nn.Module):
         with torch.no_grad():
             self.network = OptimizedDETR(model, Computation(dtype, kernels=False))
             for parameter in self.network.parameters():
-                parameter.data = parameter.data.contiguous()  # files have no other layout
+                parameter.data = parameter.data.contiguous()  # exported models have no other memory layout
             rows = model.class_head(torch.zeros(1, model.config.width)).shape[-1]
         names = model.metadata.class_names
         check_head(rows, names)
@@ -127,7 +129,7 @@ class Graph(nn.Module):
         nn.Module.train(self, False)
 
     def forward(self, pixels: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Map pixels (B, 3, H, W), and sizes (B, 2) for post-processing, to the outputs of :func:`export`."""
+        """Return the outputs of :func:`export` for pixels (B, 3, H, W) and, with post-processing, sizes (B, 2)."""
         output = self.network(pixels)
         logits, boxes = output.logits[-1], output.boxes[-1]
         if self.top_k is None or sizes is None:
@@ -137,16 +139,16 @@ class Graph(nn.Module):
 
 
 Writer: TypeAlias = Callable[[Path, Description], None]
-"""Writes a network to a path that ends as its format's do, with a description in it."""
+"""Function that writes a network and its description to a path with the suffix of its format."""
 
 
 class Traced(NamedTuple):
-    """A model as a graph of torch.export.
+    """Model traced by torch.export.
 
     Attributes:
         program: the graph.
-        inputs: their names.
-        outputs: their names.
+        inputs: names of the inputs.
+        outputs: names of the outputs.
     """
 
     program: torch.export.ExportedProgram
@@ -155,26 +157,26 @@ class Traced(NamedTuple):
 
 
 def trace(model: ConditionalDETR, *, dtype: torch.dtype, top_k: int | None) -> Traced:
-    """Trace a model for images of any size and any number of them; arguments as of :func:`export`."""
+    """Return the trace of a model for any image size and batch size; see :func:`export`."""
     graph = Graph(model, dtype=dtype, top_k=top_k)
-    traced: tuple[Tensor, ...] = (torch.zeros(_TRACED),)
-    any_size: list[dict[int, Any]] = [dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)]
+    example: tuple[Tensor, ...] = (torch.zeros(_TRACE_SHAPE),)
+    dynamic: list[dict[int, Any]] = [dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)]
     inputs, outputs = [PIXELS], [LOGITS, BOXES]
     if top_k is not None:
-        traced = (*traced, torch.ones((_TRACED[0], 2), dtype=torch.int64))
-        any_size.append({0: torch.export.Dim.DYNAMIC})
-        inputs, outputs = [*inputs, SIZES], [*outputs, *DETECTED]
+        example = (*example, torch.ones((_TRACE_SHAPE[0], 2), dtype=torch.int64))
+        dynamic.append({0: torch.export.Dim.DYNAMIC})
+        inputs, outputs = [*inputs, SIZES], [*outputs, *DETECTIONS]
     with torch.no_grad():
-        program = torch.export.export(graph, traced, dynamic_shapes=tuple(any_size))
+        program = torch.export.export(graph, example, dynamic_shapes=tuple(dynamic))
     return Traced(program, inputs, outputs)
 
 
-def writer_of(model: ConditionalDETR, suffix: str, *, dtype: torch.dtype, top_k: int | None) -> Writer:
-    """Trace a model and return what writes it in a format; arguments as of :func:`export`."""
+def make_writer(model: ConditionalDETR, suffix: str, *, dtype: torch.dtype, top_k: int | None) -> Writer:
+    """Trace a model and return its writer for a format, given as a suffix; see :func:`export`."""
     traced = trace(model, dtype=dtype, top_k=top_k)
     if suffix == ".pt2":
         return partial(_write_program, traced.program)
-    if dtype != torch.float32:  # torch's own kernels compute softmax in float32; elsewhere it has to be said
+    if dtype != torch.float32:  # torch's kernels compute softmax in float32; other runtimes need it in the graph
         operator = torch.ops.aten.scaled_dot_product_attention.default
         traced = traced._replace(program=traced.program.run_decompositions({operator: _attention}))
     if suffix == ".onnx":
@@ -183,21 +185,21 @@ def writer_of(model: ConditionalDETR, suffix: str, *, dtype: torch.dtype, top_k:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Attend without a mask, the softmax in float32; q is scaled first, so that half precision holds the products."""
+    """Compute attention with a float32 softmax; q is scaled first, so that the products do not overflow float16."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return scores.float().softmax(dim=-1).to(v.dtype) @ v
 
 
 def onnx_program(traced: Traced) -> torch.onnx.ONNXProgram:
-    """Translate a graph to ONNX."""
+    """Convert a traced model to ONNX."""
     options: dict[str, Any] = {"dynamo": True, "verbose": False}
-    made = torch.onnx.export(traced.program, input_names=traced.inputs, output_names=traced.outputs, **options)
-    assert made is not None  # as it is only without dynamo
-    return made
+    program = torch.onnx.export(traced.program, input_names=traced.inputs, output_names=traced.outputs, **options)
+    assert program is not None  # None only without dynamo
+    return program
 
 
 def openvino_network(traced: Traced) -> Any:
-    """Translate a graph to OpenVINO."""
+    """Convert a traced model to OpenVINO."""
     import openvino
 
     with ShutdownRequest() as stop:  # Ctrl-C in the middle of it would abort the process
@@ -216,45 +218,44 @@ def _write_program(program: torch.export.ExportedProgram, path: Path, descriptio
     torch.export.save(program, path, extra_files={EXTRA: description.to_json()})
 
 
-def _write_onnx(made: torch.onnx.ONNXProgram, path: Path, description: Description) -> None:
-    made.model.metadata_props[KEY] = description.to_json()
-    made.save(str(path))
-    seal(path)
+def _write_onnx(program: torch.onnx.ONNXProgram, path: Path, description: Description) -> None:
+    program.model.metadata_props[KEY] = description.to_json()
+    program.save(str(path))
+    append_checksum(path)
 
 
 def write_openvino(network: Any, path: Path, description: Description) -> None:
-    """Write a network of OpenVINO's, an ``.xml`` and a ``.bin``, with its description in it."""
+    """Write an OpenVINO network with its description, as an ``.xml`` and a ``.bin``."""
     import openvino
 
     network.set_rt_info(description.to_json(), [KEY, "description"])
     openvino.save_model(network, path, compress_to_fp16=False)
-    seal(path)
+    append_checksum(path)
 
 
 def checked_target(target: str | Path) -> Path:
-    """Return where to write.
+    """Return the target as a path after validation.
 
     Raises:
         ModuleNotFoundError: a package for the format is not installed.
-        OSError: the folder is not there, or nothing can be written into it.
-        ValueError: another suffix than those of exported files.
+        OSError: the folder does not exist, or is not writable.
+        ValueError: the suffix is not that of an exported model.
     """
     target = Path(target)
-    if target.suffix not in SUFFIXES:
-        raise ValueError(f"{target}: expected a file's name that ends in one of {', '.join(SUFFIXES)}")
+    if target.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{target}: expected a file name that ends in one of {', '.join(SUFFIXES)}")
     if target.is_dir():
-        raise IsADirectoryError(f"{target}: expected a file's name, got a folder")
+        raise IsADirectoryError(f"{target}: expected a file name, got a folder")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent}: no such folder")
     try:
-        with tempfile.TemporaryFile(dir=target.parent):  # at once, not after all work
+        with tempfile.TemporaryFile(dir=target.parent):  # before the long work
             pass
     except OSError as error:
         raise OSError(f"{target}: cannot be written: {error.strerror or error}") from error
-    packages, extra = _NEEDS[target.suffix]
+    packages, extra = _PACKAGES[target.suffix.lower()]
     if missing := [package for package in packages if find_spec(package) is None]:
-        needs = f"needs {', '.join(missing)}, not installed here: pip install 'conditional-detr[{extra}]'"
-        raise ModuleNotFoundError(f"{target}: {needs}")
+        raise missing_packages(target, missing, extra)
     return target
 
 
@@ -263,29 +264,40 @@ def files_of(target: Path) -> tuple[Path, ...]:
     return (target, target.with_suffix(".bin")) if target.suffix.lower() == ".xml" else (target,)
 
 
+def missing_packages(target: Path, packages: Sequence[str], extra: str) -> ModuleNotFoundError:
+    """Return the error for packages that are not installed."""
+    needs = f"needs {', '.join(packages)}, which is not installed: pip install 'conditional-detr[{extra}]'"
+    return ModuleNotFoundError(f"{target}: {needs}")
+
+
 def describe(model: ConditionalDETR, suffix: str, *, precision: str, top_k: int | None) -> Description:
-    """Return what is to stand in a file, before anything was measured of it."""
-    packages = ("conditional-detr", "torch", *_NEEDS[suffix][0])
+    """Return the description to store in an exported model, without its parity and other measurements."""
+    packages = ("conditional-detr", "torch", *_PACKAGES[suffix][0])
     versions = {package: version_of(package) for package in packages}
     return Description(model.config, model.metadata, precision, top_k, (), "", versions, {})
 
 
 def version_of(package: str) -> str:
-    """Return the version of a package, also of one that is distributed under another name, as onnxruntime-gpu is."""
+    """Return the version of a package, also if its distribution has another name, as onnxruntime-gpu does."""
     try:
         return version(package)
     except PackageNotFoundError:
         return str(import_module(package).__version__)
 
 
+def draft_of(target: Path, folder: Path) -> Path:
+    """Return the path of a target's draft in a folder, with the lower-case suffix that the writers expect."""
+    return folder / f"{target.stem}{target.suffix.lower()}"
+
+
 def move(draft: Path, target: Path) -> None:
-    """Move a file, and the weights that may lie beside it, to its place, when all are written.
+    """Copy the files of a draft to those of the target atomically.
 
     Raises:
         OSError: they cannot be written.
     """
-    write_atomically({target.with_name(file.name): _copier(file) for file in sorted(draft.parent.iterdir())})
+    write_atomically({to: _copier(file) for file, to in zip(files_of(draft), files_of(target), strict=True)})
 
 
 def _copier(file: Path) -> Callable[[Path], object]:
-    return lambda place: shutil.copyfile(file, place)
+    return lambda path: shutil.copyfile(file, path)

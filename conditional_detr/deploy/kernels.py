@@ -1,6 +1,6 @@
-"""Convolutions and linear layers with what follows them in one kernel, where oneDNN has such kernels: on CPUs.
+"""Convolutions and linear layers fused with activations and additions, in oneDNN's CPU kernels.
 
-Weights are brought into oneDNN's own layouts, so these modules stay where they were made.
+Weights are packed in oneDNN's own layouts, so these modules cannot be moved to another device.
 """
 
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 
 class Computation(NamedTuple):
-    """What an optimised copy computes in, and with.
+    """Dtype and kernels of an optimised copy.
 
     Attributes:
-        dtype: the precision.
-        kernels: whether to use oneDNN's, of this module.
-        compiled: whether linear layers are to be called by code of ``torch.compile``.
+        dtype: dtype of the computation.
+        kernels: whether to use the oneDNN kernels of this module.
+        compiled: whether ``torch.compile`` compiles the copy.
     """
 
     dtype: torch.dtype
@@ -25,7 +25,7 @@ class Computation(NamedTuple):
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether oneDNN computes in this precision on this device."""
+    """Return whether oneDNN supports this dtype on this device."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -33,23 +33,22 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def of_any_size(x: Tensor) -> Tensor:
-    """Return a tensor of whose height and width the compiler assumes nothing: else the first image's are fixed."""
-    x = x.detach()  # the mark is not for the caller's
+def mark_dynamic_size(x: Tensor) -> Tensor:
+    """Return a view whose height and width the compiler treats as dynamic, not as fixed to the first image's."""
+    x = x.detach()  # the caller's tensor stays unmarked
     for dimension in (-2, -1):
         torch._dynamo.mark_dynamic(x, x.dim() + dimension)
     return x
 
 
 class FusedConv(nn.Module):
-    """A convolution, then if wanted the addition of another map, then if wanted ReLU: in one pass over memory.
+    """Convolution, optional addition of another map and optional ReLU, in one pass over memory.
 
-    Which layout of the weights is fastest depends on the size of the map. They are brought into it when a map of
-    another size comes, from oneDNN's plain layout: from one of its fast layouts to another takes far longer, up to
-    ten times as long as the convolution itself.
+    The fastest layout of the weights depends on the size of the map. When the size changes, the weights are packed
+    again from the plain layout. Conversion between packed layouts takes up to ten times as long as the convolution.
 
     Args:
-        convolution: as it is to be computed, in its precision.
+        convolution: the convolution, in the dtype of the computation.
         relu: whether ReLU follows.
     """
 
@@ -63,7 +62,7 @@ class FusedConv(nn.Module):
         self._packed: tuple[torch.Size, Tensor] | None = None
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """Map (B, C, H, W), channels last, to (B, C', H', W'); ``other`` is of that shape."""
+        """Return (B, C', H', W') for (B, C, H, W), channels last; ``other`` has the output's shape."""
         weight = self._weight_for(x.shape)
         if other is None:
             return torch.ops.mkldnn._convolution_pointwise(
@@ -74,21 +73,21 @@ class FusedConv(nn.Module):
         )
 
     def _weight_for(self, size: torch.Size) -> Tensor:
-        """Return the weights in the layout for maps of a size."""
+        """Return the weights packed for an input size."""
         packed = self._packed
         if packed is None or packed[0] != size:
             packed = size, torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, list(size))
-            self._packed = packed  # in one assignment: threads may share a copy, with images of other sizes
+            self._packed = packed  # one assignment, because threads may share a copy
         return packed[1]
 
 
 class FusedLinear(nn.Module):
-    """A linear layer, then if wanted ReLU.
+    """Linear layer and optional ReLU.
 
     Args:
         weight: (features out, features in).
         bias: (features out,).
-        computation: the precision, and whether oneDNN computes it.
+        computation: dtype and kernels.
         relu: whether ReLU follows.
     """
 
@@ -96,13 +95,13 @@ class FusedLinear(nn.Module):
         super().__init__()
         weight, bias = (x.detach().to(computation.dtype).contiguous() for x in (weight, bias))
         self.relu = relu
-        packed = computation.kernels and not computation.compiled  # the compiler does not know tensors in such layouts
+        packed = computation.kernels and not computation.compiled  # the compiler does not support packed tensors
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if packed else weight
         self.bias = bias
         self.linear = _plain_linear if not computation.kernels else _fused_linear if packed else _opaque_linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., features in) to (..., features out)."""
+        """Return (..., features out) for (..., features in)."""
         return self.linear(x, self.weight, self.bias, self.relu)
 
 
@@ -116,7 +115,7 @@ def _fused_linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor
 
 
 _opaque_linear = torch.library.custom_op("conditional_detr::linear", _fused_linear, mutates_args=())
-"""The same as one thing to the compiler, which on some CPUs would take a far slower library."""
+"""The same as an opaque operator: on some CPUs, the compiler would use a much slower library."""
 
 
 @_opaque_linear.register_fake

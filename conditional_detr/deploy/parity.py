@@ -1,4 +1,4 @@
-"""Whether an exported file gives what its model gives."""
+"""Compare the outputs of an exported model with those of the original model."""
 
 import copy
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ from conditional_detr.inference.sources import ImageSource
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.metadata import Preprocessing
 
-# Largest differences of logits and boxes from the model: of half precision what its 11 bits allow
+# Largest allowed differences of logits and boxes; half precision has 11 bits
 TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.float16: (0.1, 0.02)}
 
 
 def parity_pixels(image: ImageSource | None, preprocessing: Preprocessing) -> list[Tensor]:
-    """Return pixels (1, 3, H, W) of an image at the size that it is detected at, and at about half of that."""
+    """Return pixels (1, 3, H, W) of an image at the size of its preprocessing, and at about half of that size."""
     opened = open_image(_pattern() if image is None else image, "image")
     shortest, longest = preprocessing.shortest_edge // 2 + 1, preprocessing.longest_edge // 2 + 1
     half = replace(preprocessing, shortest_edge=shortest, longest_edge=longest)
-    return [to_pixels(opened, numbers)[None] for numbers in (preprocessing, half)]
+    return [to_pixels(opened, one)[None] for one in (preprocessing, half)]
 
 
 def _pattern() -> np.ndarray:
-    """Draw waves and discs in colours, (480, 640, 3) uint8."""
+    """Return a pattern of coloured waves and discs, (480, 640, 3) uint8."""
     y, x = np.mgrid[0:480, 0:640] / 100.0
     waves = np.stack([np.sin(x * 2 + y), np.sin(y * 3 - x), np.sin(x * y)], axis=-1)
     discs = (x % 1.6 - 0.8) ** 2 + (y % 1.2 - 0.6) ** 2 < 0.2
@@ -37,23 +37,23 @@ def _pattern() -> np.ndarray:
 
 @torch.no_grad()
 def compare(exported: ExportedModel, model: ConditionalDETR, images: Sequence[Tensor]) -> tuple[Parity, ...]:
-    """Return how far an exported file is from the model, on pixels (1, 3, H, W) each."""
+    """Return the differences between an exported model and the original on pixels (1, 3, H, W) of each image."""
     plain = copy.deepcopy(model).cpu().float().eval()
-    found = []
+    parity = []
     for pixels in images:
         logits, boxes = (
             (a[-1] - b[-1]).abs().max().item() for a, b in zip(exported(pixels), plain(pixels), strict=True)
         )
-        found.append(Parity(pixels.shape[2], pixels.shape[3], logits, boxes))
-    return tuple(found)
+        parity.append(Parity(pixels.shape[2], pixels.shape[3], logits, boxes))
+    return tuple(parity)
 
 
 def check_parity(parity: Sequence[Parity], tolerance: tuple[float, float], target: Path) -> None:
-    """Raise ValueError unless all differences are small; values that are not finite are not."""
+    """Raise ValueError unless all differences are finite and within the tolerance."""
     for one in parity:
         if not (one.logits <= tolerance[0] and one.boxes <= tolerance[1]):
             raise ValueError(
-                f"{target}: not written, for it does not give what the model gives: on {one.height} x {one.width}"
-                f" logits differ by up to {one.logits:.2g} and boxes by {one.boxes:.2g}, expected at most"
-                f" {tolerance[0]} and {tolerance[1]}"
+                f"{target}: not written, its output differs from the model's: at {one.height} x {one.width}, expected"
+                f" differences of logits and boxes of at most {tolerance[0]} and {tolerance[1]},"
+                f" got {one.logits:.2g} and {one.boxes:.2g}"
             )

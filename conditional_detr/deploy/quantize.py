@@ -1,4 +1,4 @@
-"""8-bit integers: the backbone and the linear layers of an OpenVINO file, their ranges measured on images."""
+"""Quantise the backbone and the linear layers of a model to int8, for OpenVINO."""
 
 import contextlib
 import logging
@@ -17,6 +17,8 @@ from conditional_detr.deploy.export import (
     Traced,
     checked_target,
     describe,
+    draft_of,
+    missing_packages,
     move,
     openvino_network,
     trace,
@@ -28,18 +30,18 @@ from conditional_detr.deploy.parity import check_parity, compare, parity_pixels
 from conditional_detr.inference.exported import Description, ExportedModel
 from conditional_detr.inference.images import open_image, to_pixels
 from conditional_detr.inference.postprocessing import check_count
-from conditional_detr.inference.runtimes import SIZES, feeds
+from conditional_detr.inference.runtimes import SIZES, input_arrays
 from conditional_detr.inference.sources import ImageSource, source_name
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.metadata import Preprocessing
 
 PARTS = ("backbone", "encoder", "decoder")
-"""Parts that can be kept in float."""
+"""Parts that can be kept in float32."""
 
-# λ_q = FFN(f) always stays in float: it multiplies p_s, so that an error in it moves where a query looks. With it in
-# int8, no box of a trained model was right.
+# λ_q = FFN(f) always stays in float32: it multiplies p_s, so an error in it moves the attention of a query. With λ_q
+# in int8, all boxes of a trained model were wrong.
 _TRANSFORMATION = "decoder.transformation"
-_KEPT_IN_BACKBONE = {"ScaledDotProductAttention", "MVN"}  # OpenVINO's names for attention's products and for LayerNorm
+_KEPT_IN_BACKBONE = {"ScaledDotProductAttention", "MVN"}  # OpenVINO's names of attention and LayerNorm
 
 
 def quantize(
@@ -52,33 +54,37 @@ def quantize(
     measure: Callable[[ExportedModel], Mapping[str, Any]] = lambda _: {},
     progress: Callable[[str], None] = lambda _: None,
 ) -> Description:
-    """Write a model as an OpenVINO file that computes in 8-bit integers where that is fast and harmless.
+    """Export a model to OpenVINO in int8.
 
-    That is in the backbone, its additions too, and in the linear layers of encoder and decoder. The products and softmax
-    of attention, layer norms, sums outside the backbone, λ_q and the heads stay in float32. The ranges of what flows
-    between are measured on images, which should be like those that the file is for. Nothing is trained.
+    The convolutions and additions of the backbone and the linear layers of encoder and decoder are quantised. The
+    matrix products and softmax of attention, layer norms, additions outside the backbone, λ_q and the heads stay in
+    float32. The activation ranges are measured on calibration images, which should be representative of later input.
+    Nothing is trained.
 
-    Inputs and outputs are those of :func:`conditional_detr.export`. How far logits and boxes of the first image are
-    from the model's stands in the file; what that means for AP, ``conditional-detr quantize`` measures.
+    Inputs and outputs are those of :func:`conditional_detr.export`. The exported model contains the differences of
+    logits and boxes on the first image. ``conditional-detr quantize`` also measures the effect on AP.
 
     Args:
-        model: the model; it stays as it is.
-        target: "….xml"; the weights go beside it in "….bin". Files that are there are replaced.
-        images: a hundred or so, each opened when it is its turn.
-        keep: parts to keep in float32 as well: "backbone", "encoder", "decoder".
-        top_k: the most detections an image, for post-processing in the file; None: none.
-        measure: what else is to stand in the file, such as its AP, by name; what it raises leaves the file unwritten.
-        progress: told what is being done.
+        model: the model; it is not changed.
+        target: "….xml", the suffix also in capitals; the weights are written beside it to "….bin". Existing files are
+            replaced.
+        images: calibration images, about a hundred; each is opened when it is needed.
+        keep: parts to keep in float32: "backbone", "encoder", "decoder".
+        top_k: largest number of detections per image, to include post-processing; None: no post-processing.
+        measure: returns further measurements of the exported model to store in it, such as AP, by name. If it raises,
+            nothing is written.
+        progress: called with a description of the current step.
 
     Returns:
-        What stands in the file.
+        The description stored in the exported model.
 
     Raises:
         ModuleNotFoundError: openvino or nncf is not installed.
-        OSError: the file cannot be written, or an image not read.
-        TypeError: no ConditionalDETR, or a subclass; no list; an image of an unknown kind.
-        ValueError: no image; another suffix; a part that does not exist; a model that was optimised, whose backbone
-            cannot be traced, or whose class head does not fit its class names; a file that gives nothing finite.
+        OSError: the file cannot be written, or an image cannot be read.
+        TypeError: the model is not a ConditionalDETR, or is of a subclass; ``images`` or ``keep`` is not a list; an
+            image of an unsupported type.
+        ValueError: no image; an unsupported suffix; an unknown part; a model that is an optimised copy, whose backbone
+            cannot be traced, or whose class head does not match its class names; outputs that are not finite.
     """
     check_model(model)
     target = check_request(target, keep)
@@ -91,40 +97,39 @@ def quantize(
     progress("tracing")
     traced = trace(model, dtype=torch.float32, top_k=top_k)
     network = _quantized(traced, images, model.metadata.preprocessing, keep, progress)
-    described = describe(model, ".xml", precision="int8", top_k=top_k)
-    versions = {**described.versions, "nncf": version_of("nncf")}
+    description = describe(model, ".xml", precision="int8", top_k=top_k)
+    versions = {**description.versions, "nncf": version_of("nncf")}
     measured: dict[str, Any] = {"calibration": {"images": len(images), "also in float": sorted(keep)}}
-    named = source_name(images[0], "given")
-    described = replace(described, versions=versions, image=named, measured=measured)
+    image_name = source_name(images[0], "given")
+    description = replace(description, versions=versions, image=image_name, measured=measured)
     with tempfile.TemporaryDirectory() as folder:
-        draft = Path(folder) / target.name
-        write_openvino(network, draft, described)
+        draft = draft_of(target, Path(folder))
+        write_openvino(network, draft, description)
         progress("comparing with the model")
         exported = ExportedModel(draft)
         parity = compare(exported, model, compared)
-        check_parity(parity, (float("inf"), 1.0), target)  # that they are finite: how near is for AP to tell
-        described = replace(described, parity=parity, measured={**measured, **measure(exported)})
-        write_openvino(network, draft, described)
+        check_parity(parity, (float("inf"), 1.0), target)  # finite values suffice: AP measures the accuracy
+        description = replace(description, parity=parity, measured={**measured, **measure(exported)})
+        write_openvino(network, draft, description)
         move(draft, target)
-    return described
+    return description
 
 
 def check_request(target: str | Path, keep: Sequence[str]) -> Path:
-    """Return where to write, if it can be written and the parts to keep are some; errors as of :func:`quantize`."""
+    """Return the target as a path after validating target and parts; errors as in :func:`quantize`."""
     target = Path(target)
-    if target.suffix != ".xml":
-        raise ValueError(f"{target}: expected a file's name that ends in .xml: int8 is for OpenVINO")
+    if target.suffix.lower() != ".xml":
+        raise ValueError(f"{target}: expected a file name that ends in .xml, for OpenVINO")
     if find_spec("nncf") is None:
-        needs = "needs nncf, not installed here: pip install 'conditional-detr[openvino]'"
-        raise ModuleNotFoundError(f"{target}: {needs}")
+        raise missing_packages(target, ["nncf"], "openvino")
     _check_list("keep", keep)
     if unknown := [part for part in keep if part not in PARTS]:
-        raise ValueError(f"keep: expected some of {', '.join(PARTS)}, got {', '.join(map(repr, unknown))}")
+        raise ValueError(f"keep: expected parts among {', '.join(PARTS)}, got {', '.join(map(repr, unknown))}")
     return checked_target(target)
 
 
 def _check_list(name: str, given: object) -> None:
-    """Raise TypeError for what is no list: a string is a sequence, too."""
+    """Raise TypeError unless a value is a sequence other than a string."""
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         raise TypeError(f"{name}: expected a list, got {type(given).__name__}")
 
@@ -136,78 +141,78 @@ def _quantized(
     keep: Sequence[str],
     progress: Callable[[str], None],
 ) -> Any:
-    """Return a network whose operations read and write integers, but for those that are kept."""
+    """Return the network in int8, except for the operations to keep in float32."""
     import nncf
 
-    looks = count()
+    calls = count()
 
-    def feed(numbered: tuple[int, ImageSource]) -> dict[str, ndarray]:
-        again, place = divmod(next(looks), len(images))
-        progress(f"measuring ranges, pass {again + 1}: {place + 1} of {len(images)} images")
-        number, image = numbered
-        pixels = to_pixels(open_image(image, f"images[{number}]"), preprocessing)[None]
-        return feeds(pixels, with_sizes=SIZES in traced.inputs)
+    def transform(item: tuple[int, ImageSource]) -> dict[str, ndarray]:
+        previous_passes, done = divmod(next(calls), len(images))
+        progress(f"measuring ranges, pass {previous_passes + 1}: {done + 1} of {len(images)} images")
+        index, image = item
+        pixels = to_pixels(open_image(image, f"images[{index}]"), preprocessing)[None]
+        return input_arrays(pixels, with_sizes=SIZES in traced.inputs)
 
     network = openvino_network(traced)
-    with _in_silence():
+    with _silent_nncf():
         return nncf.quantize(
             network,
-            nncf.Dataset(list(enumerate(images)), feed),
-            preset=nncf.QuantizationPreset.MIXED,  # zero need not be in the middle: as fast here, and AP is higher
+            nncf.Dataset(list(enumerate(images)), transform),
+            preset=nncf.QuantizationPreset.MIXED,  # asymmetric activations: as fast here, and AP is higher
             subset_size=len(images),
             ignored_scope=nncf.IgnoredScope(names=_names_of_kept(network, traced, keep)),
         )
 
 
 @contextlib.contextmanager
-def _in_silence() -> Iterator[None]:
-    """Let nncf neither draw its bars nor tell what it does; there is a progress of ours."""
+def _silent_nncf() -> Iterator[None]:
+    """Disable the progress bars and log messages of nncf within a context; ``progress`` replaces them."""
     from nncf.common.logging.track_progress import track
 
     logger = logging.getLogger("nncf")
-    level, drawn = logger.level, track.__init__
+    level, original = logger.level, track.__init__
     logger.setLevel(logging.ERROR)
-    track.__init__ = lambda self, *given, **named: drawn(self, *given, **{**named, "disable": True})
+    track.__init__ = lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "disable": True})
     try:
         yield
     finally:
-        track.__init__ = drawn
+        track.__init__ = original
         logger.setLevel(level)
 
 
 def _names_of_kept(network: Any, traced: Traced, keep: Sequence[str]) -> list[str]:
-    """Return OpenVINO's names of all that stays in float: what is neither the backbone's nor a linear layer to round."""
-    rounded = set() if "backbone" in keep else _names_in_backbone(network)
+    """Return OpenVINO's names of the operations to keep in float32."""
+    quantized = set() if "backbone" in keep else _names_in_backbone(network)
     linear = _names_of_linear(traced, keep)
     operations = [one for one in network.get_ordered_ops() if one.get_type_name() != "Constant"]
     names = [one.get_friendly_name() for one in operations]
-    return [name for name in names if name not in rounded and name.split("/")[0] not in linear]
+    return [name for name in names if name not in quantized and name.split("/")[0] not in linear]
 
 
 def _names_in_backbone(network: Any) -> set[str]:
-    """Return OpenVINO's names of what to round in the backbone, which ends in the last convolution, the projection."""
-    found: set[str] = set()
-    left = [one for one in network.get_ordered_ops() if one.get_type_name() == "Convolution"][-1:]
-    while left:
-        operation = left.pop()
-        if operation.get_friendly_name() not in found:
-            found.add(operation.get_friendly_name())
-            left += [port.get_source_output().get_node() for port in operation.inputs()]
+    """Return OpenVINO's names of the operations to quantise up to the last convolution, the projection."""
+    names: set[str] = set()
+    remaining = [one for one in network.get_ordered_ops() if one.get_type_name() == "Convolution"][-1:]
+    while remaining:
+        operation = remaining.pop()
+        if operation.get_friendly_name() not in names:
+            names.add(operation.get_friendly_name())
+            remaining += [port.get_source_output().get_node() for port in operation.inputs()]
     kept = [one for one in network.get_ordered_ops() if one.get_type_name() in _KEPT_IN_BACKBONE]
-    return found.difference(one.get_friendly_name() for one in kept)
+    return names.difference(one.get_friendly_name() for one in kept)
 
 
 def _names_of_linear(traced: Traced, keep: Sequence[str]) -> set[str]:
-    """Return torch.export's names of the linear layers to round, with which OpenVINO's of their operations begin.
+    """Return torch.export's names of the linear layers to quantise, with which OpenVINO's names begin.
 
-    torch.export knows the module that an operation comes from. Heads are in neither of the two parts.
+    torch.export records the module of each operation. The heads belong to neither part.
     """
     parts = {"encoder", "decoder"}.difference(keep)
     names = set()
     for node in traced.program.graph.nodes:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         path = stack[-1][0].removeprefix("network.") if stack else ""
-        rounded = path.split(".")[0] in parts and not path.startswith(_TRANSFORMATION)
-        if node.op == "call_function" and node.name.startswith("linear") and rounded:
+        quantized = path.split(".")[0] in parts and not path.startswith(_TRANSFORMATION)
+        if node.op == "call_function" and node.name.startswith("linear") and quantized:
             names.add(node.name)
     return names

@@ -50,7 +50,12 @@ class Summary:
         names = self.metadata.class_names
         weights = None
         if report := self.load_report:
-            weights = {"file": report.source, "bytes": report.size, "name_format": report.name_format, "dtype": report.dtype}
+            weights = {
+                "file": report.source,
+                "bytes": report.size,
+                "name_format": report.name_format,
+                "dtype": report.dtype,
+            }
         return {
             "weights": weights,
             "architecture": asdict(self.config),

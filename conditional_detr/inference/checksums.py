@@ -1,65 +1,64 @@
-"""Checksums of exported files, at their ends, where runtimes pass over them."""
+"""Checksums at the end of exported models, which the runtimes ignore."""
 
 import zlib
 from pathlib import Path
 
 _KEY = b"conditional_detr.checksum"
-_LENGTH = 16  # digits of a value that tell how many bytes there are
-_DIGITS = _LENGTH + 8  # and those of their CRC-32, all hexadecimal
+_LENGTH = 16  # hexadecimal digits of the number of bytes
+_DIGITS = _LENGTH + 8  # followed by those of the CRC-32
 
 
 def _onnx_entry() -> bytes:
-    """Return what stands before the value in an ``.onnx``: one more entry of the model's ``metadata_props``.
+    """Return the bytes before the checksum in an ``.onnx``, the start of another ``metadata_props`` entry.
 
-    Messages of protocol buffers may be continued: fields that repeat are appended to, wherever they stand.
+    Protocol buffers allow appending to a message: repeated fields need not be adjacent.
     """
     key = bytes([1 << 3 | 2, len(_KEY)]) + _KEY  # field 1, bytes
     value = bytes([2 << 3 | 2, _DIGITS])  # field 2, bytes
     return bytes([14 << 3 | 2, len(key) + len(value) + _DIGITS]) + key + value  # field 14, a message
 
 
-_AROUND = {".onnx": (_onnx_entry(), b""), ".xml": (b"<!-- " + _KEY + b" ", b" -->\n")}
-"""What stands before and after the value."""
+_DELIMITERS = {".onnx": (_onnx_entry(), b""), ".xml": (b"<!-- " + _KEY + b" ", b" -->\n")}
+"""Bytes before and after the checksum."""
 
 
-def seal(path: Path) -> None:
-    """Append its checksum to an ``.onnx``, or to an ``.xml`` that of it and of the ``.bin`` beside it."""
-    before, after = _AROUND[path.suffix]
-    value = _value(path, path.stat().st_size)
+def append_checksum(path: Path) -> None:
+    """Append the checksum of an ``.onnx``, or of an ``.xml`` and the ``.bin`` beside it, to the file."""
+    before, after = _DELIMITERS[path.suffix.lower()]
+    value = _checksum(path, path.stat().st_size)
     with path.open("ab") as file:
         file.write(before + value + after)
 
 
-def is_whole(path: Path) -> bool:
-    """Return whether a file is what was sealed, as far as can be told.
+def is_intact(path: Path) -> bool:
+    """Return False if a file was changed since its checksum was appended, as far as that can be detected.
 
-    Of a file that was never sealed it cannot, nor of one of another length than was sealed, which other programs have
-    written anew, or from which something is missing that runtimes miss as well. A change that keeps the length, by
-    whatever program, is taken for damage.
+    A file without a checksum counts as intact. So does a file of another length: another program has rewritten it, or
+    it is truncated, which the runtimes detect. Any change that keeps the length counts as damage.
 
     Raises:
-        OSError: it cannot be read, or the ``.bin`` beside it.
+        OSError: the file, or the ``.bin`` beside it, cannot be read.
     """
-    before, after = _AROUND[path.suffix.lower()]
+    before, after = _DELIMITERS[path.suffix.lower()]
     size = path.stat().st_size - len(before) - _DIGITS - len(after)
     if size < 0:
         return True
     with path.open("rb") as file:
         file.seek(size)
         end = file.read()
-    found = end[len(before) : len(before) + _DIGITS]
-    if end != before + found + after:
+    stored = end[len(before) : len(before) + _DIGITS]
+    if end != before + stored + after:
         return True
-    value = _value(path, size)
-    return value == found or value[:_LENGTH] != found[:_LENGTH]
+    value = _checksum(path, size)
+    return value == stored or value[:_LENGTH] != stored[:_LENGTH]
 
 
-def _value(path: Path, size: int) -> bytes:
-    """Return the checksum of the first bytes of a file, and of the whole ``.bin`` beside an ``.xml``."""
-    total, crc, left = 0, 0, size
+def _checksum(path: Path, size: int) -> bytes:
+    """Return the length and CRC-32 of the first ``size`` bytes of a file and, for an ``.xml``, of its ``.bin``."""
+    total, crc, remaining = 0, 0, size
     with path.open("rb") as file:
-        while part := file.read(min(left, 1 << 20)):
-            total, crc, left = total + len(part), zlib.crc32(part, crc), left - len(part)
+        while part := file.read(min(remaining, 1 << 20)):
+            total, crc, remaining = total + len(part), zlib.crc32(part, crc), remaining - len(part)
     if path.suffix.lower() == ".xml":
         with path.with_suffix(".bin").open("rb") as file:
             while part := file.read(1 << 20):

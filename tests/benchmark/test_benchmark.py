@@ -193,7 +193,7 @@ def test_errors_name_what_cannot_run(small, monkeypatch):
         step_peak_memory(model, "plain")
     monkeypatch.setattr("conditional_detr.benchmark.engines.find_spec", lambda name: None)
     for wanting in (lambda: check("transformers", "cpu"), lambda: measure_training(model)):
-        with pytest.raises(ModuleNotFoundError, match=r"transformers: requires packages .* installed: transformers"):
+        with pytest.raises(ModuleNotFoundError, match=r"transformers: needs packages .* installed: transformers"):
             wanting()
     assert not any("transformers" in name for name in available("cpu"))
 

@@ -120,4 +120,4 @@ def test_weights_and_files_are_told_apart(written):
     for command in (("convert", path, "elsewhere"), ("attention", "x.png", "--weights", path)):
         refused = run(*command)
         assert refused.exit_code == 2
-        assert "Detector.from_file opens exported files" in refused.stderr
+        assert "Detector.from_file opens exported models" in refused.stderr

@@ -22,13 +22,13 @@ from PIL import ExifTags, Image
 from torch import nn
 
 import conditional_detr.deploy.export as module
-import conftest
 from conditional_detr import ConditionalDETR, Detector, Metadata, Preprocessing, optimize
 from conditional_detr.data.synthetic import draw_image, image_index
 from conditional_detr.deploy.export import export
 from conditional_detr.inference import runtimes
 from conditional_detr.inference.exported import Description, ExportedModel
 from helpers.models import assert_same_detections, pixels_of, run_example
+from helpers.models import differences as differences_of
 
 ROOT = Path(__file__).parents[2]
 FORMATS = (".pt2", ".onnx", ".xml")
@@ -40,7 +40,7 @@ HALF = (0.02, 0.003)  # tolerance of logits and boxes in float16, which has 11 b
 
 
 def differences(exported, plain, size):
-    return conftest.differences(exported, plain, pixels_of(*size))
+    return differences_of(exported, plain, pixels_of(*size))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The optimised copy says what the plain model says, in every precision, for all sizes, padded or not."""
+"""The optimised copy equals the plain model in every dtype, at all sizes, padded or not."""
 
 import copy
 import pickle
@@ -10,9 +10,10 @@ from torch import nn
 from conditional_detr import ConditionalDETR, Config, Detector, optimize
 from conditional_detr.deploy.backbone import FastBackbone
 from conditional_detr.deploy.kernels import Computation
+from conditional_detr.deploy.summary import summarise
 from helpers.models import differences, pixels_of, two_images
 
-# logits and boxes; of half precision what its 8 or 11 bits allow
+# tolerance of logits and boxes; half precision has 8 or 11 bits
 BOUNDS = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.02), torch.float16: (0.02, 0.003)}
 OTHERS = ["mobilenetv3_small_100", "regnetx_002", "convnext_atto", "efficientnet_b0", "gcresnext26ts"]
 SIZES = [(1, 64, 96), (2, 97, 131), (3, 160, 64)]
@@ -25,7 +26,7 @@ def plain(tiny):
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_equals_the_plain_model(plain, dtype):
-    """Whose weights keep queries and positions apart: see the mutation tests."""
+    """The weights make queries and positions differ; see the mutation tests."""
     fast = optimize(plain, dtype=dtype)
     logits, boxes = BOUNDS[dtype]
     for size in SIZES:
@@ -60,12 +61,12 @@ def test_half_precision_gives_the_same_boxes_of_trained_weights(shapes_image):
 
 @pytest.fixture(scope="module")
 def shapes_image():
-    from conditional_detr.data.synthetic import draw_image, index_in
+    from conditional_detr.data.synthetic import draw_image, image_index
 
-    return draw_image(0, index_in("demo", 6))[0]
+    return draw_image(0, image_index("demo", 6))[0]
 
 
-def test_a_mask_of_nothing_is_dropped(plain):
+def test_an_empty_padding_mask_is_dropped(plain):
     fast = optimize(plain)
     pixels = pixels_of(2, 64, 96)
     nothing = torch.zeros(2, 64, 96, dtype=torch.bool)
@@ -73,7 +74,7 @@ def test_a_mask_of_nothing_is_dropped(plain):
 
 
 def test_compiled_does_not_compile_again_for_other_sizes(plain):
-    """One image, and any number of them, of sizes that it has not seen; a mask makes another graph."""
+    """Other sizes of one image or of batches reuse the two graphs; padding would add a graph."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -86,7 +87,7 @@ def test_compiled_does_not_compile_again_for_other_sizes(plain):
     assert counters["stats"]["unique_graphs"] == before
 
 
-def test_the_model_stays_as_it_is_and_its_mode_does_not_matter(plain):
+def test_the_model_is_not_changed_and_its_mode_does_not_matter(plain):
     model = copy.deepcopy(plain).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fast = optimize(model)
@@ -106,17 +107,17 @@ def test_models_in_other_precisions(plain, dtype):
     assert boxes < (0.02 if dtype == torch.bfloat16 else 1e-5)
 
 
-def test_positions_are_kept_by_size_up_to_a_number(plain, monkeypatch):
+def test_a_limited_number_of_positions_is_cached_by_size(plain, monkeypatch):
     from conditional_detr.deploy import optimize as module
 
-    monkeypatch.setattr(module, "_SHAPES", 2)
+    monkeypatch.setattr(module, "_CACHED_SIZES", 2)
     fast = optimize(plain)
     for width in (64, 96, 128, 64):
         assert max(differences(fast, plain, pixels_of(1, 64, width))) < 1e-4
     assert list(fast._positions) == [(4, 8), (4, 4)]
 
 
-def test_norms_are_gone_from_a_resnet_and_all_else_follows_its_convolutions(plain):
+def test_a_resnet_consists_of_fused_convolutions(plain):
     fast = FastBackbone(plain.backbone.body, Computation(torch.float32, kernels=True))
     kinds = {type(module).__name__ for module in fast.modules()}
     assert kinds == {"FastBackbone", "GraphModule", "FusedConv", "MaxPool2d"} | ({"Module"} & kinds)
@@ -133,7 +134,7 @@ def test_other_backbones(name, kernels):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
-        elif isinstance(module, nn.Conv2d) and not module.weight.any():  # a branch that timm starts at zero
+        elif isinstance(module, nn.Conv2d) and not module.weight.any():  # timm initialises some branches to zero
             nn.init.normal_(module.weight, std=0.1)
     pixels = pixels_of(2, 64, 96)
     with torch.no_grad():
@@ -142,11 +143,25 @@ def test_other_backbones(name, kernels):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 
+def test_summary_equals_that_of_the_plain_model(plain):
+    """The copy has fewer, joined and constant parameters; a replaced head and frozen parts are counted as they are."""
+    model = copy.deepcopy(plain)
+    model.class_head = nn.Linear(32, 3)
+    model.encoder.requires_grad_(False)
+    expected = summarise(model, (64, 96))
+    assert expected.parameters != summarise(plain, (64, 96)).parameters
+    assert expected.trainable < expected.total - expected.parameters["encoder"]
+    for options in ({}, {"dtype": torch.bfloat16}):
+        summary = summarise(optimize(model, **options), (64, 96))
+        assert summary == expected
+        assert summary.to_dict() == expected.to_dict()
+
+
 class Mine(ConditionalDETR):
     """A subclass may change anything."""
 
 
-def test_what_it_cannot_do(plain, tmp_path):
+def test_errors_of_the_optimised_copy(plain, tmp_path):
     fast = optimize(plain)
     memory, positions = torch.zeros(1, 4, 32), torch.zeros(1, 4, 32)
     refusals = [
@@ -155,14 +170,14 @@ def test_what_it_cannot_do(plain, tmp_path):
         (lambda: fast.state_dict(), ValueError, "cannot be saved or copied"),
         (lambda: copy.deepcopy(fast), ValueError, "cannot be saved or copied"),
         (lambda: pickle.dumps(fast), ValueError, "cannot be saved or copied"),
-        (lambda: fast.load_state_dict({}), ValueError, "takes no weights"),
+        (lambda: fast.load_state_dict({}), ValueError, "cannot load weights"),
         (lambda: optimize(Mine(plain.config)), TypeError, "expected a ConditionalDETR, got Mine"),
         (lambda: optimize(plain, dtype="bfloat16"), TypeError, "expected a torch.dtype, got 'bfloat16'"),
-        (lambda: fast.half(), ValueError, "stays on its device and in its precision"),
-        (lambda: fast.to("cpu"), ValueError, "stays on its device and in its precision"),
-        (lambda: fast.attention_maps(memory), ValueError, "ask the model that it was made from"),
-        (lambda: fast.decode(memory, positions, object_queries=memory), ValueError, "has its own worked in"),
-        (lambda: optimize(fast), ValueError, "one that was optimised before"),
+        (lambda: fast.half(), ValueError, "cannot change its device or dtype"),
+        (lambda: fast.to("cpu"), ValueError, "cannot change its device or dtype"),
+        (lambda: fast.attention_maps(memory), ValueError, "use the plain model"),
+        (lambda: fast.decode(memory, positions, object_queries=memory), ValueError, "object_queries: expected None"),
+        (lambda: optimize(fast), ValueError, "got an optimised copy"),
         (lambda: optimize(nn.Linear(2, 2)), TypeError, "expected a ConditionalDETR, got Linear"),
         (lambda: optimize(plain, dtype=torch.float64), ValueError, "dtype: expected one of torch.float32"),
         (lambda: fast(pixels_of(1, 64, 64)[0]), ValueError, "pixels: expected"),
