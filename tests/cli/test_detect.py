@@ -66,7 +66,7 @@ def test_demo_leaves_an_image_of_that_name(tmp_path, small):
     before = (tmp_path / "demo-image.png").read_bytes()
     result = run("detect", "--demo", "--weights", small, "--device", "cpu", "--output", tmp_path)
     assert result.exit_code == 2
-    assert "it is there already, and another image" in result.stderr
+    assert "expected no file or the demo image, got another image" in result.stderr
     assert (tmp_path / "demo-image.png").read_bytes() == before
     assert files_in(tmp_path) == ["demo-image.png"]
     result = run("detect", "--demo", "--weights", small, "--device", "cpu", "--output", tmp_path, "--overwrite")
@@ -168,7 +168,7 @@ def test_a_bad_image_stops_nothing_and_is_listed(detect, folder, tmp_path):
             "error: classes: expected names or rows of the model's classes, got 'cow'; the names are LABEL_0, LABEL_1",
         ),
         ("no*.jpg", (), "error: no*.jpg: no file matches"),
-        (".", (), "error: .: the folder has no images, and 0 other files"),
+        (".", (), "error: .: expected a folder with images, got one with 0 other files"),
         ("-", (), "error: images: expected at least one, got none"),
     ],
 )
@@ -210,12 +210,12 @@ def test_what_is_not_this_images_is_never_overwritten(detect, folder, tmp_path, 
     detect(folder / "a.jpg", "--no-draw")
     other = detect(folder / "deep" / "a.bmp", option)
     assert other.exit_code == 2
-    assert f"a.json: expected the place of those on {folder / 'deep' / 'a.bmp'}, but it holds" in other.stderr
-    assert f"the detections on {folder / 'a.jpg'}; --overwrite replaces it" in other.stderr
+    assert f"a.json: expected the detections of {folder / 'deep' / 'a.bmp'}, got a file with" in other.stderr
+    assert f"the detections of {folder / 'a.jpg'}; --overwrite replaces it" in other.stderr
     (tmp_path / "out" / "b.json").write_text('{"shapes": []}')
     foreign = detect(folder / "b.png", option)
     assert foreign.exit_code == 2
-    assert "but it holds something else than detections" in foreign.stderr
+    assert "got a file with something other than detections" in foreign.stderr
     (tmp_path / "out" / "c.png").write_bytes(b"mine")
     image = detect(folder / "deep" / "er" / "c.webp")
     assert image.exit_code == 2
@@ -267,7 +267,7 @@ def test_a_journal_of_something_else_is_named(detect, folder, tmp_path):
     (tmp_path / "out" / "detections.jsonl").write_text('{"epoch": 3}\n')
     result = detect(folder, "--format", "jsonl", "--resume", "--no-draw")
     assert result.exit_code == 2
-    assert "detections.jsonl, line 1: expected one image's detections as json" in result.stderr
+    assert "detections.jsonl, line 1: expected the detections of one image as JSON" in result.stderr
 
 
 def torchrun(*arguments) -> subprocess.CompletedProcess:

@@ -150,7 +150,7 @@ def test_interrupted(shapes, small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--weights: expected what to start from: a folder, a file, a hub id, or none for untrained"),
+        ((), "--weights: expected a checkpoint to start from: a folder, a file, a hub id, or none for random"),
         (
             ("--weights", "none", "--architecture", "depth=3"),
             "--architecture: expected name=value with a name of num_",
@@ -159,11 +159,11 @@ def test_interrupted(shapes, small, tmp_path, monkeypatch):
         (("--weights", "none", "--architecture", "width=wide"), "width: expected int, got 'wide'"),
         (
             ("--weights", "{small}", "--architecture", "width=8"),
-            "--architecture: weights have their own, got 'width=8'",
+            "--architecture: expected none with --weights",
         ),
         (
             ("--weights", "{small}", "--backbone-weights", "x.pth"),
-            "--backbone-weights: weights have their own, got 'x.pth'",
+            "--backbone-weights: expected none with --weights",
         ),
         (("--weights", "none", "--backbone-weights", "missing.pth"), "missing.pth"),
         (("--weights", "none", "--epochs", "0"), "epochs: expected at least 1, got 0"),

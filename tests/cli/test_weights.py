@@ -75,7 +75,7 @@ def test_convert_overwrites_only_when_told(tiny, tmp_path):
     (target / "config.json").write_text("mine")
     refused = run("convert", tiny.folder, target)
     assert refused.exit_code == 2
-    assert refused.stderr == f"error: {target}: already there: config.json; --overwrite replaces\n"
+    assert refused.stderr == f"error: {target}: already exists: config.json; use --overwrite to replace\n"
     assert files_in(target) == ["config.json", "notes.txt"]
     assert (target / "config.json").read_text() == "mine"
     assert run("convert", tiny.folder, target, "--overwrite").exit_code == 0
@@ -218,7 +218,7 @@ def test_info_in_words(named):
     assert "backbone resnet18, stage 3 encoder 2 layers, width 32, 4 heads decoder 3 layers, 11 queries" in words
     assert "classes 5, and 2 unused rows cat, café, [red]dog, x, y" in words
     assert "shortest edge 64, longest 96" in words
-    assert "parameters 2,856,765, of which 2,699,901 train backbone 2,778,304 projection 8,224" in words
+    assert "parameters 2,856,765, 2,699,901 of them trainable backbone 2,778,304 projection 8,224" in words
     assert str(named / "model.safetensors") in "".join(result.stdout.split())
     flops = count_flops(TINY_CONFIG, 128, 192)
     assert f"128 x 192 {flops / 1e9:.2f} GFLOP, {flops / 2e9:.2f} G multiply-adds" in words
@@ -236,13 +236,13 @@ def test_a_size_that_is_none_is_a_usage_error(tiny, size):
 def test_info_fails_in_one_line(tiny, tmp_path):
     result = run("info", tmp_path / "nothing")
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: weights: got ")
+    assert result.stderr.startswith("error: weights: expected a file, a folder, a short name")
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
 
 
 def test_a_size_that_the_backbone_cannot_take():
-    with pytest.raises(ValueError, match="size: 2 x 2 does not go through convnext_femto: Calculated padded input"):
+    with pytest.raises(ValueError, match="size: convnext_femto cannot process 2 x 2: Calculated padded input"):
         count_flops(Config(backbone="convnext_femto", backbone_stage=3), 2, 2)
     with pytest.raises(ValueError, match="size: expected at least 1 x 1, got 0 x 5"):
         count_flops(TINY_CONFIG, 0, 5)
