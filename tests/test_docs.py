@@ -1,0 +1,247 @@
+"""The code blocks of README.md and docs/ run and print what they show; the examples run."""
+
+import re
+import shlex
+import shutil
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from conditional_detr.data.synthetic import CLASS_NAMES, draw_image, image_index, write_shapes
+from helpers.models import TINY, run_example, transformers_model
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+GENERATED = {"cli.md", "changelog.md"}  # docs/hooks.py writes them and api/ when the site is built
+BLOCK = re.compile(
+    r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL
+)
+COMMIT = "0" * 40
+NOT_RUN_AT_MOST = 12
+SHORTER = {"train": ["--epochs", "2", "--workers", "0"], "benchmark": ["--rounds", "1"]}  # added to every such command
+
+
+class Block(NamedTuple):
+    """A code block of a page, with the comment before it and the output after it."""
+
+    page: Path
+    line: int
+    mark: str
+    language: str
+    code: str
+    printed: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def runs(self) -> bool:
+        return self.language in ("python", "bash") and not self.mark.startswith(("not run: ", "run: "))
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text.count("\n", 0, found.start(3)), found[1] or "", found[2], found[3], found[4])
+        for found in BLOCK.finditer(text)
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A hub cache in which the published id stands for a tiny checkpoint of the same kind."""
+    from conditional_detr import ConditionalDETR, Metadata, Preprocessing
+
+    repository = tmp_path_factory.mktemp("hub") / "models--microsoft--conditional-detr-resnet-50"
+    snapshot = repository / "snapshots" / COMMIT
+    transformers_model(**{**TINY, "backbone": "resnet50", "stage": 4, "num_labels": 91}).save_pretrained(snapshot)
+    model = ConditionalDETR.from_pretrained(snapshot)
+    names = [f"class {i}" for i in range(91)]
+    names[1], names[17], names[18] = "person", "cat", "dog"
+    model.metadata = Metadata(tuple(names), preprocessing=Preprocessing(96, 160))
+    model.save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return repository.parent
+
+
+@pytest.fixture
+def folder(hub, small, tmp_path, monkeypatch):
+    """The working folder of a page: photo.jpg, photos/, train.json, train/, val.json, val/, my-detector/."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.chdir(tmp_path)
+    image, _, _ = draw_image(seed=1, index=7, size=(300, 400))
+    Path("photos").mkdir()
+    for path in ("photo.jpg", "photos/one.jpg", "photos/two.jpg"):
+        image.save(path)
+    for split, images in (("train", 8), ("val", 4)):
+        write_shapes("drawn", images, seed=0, split=split).rename(f"{split}.json")
+        Path("drawn", split).rename(split)
+    Path("drawn").rmdir()
+    shutil.copytree(small, "my-detector")
+    return tmp_path
+
+
+def assert_printed(block: Block, printed: str) -> None:
+    """Compare what was printed with what the page shows; ``...`` there stands for anything."""
+    if block.printed is not None:
+        shown = [line.rstrip() for line in block.printed.strip().splitlines()]
+        got = [line.rstrip() for line in printed.strip().splitlines()]
+        expected = ".*".join(re.escape(part) for part in "\n".join(shown).split("..."))
+        assert re.fullmatch(expected, "\n".join(got), re.DOTALL), (str(block), shown, got)
+
+
+def run_commands(block: Block) -> str:
+    """Run the ``conditional-detr`` commands of a block in this process and return what they print."""
+    from conditional_detr.cli import app
+
+    printed = ""
+    expected = int(block.mark.removeprefix("exit code: ")) if block.mark.startswith("exit code: ") else 0
+    for line in block.code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        assert words[0] == "conditional-detr", f"{block}: {line}: mark it with <!-- not run: reason -->"
+        arguments = [*words[1:], *SHORTER.get(words[1], [])]
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            result = CliRunner().invoke(app, arguments, env={"COLUMNS": "100"})
+        assert result.exit_code == expected, (str(block), line, result.output, result.exception)
+        printed += result.output
+    return printed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.filterwarnings("ignore:skipped")  # one block shows what a missing image does
+def test_blocks_of_a_page_run_and_print_what_they_show(folder, capsys, page):
+    """In order, the Python blocks in one namespace."""
+    namespace = {"__name__": "__main__"}
+    for block in blocks_of(page):
+        if not block.runs:
+            continue
+        torch.manual_seed(0)
+        capsys.readouterr()
+        if block.language == "bash":
+            assert_printed(block, run_commands(block))
+        else:
+            exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
+            assert_printed(block, capsys.readouterr().out)
+
+
+def test_few_blocks_do_not_run_and_each_has_a_reason():
+    left_out = [f"{block}: {block.mark}" for block in BLOCKS if block.mark.startswith("not run:")]
+    print(*left_out, sep="\n")
+    assert len(left_out) <= NOT_RUN_AT_MOST
+    assert [entry for entry in left_out if len(entry.split("not run:")[1].split()) < 2] == []
+    assert [str(block) for block in BLOCKS if block.language not in ("python", "bash", "text")] == []
+
+
+def test_readme_is_short_and_shows_output_early():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 250
+    first = next(block for block in blocks_of(README) if block.language == "python")
+    assert first.line < 30
+    assert first.printed
+
+
+def test_relative_links_lead_to_files():
+    """Also those to a heading. The site's build checks the links between its own pages, generated ones among them."""
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, heading = target.partition("#")
+            if "://" in target or Path(path).name in GENERATED or path.startswith("api/"):
+                continue
+            linked = page.parent / path if path else page
+            assert linked.exists(), f"{page.name}: {target}"
+            if heading and linked.suffix == ".md":
+                headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", text.lower()).strip().replace(" ", "-") for text in headings}
+                assert heading in anchors, f"{page.name}: {target}"
+
+
+def test_every_example_is_run():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    tested = re.findall(r'run_example\("([\w/]+)"', tests)
+    examples = (ROOT / "examples").rglob("*.py")
+    assert {str(path.relative_to(ROOT / "examples").with_suffix("")) for path in examples} == set(tested)
+
+
+def test_example_detect(photograph, small, tmp_path):
+    first, *objects, last = run_example("detect", folder=tmp_path)
+    assert first == f"{len(objects)} detections in a synthetic image, 256 x 192 pixels"
+    _, _, drawn = draw_image(0, image_index("demo", 0))
+    assert sorted(line.split()[0] for line in objects) == sorted(CLASS_NAMES[label] for label in drawn)
+    assert last == "drawn in detections.png"
+    assert (tmp_path / "detections.png").stat().st_size > 0
+    others = run_example("detect", photograph, "--weights", small, "--output", "mine.png", folder=tmp_path)
+    assert others[0].endswith(f"detections in {photograph}, 128 x 96 pixels")
+    assert (tmp_path / "mine.png").stat().st_size > 0
+
+
+def test_example_embed(small, tmp_path):
+    boxes, losses = run_example("embed", folder=tmp_path)
+    assert boxes == "boxes (6, 2, 50, 4), counts (2, 3)"
+    before, after = (float(number) for number in re.findall(r"\d+\.\d+", losses))
+    assert after < before
+    assert run_example("embed", "--weights", small, folder=tmp_path)[0] == "boxes (3, 2, 11, 4), counts (2, 7)"
+
+
+def test_example_attention_maps(photograph, small, tmp_path):
+    drawn, *heads = run_example("attention_maps", photograph, "--weights", small, folder=tmp_path)
+    assert drawn.endswith("drawn in attention.png")
+    assert len(heads) == 4
+    for line in heads:
+        x, y = (float(number) for number in re.findall(r"[+-]\d+\.\d", line))
+        assert max(abs(x), abs(y)) < 128
+
+
+def test_example_replace_head(tmp_path):
+    assert run_example("replace_head", folder=tmp_path) == [
+        "kept ('cat',), new ('hedgehog',)",
+        "logits (6, 1, 50, 5), boxes (6, 1, 50, 4), 19,499,659 trainable parameters",
+    ]
+
+
+def test_example_plain_loop(tmp_path):
+    *epochs, saved = run_example("plain_loop", "--epochs", "3", "--images", "32", folder=tmp_path)
+    losses = [float(line.split()[-1]) for line in epochs]
+    assert losses[2] < losses[0]
+    assert saved == "saved in plain"
+    again = run_example("plain_loop", "--epochs", "1", "--images", "8", "--weights", "plain", folder=tmp_path)
+    assert float(again[0].split()[-1]) < losses[0]
+    lines = (ROOT / "examples" / "plain_loop.py").read_text().splitlines()
+    assert len(lines) <= 90
+    assert not any("conditional_detr.training" in line for line in lines)
+
+
+def test_example_benchmarks_own_model(small, tmp_path):
+    """On small images: whether it runs, not what it says."""
+    little = ("--weights", small, "--height", "64", "--width", "96", "--rounds", "1")
+    *table, rate = run_example("benchmarks/own_model", *little, folder=tmp_path)
+    assert [line.split(" | ")[0] for line in table] == ["| engine", "| ---", "| plain", "| optimised"]
+    assert re.match(r"\| plain \| [\d.]+ \| 1\.00 \| 1\.00 to 1\.00 \| \d+ \| 0e\+00", table[2])
+    assert re.fullmatch(r"(plain|optimised): \d+\.\d images per second", rate)
+    assert len((ROOT / "examples" / "benchmarks" / "own_model.py").read_text().splitlines()) <= 40
+
+
+def test_examples_finetune_and_evaluate(tmp_path):
+    trained, detected = run_example("finetune", "--epochs", "1", folder=tmp_path)
+    assert re.fullmatch(r"4 steps, weights in finetuned/best, AP 0\.\d+", trained)
+    assert re.fullmatch(r"\d+ detections above 0\.3 in shapes/train/.*", detected)
+    resumed, _ = run_example("finetune", "--epochs", "2", "--resume", folder=tmp_path)
+    assert resumed.startswith("8 steps")
+    data = ("--data", "shapes/instances_val.json", "--images", "shapes/val")
+    twelve, *classes = run_example("evaluate", *data, "--weights", "finetuned/best", folder=tmp_path)
+    assert re.match(r"AP 0\.\d{3}  AP50 0\.\d{3}  AP75", twelve)
+    assert sorted(line.split()[0] for line in classes) == ["cross", "disc", "ring", "square", "star", "triangle"]
