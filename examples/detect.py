@@ -1,7 +1,7 @@
-"""Detect objects on a photograph: ``python examples/detect.py photo.jpg --weights owner/name``.
+"""Detect objects in an image: ``python examples/detect.py photo.jpg --weights owner/name``.
 
-Without a photograph it draws an image of shapes, and without ``--weights`` it takes those that the library brings for
-such images, so that every step runs where nothing can be downloaded.
+Without an image, this draws a synthetic one. Without ``--weights``, it uses the library's own weights for synthetic
+images. So it needs no download.
 """
 
 import argparse
@@ -11,11 +11,11 @@ from conditional_detr.data.synthetic import draw_image, image_index
 
 
 def main() -> None:
-    """Load weights, detect, print, draw."""
+    """Load a checkpoint, detect, and print and draw the detections."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("image", nargs="?", help="a photograph of yours")
-    parser.add_argument("--weights", default="shapes", help="a folder, a file, a hub id, or a name of shipped weights")
-    parser.add_argument("--output", default="found.png", help="where the annotated image goes")
+    parser.add_argument("image", nargs="?", help="path of an image; default: a synthetic image")
+    parser.add_argument("--weights", default="shapes", help="folder, file, hub id or name of shipped weights")
+    parser.add_argument("--output", default="detections.png", help="path of the drawing")
     options = parser.parse_args()
 
     image = options.image
@@ -24,7 +24,7 @@ def main() -> None:
     detections = Detector.from_pretrained(options.weights)(image, threshold=0.5)
 
     height, width = detections.size
-    print(f"{len(detections)} objects on {options.image or 'an image of shapes'}, {width} x {height} pixels")
+    print(f"{len(detections)} detections in {options.image or 'a synthetic image'}, {width} x {height} pixels")
     for box, score, name in detections:
         print(f"{name:14s} {score:.3f}  " + " ".join(f"{value:7.1f}" for value in box))
     detections.draw().save(options.output)

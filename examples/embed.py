@@ -1,8 +1,8 @@
-"""Embed the network in a module of one's own: ``python examples/embed.py``.
+"""Use the model as a part of your own module: ``python examples/embed.py``.
 
-A small head counts the objects of each class from the decoder's states, while the detector's own heads still give
-boxes: one pass of backbone, encoder and decoder serves both. The gradient of the counts reaches every part of the
-detector but the frozen stem and first stage.
+A small head counts the objects of each class from the decoder's states. The model's own heads predict classes and
+boxes from the same states, so backbone, encoder and decoder run once. The gradient of the counts reaches every part
+of the model except its own heads, and the backbone's frozen stem and first stage.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from conditional_detr import ConditionalDETR, Config, Output
 
 
 class CountingDetector(nn.Module):
-    """A detector that also counts.
+    """A detector that also counts objects.
 
     Args:
-        detr: the detector; its parts are used one by one.
+        detr: the model, whose parts are called one by one.
     """
 
     def __init__(self, detr: ConditionalDETR) -> None:
@@ -27,7 +27,7 @@ class CountingDetector(nn.Module):
         self.count = nn.Linear(detr.config.width, detr.config.num_classes)
 
     def forward(self, pixels: Tensor, padding: Tensor | None = None) -> tuple[Output, Tensor]:
-        """Return the detector's output, and the number of objects (B, C)."""
+        """Return the model's output, and the number of objects (B, C)."""
         features, padding = self.detr.backbone(pixels, padding)
         memory, positions = self.detr.encode(features, padding)
         f, s = self.detr.decode(memory, positions, padding)  # (L, B, N, D), (B, N, 2)
@@ -36,9 +36,9 @@ class CountingDetector(nn.Module):
 
 
 def main() -> None:
-    """Run it on two images of different size, and one step of training on counts alone."""
+    """Run the module on two images of different sizes, and train one step on the counts alone."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", help="a folder, a file or a hub id; default: a small untrained network")
+    parser.add_argument("--weights", help="folder, file or hub id; default: a small untrained network")
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.weights:
@@ -58,7 +58,7 @@ def main() -> None:
     before.backward()
     optimizer.step()
     after = F.mse_loss(model(pixels, padding)[1], torch.zeros_like(counts))
-    print(f"loss {before.item():.3f}, and after one step {after.item():.3f}")
+    print(f"loss {before.item():.3f}, after one step {after.item():.3f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Measure a detector on a data set: ``python examples/evaluate.py --data val.json --images images --weights ...``.
+"""Evaluate a detector on a dataset: ``python examples/evaluate.py --data val.json --images images --weights ...``.
 
-COCO's twelve numbers, and the classes from the worst to the best. Without ``--data`` it draws a data set of shapes,
-and without ``--weights`` it makes an untrained network, whose numbers are next to 0.
+This prints COCO's twelve metrics, and the classes from the worst to the best. Without ``--data``, it writes a
+synthetic dataset. Without ``--weights``, it uses an untrained model, whose metrics are close to 0.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from conditional_detr.evaluation.coco import evaluate
 
 
 def main() -> None:
-    """Load, evaluate, print."""
+    """Load a checkpoint, evaluate it, and print the metrics."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="COCO's json; default: shapes that are drawn now")
-    parser.add_argument("--images", help="the folder of its images")
-    parser.add_argument("--weights", help="a folder, a file or a hub id; default: a small untrained network")
+    parser.add_argument("--data", help="COCO JSON file; default: a synthetic dataset")
+    parser.add_argument("--images", help="folder of the images")
+    parser.add_argument("--weights", help="folder, file or hub id; default: a small untrained network")
     options = parser.parse_args()
     if not options.data:
         options.data = write_shapes("shapes", 8, seed=0, split="val", size=(96, 128))
@@ -32,8 +32,9 @@ def main() -> None:
 
     result = evaluate(detector, options.data, options.images)
     print("  ".join(f"{name} {value:.3f}" for name, value in result.metrics.items()))
-    for name, numbers in sorted(result.per_class.items(), key=lambda item: item[1]["AP"]):
-        print(f"{name:16s} {numbers['objects']:4d} objects  AP {numbers['AP']:.3f}  AP50 {numbers['AP50']:.3f}")
+    for name, metrics in sorted(result.per_class.items(), key=lambda item: item[1]["AP"]):
+        count, ap, ap50 = (metrics[key] for key in ("annotations", "AP", "AP50"))
+        print(f"{name:16s} {count:4d} annotations  AP {ap:.3f}  AP50 {ap50:.3f}")
 
 
 if __name__ == "__main__":

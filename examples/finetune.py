@@ -1,8 +1,8 @@
 """Fine-tune on your own data: ``python examples/finetune.py --data train.json --images images --weights ...``.
 
-Without ``--data`` it draws a data set of shapes, and without ``--weights`` it starts from a small untrained network,
-so that every step runs where nothing can be downloaded. Run again with ``--resume``, it goes on where it was stopped;
-under torchrun or accelerate launch, several processes train together.
+Without ``--data``, this writes a synthetic dataset. Without ``--weights``, it starts from a small untrained model. So
+it needs no download. ``--resume`` continues an interrupted run. Under torchrun or accelerate launch, several processes
+train together.
 """
 
 import argparse
@@ -19,30 +19,30 @@ from conditional_detr.training.loop import train
 
 
 def main() -> None:
-    """Read the data, make the model, train, detect."""
+    """Read the dataset, create the model, train it, and detect."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="COCO's json; default: shapes that are drawn now")
-    parser.add_argument("--images", help="the folder of its images")
-    parser.add_argument("--val-data", help="COCO's json of the validation data")
-    parser.add_argument("--val-images", help="the folder of its images")
-    parser.add_argument("--weights", help="a folder, a file or a hub id; default: a small untrained network")
+    parser.add_argument("--data", help="COCO JSON file; default: a synthetic dataset")
+    parser.add_argument("--images", help="folder of the images")
+    parser.add_argument("--val-data", help="COCO JSON file of the validation dataset")
+    parser.add_argument("--val-images", help="folder of the images")
+    parser.add_argument("--weights", help="folder, file or hub id; default: a small untrained network")
     parser.add_argument("--epochs", type=int, default=TrainConfig.finetune_small().epochs)
     parser.add_argument("--output", default="finetuned")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
+    parser.add_argument("--resume", action="store_true", help="resume from the checkpoint in --output")
     options = parser.parse_args()
     if not options.data:
         options.data = write_shapes("shapes", 32, seed=0, split="train", size=(96, 128))
         options.val_data = write_shapes("shapes", 8, seed=0, split="val", size=(96, 128))
         options.images, options.val_images = Path("shapes/train"), Path("shapes/val")
 
-    names = CocoData(options.data, options.images).class_names
+    class_names = CocoData(options.data, options.images).class_names
     torch.manual_seed(0)
     if options.weights:
-        model = ConditionalDETR.from_pretrained(options.weights, class_names=names)
+        model = ConditionalDETR.from_pretrained(options.weights, class_names=class_names)
         preprocessing = model.metadata.preprocessing
     else:
         sizes = {"width": 64, "heads": 4, "encoder_layers": 1, "decoder_layers": 2, "feedforward": 128}
-        config = Config(len(names), num_queries=30, backbone="resnet18", backbone_stage=3, dropout=0.0, **sizes)
+        config = Config(len(class_names), num_queries=30, backbone="resnet18", backbone_stage=3, dropout=0.0, **sizes)
         model, preprocessing = ConditionalDETR(config), Preprocessing(96, 160)
 
     train_data = CocoData(options.data, options.images, augmentation=Augmentation.small(), preprocessing=preprocessing)
@@ -58,7 +58,7 @@ def main() -> None:
     best = result.best or result.last
     print(f"{result.steps} steps, weights in {best}" + (f", AP {result.best_ap:.3f}" if result.best else ""))
     image = train_data.describe(0)
-    print(f"{len(Detector.from_pretrained(best)(image, threshold=0.3))} objects above 0.3 on {image}")
+    print(f"{len(Detector.from_pretrained(best)(image, threshold=0.3))} detections above 0.3 in {image}")
 
 
 if __name__ == "__main__":

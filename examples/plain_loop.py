@@ -1,7 +1,7 @@
 """Train in a plain PyTorch loop: ``python examples/plain_loop.py``.
 
-A data set of one's own, torch's DataLoader, AdamW and a schedule: nothing of this library but the network, its loss
-and the names of its classes. The images are drawn here: discs and squares on noise.
+This uses your own dataset, PyTorch's DataLoader, AdamW and a learning rate schedule. From this library, it uses only
+the model, its loss and its class names. The images are synthetic: discs and squares on noise.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from conditional_detr import ConditionalDETR, Config, Metadata, SetLoss
 
 
 class DiscsAndSquares(Dataset):
-    """Images (3, 96, 128), normalised, with one to three objects each; every one follows from its index."""
+    """Images (3, 96, 128), normalised, with one to three objects each. An image depends on its index alone."""
 
     def __init__(self, images: int) -> None:
         self.images = images
@@ -39,14 +39,14 @@ class DiscsAndSquares(Dataset):
 
 
 def collate(samples: list) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Stack images of one size; of several sizes, pad them and give the model the padding, True = padded."""
+    """Stack images of one size. Images of several sizes need padding, and the mask for the model, True = padded."""
     return torch.stack([pixels for pixels, _ in samples]), [target for _, target in samples]
 
 
 def main() -> None:
     """Train a small detector and save it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", help="what to start from; default: a small untrained network")
+    parser.add_argument("--weights", help="folder, file or hub id to start from; default: a small untrained network")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--output", default="plain")

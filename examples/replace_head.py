@@ -1,7 +1,7 @@
-"""Give a detector other classes: ``python examples/replace_head.py``.
+"""Replace the class head of a model: ``python examples/replace_head.py``.
 
-Two ways. By name: rows of classes that stay are kept, new ones start at the prior probability, and the model still
-saves and loads. By hand: any module takes the place of a head.
+There are two ways. With ``class_names``, the rows of the checkpoint's classes are kept, new rows are initialised at
+the prior probability, and the model can still be saved and loaded. Or assign any module as a head.
 """
 
 import argparse
@@ -22,14 +22,14 @@ class BottleneckHead(nn.Module):
         self.layers = nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, classes))
 
     def forward(self, f: Tensor) -> Tensor:
-        """Score the decoder's states."""
+        """Return the class logits of the decoder's states."""
         return self.layers(f)
 
 
 def main() -> None:
-    """Change the classes both ways."""
+    """Replace the class head in both ways."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", help="a folder, a file or a hub id; default: a small untrained network")
+    parser.add_argument("--weights", help="folder, file or hub id; default: a small untrained network")
     options = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -42,10 +42,10 @@ def main() -> None:
     model.class_head = BottleneckHead(model.config.width, 5)
     model.metadata = Metadata(["apple", "pear", "plum", "cherry", "quince"])
     for parameter in model.backbone.parameters():
-        parameter.requires_grad_(False)  # train the transformer and the heads alone
+        parameter.requires_grad_(False)  # train only the transformer and the heads
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logits, boxes = model(torch.randn(1, 3, 192, 256))
-    print(f"logits {tuple(logits.shape)}, boxes {tuple(boxes.shape)}, {trainable:,} parameters train")
+    print(f"logits {tuple(logits.shape)}, boxes {tuple(boxes.shape)}, {trainable:,} trainable parameters")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Run an exported model without PyTorch and without this library: ``python run_onnx.py model.onnx photo.jpg``.
 
-It needs numpy, pillow and onnxruntime; what the classes are called and how images are prepared stands in the file.
+This needs numpy, pillow and onnxruntime. The file has the class names and the preprocessing.
 """
 
 import argparse
@@ -12,38 +12,38 @@ from PIL import Image, ImageOps
 
 
 def resized_size(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
-    """Return height and width with the shorter side as wanted, unless the longer one then exceeds its limit."""
+    """Return the size with the given shorter side, or a smaller one where the longer side would exceed its limit."""
     short, long = min(height, width), max(height, width)
-    wanted = min(shortest_edge, longest_edge * short / long)
-    if round(wanted) == short:
+    target = min(shortest_edge, longest_edge * short / long)
+    if round(target) == short:
         return height, width
-    resized = max(round(wanted), 1), int(wanted * long / short)
+    resized = max(round(target), 1), int(target * long / short)
     return resized if height <= width else resized[::-1]
 
 
 def main() -> None:
-    """Open both, run, print each object's name, score and box."""
+    """Run the model on an image, and print the class name, score and box of each detection."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a file that `conditional-detr export` wrote")
+    parser.add_argument("model", help="ONNX file from `conditional-detr export`")
     parser.add_argument("image")
     parser.add_argument("--threshold", type=float, default=0.5)
     options = parser.parse_args()
 
     session = onnxruntime.InferenceSession(options.model, providers=["CPUExecutionProvider"])
     metadata = json.loads(session.get_modelmeta().custom_metadata_map["conditional_detr"])["metadata"]
-    names, numbers = metadata["class_names"], metadata["preprocessing"]
+    names, settings = metadata["class_names"], metadata["preprocessing"]
 
     image = ImageOps.exif_transpose(Image.open(options.image)).convert("RGB")
-    height, width = resized_size(image.height, image.width, numbers["shortest_edge"], numbers["longest_edge"])
+    height, width = resized_size(image.height, image.width, settings["shortest_edge"], settings["longest_edge"])
     values = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32) / 255
-    values = (values - np.float32(numbers["mean"])) / np.float32(numbers["std"])  # (H, W, 3)
+    values = (values - np.float32(settings["mean"])) / np.float32(settings["std"])  # (H, W, 3)
     inputs = {"pixels": values.transpose(2, 0, 1)[None]}
-    if len(session.get_inputs()) > 1:  # the file has post-processing, which this does itself
+    if len(session.get_inputs()) > 1:  # the file includes post-processing, which this script does not use
         inputs["sizes"] = np.array([[image.height, image.width]], dtype=np.int64)
     logits, boxes = (output[0] for output in session.run(["logits", "boxes"], inputs))  # (N, C), (N, 4)
 
     scores = 1 / (1 + np.exp(-logits))
-    scores[:, [name is None for name in names]] = 0  # rows that stand for nothing
+    scores[:, [name is None for name in names]] = 0  # unused rows of the class head
     limits = np.array([image.width, image.height] * 2)
     for pair in np.argsort(-scores, axis=None, kind="stable")[:100]:
         query, label = np.unravel_index(pair, scores.shape)
