@@ -238,7 +238,7 @@ def test_any_convolutional_backbone_at_any_stage(name, stage, channels, stride, 
     config = Config(**{**config.__dict__, "backbone": name, "backbone_stage": stage})
     model = ConditionalDETR(config).eval()
     assert (model.backbone.channels, model.backbone.stride) == (channels, stride)
-    stopped = {n.removeprefix("backbone.") for n, p in model.backbone.named_parameters() if not p.requires_grad}
+    stopped = {n.removeprefix("body.") for n, p in model.backbone.named_parameters() if not p.requires_grad}
     assert {".".join(n.split(".")[: 2 if n.startswith("blocks") else 1]) for n in stopped} == frozen
     assert output_of(model, torch.randn(1, 3, 96, 70)).boxes.isfinite().all()
 
