@@ -224,10 +224,10 @@ def test_command_measures_the_loss_of_ap(dataset, tmp_path):
     assert plain.metrics["AP"] == pytest.approx(ap["float32"], abs=1e-3)
     assert ExportedModel(target).description.measured["calibration"]["images"] == 4
 
-    told = run("info", target)
-    assert told.exit_code == 0, told.output
-    assert f"AP             float32 {ap['float32']:.4f}, int8 {ap['int8']:.4f}" in told.stdout
-    assert "also in float nothing" in told.stdout
+    info = run("info", target)
+    assert info.exit_code == 0, info.output
+    assert f"AP             float32 {ap['float32']:.4f}, int8 {ap['int8']:.4f}" in info.stdout
+    assert "also in float nothing" in info.stdout
 
     again = run("quantize", "shapes", target, *options)
     assert again.exit_code == 2
