@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,21 @@ def test_all_problems_in_one_report(tmp_path):
         "images that are missing": [f"{images / 'gone.png'}: no such file"],
         "groups of images with identical bytes": ["10.png = copy.png"],
         "annotations that have zero area and are excluded from the targets": ["annotations[2] of 11.png"],
+    }
+
+
+def test_files_without_read_permission_are_not_missing(tmp_path, monkeypatch):
+    path, images = coco.write(tmp_path)
+    read_bytes = Path.read_bytes
+
+    def denied(file):
+        if file.name == "10.png":
+            raise PermissionError(f"{file}: permission denied")
+        return read_bytes(file)
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    assert check_data(path, images).problems == {
+        "images that cannot be read": [f"{images / '10.png'}: permission denied"]
     }
 
 
