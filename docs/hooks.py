@@ -39,7 +39,15 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages."""
+    """Add the generated pages.
+
+    Raises:
+        ValueError: the library has another set of packages than the reference.
+    """
+    library = importlib.import_module("conditional_detr")
+    found = {module.name for module in pkgutil.iter_modules(library.__path__) if module.ispkg} - {"cli"}
+    if found != PACKAGES.keys():
+        raise ValueError(f"docs/hooks.py: expected the packages {sorted(found)}, got {sorted(PACKAGES)}")
     pages = {"cli.md": command_line(), "changelog.md": (ROOT / "CHANGELOG.md").read_text(), "api/index.md": overview()}
     pages |= {f"api/{name}.md": package_page(name, summary) for name, summary in PACKAGES.items()}
     for path, text in pages.items():
