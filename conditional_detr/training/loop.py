@@ -307,4 +307,4 @@ def _accelerator() -> Any:
         raise ModuleNotFoundError(
             f"training needs {error.name}, which is not installed: pip install 'conditional-detr[train]'"
         ) from error
-    return Accelerator(mixed_precision="no")  # precision is TrainConfig.autocast, whatever accelerate's settings are
+    return Accelerator(mixed_precision="no")  # TrainConfig.autocast alone decides the precision

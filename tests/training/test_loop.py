@@ -252,15 +252,15 @@ def test_one_step_is_adamws_on_clipped_gradients(tmp_path):
     )
     assert logged["norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert norm > 1
-    for (name, found), before in zip(model.named_parameters(), other.parameters(), strict=True):
+    for (name, updated), before in zip(model.named_parameters(), other.parameters(), strict=True):
         if not before.requires_grad:
-            assert torch.equal(found, before), name
+            assert torch.equal(updated, before), name
             continue
         rate = 1e-3 if name.startswith("backbone") else 1e-2
         gradient = before.grad * 0.1 / norm
         expected = before * (1 - rate * 0.3) - rate * gradient / (gradient.abs() + 1e-8)
         clear = gradient.abs() > 1e-6  # elsewhere rounding decides on the sign
-        torch.testing.assert_close(found[clear], expected[clear], rtol=1e-4, atol=rate * 1e-2)
+        torch.testing.assert_close(updated[clear], expected[clear], rtol=1e-4, atol=rate * 1e-2)
 
 
 def test_average_by_hand():
@@ -519,7 +519,7 @@ def test_an_unreadable_image_stops_training_with_its_own_message(tmp_path, worke
 def test_two_processes_train_like_one_with_the_joined_batch(tmp_path):
     """Five steps with different numbers of boxes: the same losses, norms, weights and AP."""
     script = Path(training_runs.__file__)
-    # of --cpu, accelerate starts one process only, whatever number is asked for
+    # with --cpu, accelerate starts only one process
     options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     options += ["--dynamo_backend", "no", "--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, script, tmp_path / "two"]
