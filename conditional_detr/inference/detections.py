@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision.ops import box_area, box_convert
 
 from conditional_detr.inference.drawing import draw_boxes
-from conditional_detr.inference.images import open_image, to_pil
-from conditional_detr.inference.sources import ReadableSource
+from conditional_detr.inference.images import open_image, size_of, to_pil
+from conditional_detr.inference.sources import ImageSource, ReadableSource, file_state
 
 Detection: TypeAlias = tuple[list[float], float, str]
 """Box [x0, y0, x1, y1] in pixels, score, class name."""
@@ -47,7 +47,10 @@ class Detections:
         category_ids: K category ids of the dataset that the model was trained on, such as COCO's 1..90.
         queries: (K,) int64, object query of each detection, in [0, N). One query may have several detections.
         size: (height, width) of the original image in pixels.
-        source: the image, for :meth:`draw`: a path, the given object, or the bytes of a URL, base64 or open file.
+        source: the image, for :meth:`draw`: a path, the given object, or the bytes of a URL, base64 or open file;
+            None if it was not kept, as for images from an iterator.
+        modified: time and size of the image file when it was opened, to notice that it was replaced; None if the
+            source is no file.
     """
 
     boxes: Tensor
@@ -57,7 +60,8 @@ class Detections:
     category_ids: tuple[int, ...]
     queries: Tensor
     size: tuple[int, int]
-    source: ReadableSource
+    source: ReadableSource | None
+    modified: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -89,7 +93,7 @@ class Detections:
             raise TypeError(
                 f"expected an index, a slice, a mask or indices, got {index!r}; for class names use filter()"
             )
-        indices = torch.as_tensor(index)
+        indices = torch.as_tensor(index, device="cpu")
         if indices.dtype == torch.bool and indices.shape == (len(self),):
             return self._take(indices.nonzero().flatten().tolist())
         if indices.dim() == 1 and (
@@ -152,22 +156,47 @@ class Detections:
             raise ValueError(f"by: expected any of {', '.join(keys)}, got {by!r}")
         return self._take(sorted(range(len(self)), key=keys[by].__getitem__))
 
-    def draw(self, *, font: str | Path | None = None) -> Image.Image:
+    def draw(self, image: ImageSource | None = None, *, font: str | Path | None = None) -> Image.Image:
         """Open the image again, draw the boxes with class names and scores, and return it.
 
         Args:
+            image: the image to draw on; default: the source.
             font: path of a TrueType font, for scripts that PIL's built-in font does not support.
 
         Returns:
             An RGB image of the size of the original.
 
         Raises:
-            OSError: the image or the font cannot be read.
+            OSError: the image or the font cannot be read, or the image file has changed since the detection.
+            ValueError: the image was not kept and none is given, or it has another size.
         """
-        image = to_pil(open_image(self.source, "image"))
+        opened = self.open_source() if image is None else open_image(image, "image")
+        if size_of(opened) != self.size:
+            (height, width), expected = size_of(opened), self.size
+            raise ValueError(
+                f"image: expected the detected one of {expected[1]} x {expected[0]} pixels, got {width} x {height}"
+            )
+        image = to_pil(opened)
         return draw_boxes(
             image, self.boxes.tolist(), self.labels.tolist(), self.names, self.scores.tolist(), font=font
         )
+
+    def open_source(self) -> Image.Image | Tensor:
+        """Open the image again and return it in RGB, upright, as in the detection.
+
+        Raises:
+            OSError: the image cannot be read, or its file has changed since the detection.
+            ValueError: the image was not kept.
+        """
+        if self.source is None:
+            raise ValueError(
+                "image: expected one to draw on, got none; images of an iterator are not kept: pass the image to"
+                " draw(), or keep_images=True to the detector"
+            )
+        state = file_state(self.source)
+        if state is not None and self.modified is not None and state != self.modified:
+            raise OSError(f"{self.source!s}: the file has changed since the detection")
+        return open_image(self.source, "image")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings for JSON.
@@ -239,7 +268,7 @@ class Detections:
 
     def _take(self, indices: Sequence[int]) -> "Detections":
         """Return the detections at some indices, in that order."""
-        rows = torch.tensor(indices, dtype=torch.int64)
+        rows = torch.tensor(indices, dtype=torch.int64, device="cpu")
         return replace(
             self,
             boxes=self.boxes[rows],

@@ -4,17 +4,19 @@ import os
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.drawing import draw_attention
-from conditional_detr.inference.exported import ExportedModel
-from conditional_detr.inference.images import normalise, open_image, resize, size_of, to_pil
+from conditional_detr.inference.exported import ExportedModel, InferenceError
+from conditional_detr.inference.images import normalise, open_image, resize, size_of, snapshot, to_pil
 from conditional_detr.inference.pipeline import map_in_batches, map_in_threads
 from conditional_detr.inference.postprocessing import (
     Postprocessing,
@@ -28,6 +30,7 @@ from conditional_detr.inference.sources import (
     ImageSource,
     Limits,
     ReadableSource,
+    file_state,
     is_single_image,
     resolve_source,
     source_name,
@@ -53,13 +56,18 @@ class _Options(TypedDict, total=False):
     top_k: int
     classes: Iterable[str | int] | None
     batch_size: int
+    keep_images: bool | None
+
+
+_Item: TypeAlias = tuple[ImageSource | Exception, str]  # an image, or the error of reading it, and its name
 
 
 class _Prepared(NamedTuple):
     """An image ready for the model."""
 
     name: str
-    source: ReadableSource
+    source: ReadableSource | None
+    modified: tuple[int, int] | None
     size: tuple[int, int]
     values: Tensor  # (3, H, W), resized and not yet normalised
 
@@ -80,7 +88,7 @@ class Detector:
     def __init__(self, model: DetectionModel, *, limits: Limits = DEFAULT_LIMITS) -> None:
         if not isinstance(model, DetectionModel):
             raise TypeError(
-                f"model: expected a ConditionalDETR, its optimised copy or an ExportedModel, got {type(model).__name__}"
+                f"model: expected a ConditionalDETR, an optimised copy or an ExportedModel, got {type(model).__name__}"
             )
         self.model = model
         self.limits = limits
@@ -128,6 +136,7 @@ class Detector:
         top_k: int = 100,
         classes: Iterable[str | int] | None = None,
         batch_size: int = 8,
+        keep_images: bool | None = None,
         on_error: str = "raise",
     ) -> Any:
         """Detect objects on one image or on many.
@@ -142,6 +151,8 @@ class Detector:
             top_k: report at most this many detections per image, those with the highest scores.
             classes: names or class head rows of the classes to report; None: all.
             batch_size: run at most this many images together.
+            keep_images: whether Detections keep the image, to draw it later. Default: yes for one image and a list,
+                whose images the caller holds anyway; for an iterator only paths are kept, not frames.
             on_error: "raise" the error of an image that cannot be opened, or "skip" the image with a warning.
 
         Returns:
@@ -163,7 +174,8 @@ class Detector:
         postprocessing = self.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
         if one:
             return self._settle(self._detect_one(images, postprocessing), on_error)  # type: ignore[arg-type]
-        outcomes = self.outcomes(images, postprocessing, batch_size=batch_size)  # type: ignore[arg-type]
+        options = {"batch_size": batch_size, "keep_images": keep_images}
+        outcomes = self.outcomes(images, postprocessing, **options)  # type: ignore[arg-type]
         if not isinstance(images, Sequence):
             return (self._settle(outcome, on_error) for outcome in outcomes)
         with closing(outcomes):  # an error that the caller keeps would keep the threads
@@ -176,21 +188,30 @@ class Detector:
         return make_postprocessing(self.model.metadata.class_names, threshold=threshold, top_k=top_k, classes=classes)
 
     def outcomes(
-        self, images: Iterable[ImageSource], postprocessing: Postprocessing, *, batch_size: int = 8
+        self,
+        images: Iterable[ImageSource],
+        postprocessing: Postprocessing,
+        *,
+        batch_size: int = 8,
+        keep_images: bool | None = None,
     ) -> Generator[Detections | Exception, None, None]:
         """Detect objects on many images, in order and in bounded memory; yield errors instead of raising them.
 
         Args:
-            images: read a few batches ahead.
+            images: read a few batches ahead. The pixels of an iterator's image are taken when it is read, so that the
+                iterator may overwrite the image for the next one.
             postprocessing: what to report, from :meth:`postprocessing`.
             batch_size: run at most this many images together.
+            keep_images: as in a call.
 
         Returns:
             A generator with the Detections of each image, or the error that opening it raised.
         """
         workers = min(4, os.cpu_count() or 1)
-        numbered = ((image, f"images[{index}]") for index, image in enumerate(images))
-        prepared = map_in_threads(self._prepare, numbered, workers=workers, depth=batch_size + workers)
+        is_list = isinstance(images, Sequence)
+        read = self._read_items(images, snapshots=not is_list)
+        keep = is_list if keep_images is None else keep_images
+        prepared = map_in_threads(partial(self._prepare, keep=keep), read, workers=workers, depth=batch_size + workers)
 
         def key(item: _Prepared | Exception) -> tuple[Any, ...] | None:
             return (item.values.shape, item.values.dtype) if isinstance(item, _Prepared) else None
@@ -198,7 +219,7 @@ class Detector:
         def run(items: list[_Prepared | Exception]) -> list[Detections | Exception]:
             if isinstance(items[0], Exception):
                 return [items[0]]
-            return [*self._run([item for item in items if isinstance(item, _Prepared)], postprocessing)]
+            return self._run([item for item in items if isinstance(item, _Prepared)], postprocessing)
 
         with closing(prepared):
             yield from map_in_batches(prepared, key, run, batch_size=batch_size, window=_WINDOW * batch_size)
@@ -221,7 +242,7 @@ class Detector:
             ValueError: no layer, or one that the decoder does not have; a model without attention maps.
         """
         box, score, name = detections[index]
-        opened = open_image(detections.source, "image")
+        opened = detections.open_source()
         preprocessing = self.model.metadata.preprocessing
         pixels = normalise(resize(opened, preprocessing), preprocessing)[None]
         maps = self._evaluate(lambda x: self.model.attention_maps(x, layers=layers), pixels)
@@ -245,22 +266,44 @@ class Detector:
 
     def _detect_one(self, image: ImageSource, postprocessing: Postprocessing) -> Detections | Exception:
         """Detect objects on a single image, without threads."""
-        prepared = self._prepare((image, "image"))
-        return prepared if isinstance(prepared, Exception) else next(self._run([prepared], postprocessing))
+        prepared = self._prepare((image, "image"), keep=True)
+        return prepared if isinstance(prepared, Exception) else self._run([prepared], postprocessing)[0]
 
-    def _prepare(self, named: tuple[ImageSource, str]) -> _Prepared | Exception:
+    @staticmethod
+    def _read_items(images: Iterable[ImageSource], *, snapshots: bool) -> Iterator[_Item]:
+        """Yield each image, or the error that reading it raises, and its name; runs in the consumer's thread."""
+        for index, image in enumerate(images):
+            name = source_name(image, f"images[{index}]")
+            in_memory = isinstance(image, Image.Image | np.ndarray | Tensor)
+            try:
+                yield (snapshot(image, name) if snapshots or not in_memory else image), name
+            except IMAGE_ERRORS as error:
+                yield error, name
+
+    def _prepare(self, item: _Item, *, keep: bool) -> _Prepared | Exception:
         """Open and resize an image, or return the error that this raises."""
-        image, default_name = named
+        image, default_name = item
+        if isinstance(image, Exception):
+            return image
         name = source_name(image, default_name)
         try:
             source = resolve_source(image, name, self.limits)
+            modified = file_state(source)
             opened = open_image(source, name)
-            return _Prepared(name, source, size_of(opened), resize(opened, self.model.metadata.preprocessing))
+            values = resize(opened, self.model.metadata.preprocessing)
         except IMAGE_ERRORS as error:
             return error
+        return _Prepared(name, source if keep or isinstance(source, Path) else None, modified, size_of(opened), values)
 
-    def _run(self, group: list[_Prepared], postprocessing: Postprocessing) -> Iterator[Detections]:
-        """Run the model on images of one shape, and yield their detections."""
+    def _run(self, group: list[_Prepared], postprocessing: Postprocessing) -> list[Detections | Exception]:
+        """Run the model on images of one shape; return the detections of each, or its error."""
+        try:
+            return [*self._detect(group, postprocessing)]
+        except InferenceError as error:  # the runtime of an exported model refuses this shape
+            return [InferenceError(f"{image.name}: {error}") for image in group]
+
+    def _detect(self, group: list[_Prepared], postprocessing: Postprocessing) -> Iterator[Detections | Exception]:
+        """Run the model on images of one shape; yield the detections of each, or its error."""
         metadata = self.model.metadata
         values = torch.stack([image.values for image in group]).to(self.model.device)  # (B, 3, H, W)
         output = self._evaluate(self.model, normalise(values, metadata.preprocessing))
@@ -268,7 +311,8 @@ class Detector:
         check_head(logits.shape[-1], metadata.class_names)
         for image, image_logits, image_boxes in zip(group, logits, boxes, strict=True):
             if not (image_logits.isfinite().all() and image_boxes.isfinite().all()):
-                raise ValueError(f"{image.name}: the model returned logits or boxes that are not finite")
+                yield ValueError(f"{image.name}: the model returned logits or boxes that are not finite")
+                continue
             corners, scores, labels, queries = postprocess(image_logits, image_boxes, image.size, postprocessing)
             rows = labels.tolist()
             yield Detections(
@@ -280,6 +324,7 @@ class Detector:
                 queries=queries,
                 size=image.size,
                 source=image.source,
+                modified=image.modified,
             )
 
     @torch.inference_mode()

@@ -98,6 +98,10 @@ class Description:
             raise ValueError(f"its description is damaged: {error}") from error
 
 
+class InferenceError(ValueError):
+    """A runtime cannot process the pixels, for example because they are too small for the backbone."""
+
+
 class ExportedModel(nn.Module):
     """Run an exported model. It is called like the network, but without padding, and cannot be trained.
 
@@ -131,7 +135,7 @@ class ExportedModel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        path = Path(path)
+        path = self._path = Path(path)
         if threads is not None:
             check_count("threads", threads)
         self._opened: LoadedFile = open_file(path, device=str(device), threads=threads, dtype=dtype)
@@ -156,12 +160,20 @@ class ExportedModel(nn.Module):
         Raises:
             TypeError: not a floating point tensor.
             ValueError: not of this shape, or a padding.
+            InferenceError: the runtime cannot process pixels of this shape; a ValueError.
         """
         check_input(pixels, padding)
         if padding is not None:
-            raise ValueError("padding: expected None, as an exported model has no padding; run images of one size together")
+            raise ValueError(
+                "padding: expected None, as an exported model has no padding; run images of one size together"
+            )
         pixels = pixels.detach().to(self.device, torch.float32)
-        logits, boxes = self._opened.run(pixels.contiguous())
+        try:
+            logits, boxes = self._opened.run(pixels.contiguous())
+        except Exception as error:  # the type depends on the runtime
+            height, width = pixels.shape[2:]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InferenceError(f"{self._path}: cannot process pixels of {width} x {height}: {reason}") from error
         return Output(logits[None], boxes[None])
 
     def attention_maps(self, *_: Any, **__: Any) -> AttentionMaps:

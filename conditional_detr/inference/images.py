@@ -1,13 +1,15 @@
 """Open images and preprocess them to pixels: apply the EXIF orientation, resize and normalise."""
 
 import io
+import os
+import threading
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from conditional_detr.inference.sources import DEFAULT_LIMITS, ImageSource, Limits, resolve_source, source_name
@@ -32,6 +34,7 @@ _SIGNATURES = (
     (0, b"<!", "a web page"),
     (0, b"<html", "a web page"),
 )
+_LOADING = threading.Lock()  # PIL does not allow two threads to load the same image
 _REFUSED_FORMATS = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}  # PIL would run Ghostscript on EPS
 
 
@@ -59,7 +62,8 @@ def open_image(image: ImageSource, name: str, limits: Limits = DEFAULT_LIMITS) -
     if isinstance(source, Path | bytes):
         return _open_file(source, name)
     if isinstance(source, Image.Image):
-        return _decode(source, name)
+        with _LOADING:  # another item, or another thread of the caller, may hold the same image
+            return _decode(source, name)
     if isinstance(source, Tensor):
         if source.dim() != 3 or source.shape[0] not in (1, 3, 4) or 0 in source.shape:
             raise ValueError(
@@ -75,6 +79,30 @@ def open_image(image: ImageSource, name: str, limits: Limits = DEFAULT_LIMITS) -
             f"{name}: expected an array (H, W, 3), (H, W, 4) or (H, W), got {source.shape}" + _hint(source.shape)
         )
     return _from_array(values, name)
+
+
+def snapshot(image: ImageSource, name: str) -> ImageSource:
+    """Return an image that stays as it is when the caller overwrites the given one.
+
+    Arrays and tensors are copied, PIL images are decoded, open files and buffers are read. Paths and strings are
+    returned unchanged.
+
+    Args:
+        image: the image.
+        name: name for messages, such as ``images[3]``.
+
+    Raises:
+        OSError: a PIL image that cannot be decoded, or an open file that cannot be read.
+        TypeError: an unsupported type.
+        ValueError: a PIL image with unsupported values.
+    """
+    if isinstance(image, np.ndarray):
+        return image.copy()
+    if isinstance(image, Tensor):
+        return image.detach().clone()
+    if isinstance(image, Image.Image):
+        return open_image(image, name)
+    return image if isinstance(image, str | os.PathLike) else resolve_source(image, name)
 
 
 def size_of(opened: Image.Image | Tensor) -> tuple[int, int]:
@@ -93,8 +121,11 @@ def size_of_file(path: Path) -> tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
+            height, width = image.height, image.width
+            if image.format == "TIFF":  # some versions of PIL give the upright size of these at once, others do not
+                height, width = image.tag_v2[TiffImagePlugin.IMAGELENGTH], image.tag_v2[TiffImagePlugin.IMAGEWIDTH]
             swapped = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            return (image.width, image.height) if swapped else (image.height, image.width)
+            return (width, height) if swapped else (height, width)
     except Exception:  # open_image() raises the documented errors
         return size_of(open_image(path, str(path)))
 
@@ -152,7 +183,10 @@ def normalise(values: Tensor, preprocessing: Preprocessing) -> Tensor:
     """
     if values.dtype == torch.uint8:
         values = values.to(torch.float32) / 255
-    mean, std = (torch.tensor(v, device=values.device).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    mean, std = (
+        torch.tensor(channels, dtype=torch.float32, device=values.device).view(3, 1, 1)
+        for channels in (preprocessing.mean, preprocessing.std)
+    )
     return ((values - mean) / std).contiguous()
 
 
@@ -236,6 +270,12 @@ def _decode(image: Image.Image, name: str) -> Image.Image | Tensor:
         return _from_array(values, name)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"{name}: expected 16-bit values 0..65535, got {values.min()}..{values.max()}")
+    # PIL before version 11 gives this mode to PNG files of 16 bits; in any other image small values may mean 8 bits
+    if upright.mode == "I" and image.format != "PNG" and values.max() <= 255:
+        raise ValueError(
+            f"{name}: expected 8-bit or 16-bit values, got 32-bit integers {values.min()}..{values.max()} (mode I),"
+            " which may be either; convert them to uint8 or uint16"
+        )
     return _from_array(values.astype(np.uint16), name)
 
 

@@ -1,7 +1,9 @@
 """Convert logits and boxes of the model to detections: the best query-class pairs above a threshold."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +61,7 @@ def postprocess(
         score is first.
     """
     detections = top_k_detections(
-        logits[None], boxes[None], torch.tensor([size]), postprocessing.rows, postprocessing.top_k
+        logits[None], boxes[None], torch.tensor([size], device="cpu"), postprocessing.rows, postprocessing.top_k
     )
     corners, scores, labels, queries = (x[0] for x in detections)
     kept = scores > postprocessing.threshold
@@ -99,15 +101,15 @@ def check_head(rows: int, names: Sequence[str | None]) -> None:
         )
 
 
-def check_count(name: str, count: int) -> None:
+def check_count(name: str, count: Any) -> None:
     """Raise ValueError unless a count is an int of at least 1."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
         raise ValueError(f"{name}: expected an int of at least 1, got {count!r}")
 
 
 def named_rows(names: Sequence[str | None]) -> Tensor:
     """Return the rows of the class head that have a class name, (R,) int64."""
-    return torch.tensor([i for i, name in enumerate(names) if name is not None], dtype=torch.int64)
+    return torch.tensor([i for i, name in enumerate(names) if name is not None], dtype=torch.int64, device="cpu")
 
 
 def _rows(names: Sequence[str | None], classes: Iterable[str | int] | None) -> Tensor:
@@ -115,16 +117,18 @@ def _rows(names: Sequence[str | None], classes: Iterable[str | int] | None) -> T
     named = named_rows(names)
     if classes is None:
         return named
-    valid = named.tolist()
     if isinstance(classes, str):
         raise TypeError(f"classes: expected a list of names or rows, got the string {classes!r}")
-    rows = []
+    matches: dict[Any, set[int]] = defaultdict(set)  # by name, of which several rows may have the same, and by row
+    for row in named.tolist():
+        matches[names[row]].add(row)
+        matches[row].add(row)
+    rows: set[int] = set()
     for requested in classes:
-        row = names.index(requested) if isinstance(requested, str) and requested in names else requested
-        if row not in valid:
+        if isinstance(requested, bool) or requested not in matches:
             raise ValueError(
                 f"classes: expected names or rows of the model's classes, got {requested!r};"
-                f" the names are {', '.join(str(names[i]) for i in valid)}"
+                f" the names are {', '.join(str(names[i]) for i in named.tolist())}"
             )
-        rows.append(row)
-    return torch.tensor(sorted(set(rows)), dtype=torch.int64)
+        rows |= matches[requested]
+    return torch.tensor(sorted(rows), dtype=torch.int64, device="cpu")

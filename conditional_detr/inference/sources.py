@@ -101,6 +101,17 @@ def resolve_source(image: ImageSource, name: str, limits: Limits = DEFAULT_LIMIT
     )
 
 
+def file_state(source: ReadableSource) -> tuple[int, int] | None:
+    """Return the modification time and the size of a file; None for other sources, and for a missing file."""
+    if not isinstance(source, Path):
+        return None
+    try:
+        state = source.stat()
+    except OSError:  # opening the file raises the documented error
+        return None
+    return state.st_mtime_ns, state.st_size
+
+
 def _resolve_string(text: str, name: str, limits: Limits) -> Path | bytes:
     """Resolve a string that is a URL, a data URI, a path or base64."""
     if not text:
