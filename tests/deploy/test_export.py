@@ -507,12 +507,12 @@ def test_foreign_files_and_damaged_descriptions(suffix, tmp_path, exports):
     write_one_operation(target)
     with pytest.raises(ValueError, match=rf"other\{suffix}: expected a model exported by `conditional-detr export`"):
         ExportedModel(target)
-    newer = '{"format": 2, "versions": {"conditional-detr": "9.1"}}'
+    newer = '{"format": 3, "versions": {"conditional-detr": "9.1"}}'
     write_one_operation(target, newer)
-    message = rf"other\{suffix}: expected a description of format 1, got 2, written by conditional-detr 9\.1; exp"
+    message = rf"other\{suffix}: expected a description of format 2, got 3, written by conditional-detr 9\.1; exp"
     with pytest.raises(ValueError, match=message):
         ExportedModel(target)
-    write_one_operation(target, '{"format": 1, "config": {}')
+    write_one_operation(target, '{"format": 2, "config": {}')
     with pytest.raises(ValueError, match=rf"other\{suffix}: its description is damaged"):
         ExportedModel(target)
 
@@ -528,7 +528,7 @@ def test_damaged_descriptions(exports):
         with pytest.raises(ValueError, match="its description is damaged"):
             Description.from_json(json.dumps(one))
     for versions in ([], None, {}):
-        with pytest.raises(ValueError, match=r"format 1, got 0, written by conditional-detr \?; export"):
+        with pytest.raises(ValueError, match=r"format 2, got 0, written by conditional-detr \?; export"):
             Description.from_json(json.dumps({**content, "format": 0, "versions": versions}))
 
 
