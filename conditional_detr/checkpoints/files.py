@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from conditional_detr.inference.runtimes import SUFFIXES
+from conditional_detr.system.atomic_files import recover
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -67,6 +68,7 @@ def open_checkpoint(
         ValueError: a file is damaged, or its content does not match its suffix.
     """
     path = Path(name)
+    recover(path if path.is_dir() else path.parent)
     if path.is_file():
         return _open_files(path, path.parent)
     folder = path if path.is_dir() else None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from conditional_detr.inference.checksums import is_intact
+from conditional_detr.system.atomic_files import recover
 
 KEY = "conditional_detr"
 """Key of the description in an exported model's metadata."""
@@ -57,6 +58,7 @@ def open_file(path: Path, *, device: str, threads: int | None, dtype: torch.dtyp
     if opener is None:
         expected = ", ".join(SUFFIXES)
         raise ValueError(f"{path}: expected an exported model ({expected}); from_pretrained loads checkpoints")
+    recover(path.parent)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: {'expected a file, got a folder' if path.is_dir() else 'no such file'}")
     with path.open("rb"):  # raises PermissionError; runtimes report a damaged file instead

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from conditional_detr.checkpoints.saving import write_tensors, writers_of
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.system.atomic_files import recover
 
 LAST = "last"
 BEST = "best"
@@ -89,6 +90,7 @@ def load_training_state(folder: Path, settings: Mapping[str, Any]) -> dict[str, 
             run and is not in ``CHANGEABLE``.
     """
     path = folder / LAST / STATE
+    recover(path.parent)
     if not path.exists():
         return None
     try:
