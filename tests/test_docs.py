@@ -23,7 +23,7 @@ BLOCK = re.compile(
 )
 COMMIT = "0" * 40
 NOT_RUN_AT_MOST = 12
-SHORTER = {"train": ["--epochs", "2", "--workers", "0"], "benchmark": ["--rounds", "1"]}  # added to every such command
+SHORTER = {"train": ["--epochs", "1", "--workers", "0"]}  # options added to every such command
 
 
 class Block(NamedTuple):
@@ -152,6 +152,23 @@ def test_readme_is_short_and_shows_output_early():
     first = next(block for block in blocks_of(README) if block.language == "python")
     assert first.line < 30
     assert first.printed
+
+
+def test_options_that_are_mentioned_exist():
+    """Also those in tables and sentences. Those of other programs are listed here."""
+    import typer
+
+    from conditional_detr.cli import app
+
+    group = typer.main.get_command(app)
+    context = group.make_context("conditional-detr", [], resilient_parsing=True)
+    commands = [group, *(group.get_command(context, name) for name in group.list_commands(context))]
+    parameters = [parameter for command in commands for parameter in command.get_params(context)]
+    known = {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
+    known |= {"--nproc-per-node", "--no-python", "--no_python", "--num_processes", "--multi_gpu", "--cpu", "--check"}
+    for page in PAGES:
+        mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8")))
+        assert mentioned <= known, f"{page.name}: {sorted(mentioned - known)}"
 
 
 def test_relative_links_lead_to_files():
