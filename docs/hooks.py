@@ -106,7 +106,8 @@ def _value(option: Any, context: Any) -> str:
     if option.is_flag:
         return ""
     describe = getattr(option, "display_type", None) or option.make_metavar
-    return _escaped(option.metavar or describe(context).strip("<>[]").replace("|", ", "))
+    shown = option.metavar or describe(context).strip("<>").replace("|", ", ")
+    return _escaped(re.sub(r"^list\[(.*)\]$", r"\1, repeatable", shown))
 
 
 def _default(option: Any, context: Any) -> str:
