@@ -10,6 +10,8 @@ from typing import TextIO
 import typer
 from rich.console import Console
 
+from conditional_detr.system.console import PlainConsole
+
 FAILED = 1
 """Exit code of partial failure: some images could not be read, for example."""
 
@@ -31,14 +33,13 @@ class Precision(str, Enum):
     BFLOAT16 = "bfloat16"
 
 
-out = Console()
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = PlainConsole()
+err = PlainConsole(stderr=True, soft_wrap=True, highlight=False)
 
 
 def print_line(text: str, *, style: str | None = None, to: Console = err) -> None:
-    """Print a line verbatim: names in it are not markup, and need not be valid UTF-8."""
-    readable = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    to.print(readable, style=style, markup=False, highlight=False, soft_wrap=True)
+    """Print one line; names in it may have any characters."""
+    to.print(text, style=style, highlight=False, soft_wrap=True)
 
 
 @contextmanager

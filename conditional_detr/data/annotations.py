@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from conditional_detr.data.coco import Annotations, Id
+from conditional_detr.data.coco import Annotations
+from conditional_detr.data.json_values import Id, shorten_list
 
 MIN_SIDE = 0.01  # pixels: a shorter side is zero within float32's precision
 TOLERANCE = 1.0  # pixels that a box may extend outside its image without a warning, for rounding
@@ -16,6 +17,7 @@ ZERO_AREA = "have zero area and are excluded from the targets"
 OUTSIDE = "lie outside their images and are excluded from the targets"
 PARTLY_OUTSIDE = f"extend more than {TOLERANCE:g} pixel outside their images and are clipped"
 DUPLICATE = "repeat an earlier annotation (same image, category and bbox) and are kept"
+GROUPING = "have no annotations and only group others"
 DUPLICATE_ID = "repeat the id of an earlier annotation and are kept"
 
 
@@ -102,10 +104,12 @@ def map_classes(
         class_names = [data.categories[i] for i in sorted(data.categories, key=lambda i: (str(type(i)), i))]
     used = [name for name in class_names if name is not None]
     if len(set(used)) < len(used):
-        raise ValueError(f"class_names: expected distinct names, got {', '.join(used)}")
-    if missing := [name for name in ids if name not in used]:
+        raise ValueError(f"class_names: expected distinct names, got {shorten_list(used)}")
+    known = set(used)
+    if missing := [name for name in ids if name not in known]:
         raise ValueError(
-            f"class_names: expected all categories of {data.name}, got {', '.join(used)} without {', '.join(missing)}"
+            f"class_names: expected all categories of {data.name}, got {shorten_list(used)}"
+            f" without {shorten_list(missing)}"
         )
     integer_ids = {i for i in ids.values() if isinstance(i, int)}
     free_ids = (i for i in range(len(class_names) + len(integer_ids)) if i not in integer_ids)
@@ -122,6 +126,24 @@ def warn_of_problems(data: Annotations, problems: Mapping[str, Sequence[int]]) -
             total = len(data.annotations)
             message = f"{data.name}: {len(indices)} of {total} annotations {problem}: {examples}{more}"
             warnings.warn(message, stacklevel=4)
+
+
+def warn_of_left_out_categories(data: Annotations, *, stacklevel: int = 3) -> None:
+    """Warn of categories that only group others and are no classes."""
+    if data.left_out:
+        names = shorten_list(map(repr, data.left_out.values()))
+        message = f"{data.name}: left out {len(data.left_out)} categories that {GROUPING}: {names}"
+        warnings.warn(message, stacklevel=stacklevel)
+
+
+def count_unusable(data: Annotations) -> str:
+    """Describe annotations none of which can be trained on, for messages."""
+    count, crowds = len(data.annotations), sum(annotation["iscrowd"] for annotation in data.annotations)
+    if not count:
+        return "none"
+    if crowds == count:
+        return f"{count}, all of them crowds"
+    return f"{count}: {crowds} crowds, and {count - crowds} with zero area or outside their images"
 
 
 def warn_of_duplicate_images(data: Annotations) -> None:

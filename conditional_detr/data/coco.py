@@ -1,13 +1,31 @@
 """Read and check the two kinds of COCO JSON: annotations of a dataset, and detection results."""
 
 import json
-import math
+import os
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-Id: TypeAlias = int | str
+from PIL import ExifTags, Image
+
+from conditional_detr.data.json_values import (
+    Id,
+    describe,
+    describe_content,
+    describe_keys,
+    get_value,
+    shorten_list,
+    to_id,
+    to_number,
+    to_plain,
+)
+from conditional_detr.data.rotated_boxes import rotation_of
+
+MAX_SIDE = 2**31 - 1  # pixels
+MAX_COORDINATE = 1e15  # pixels: areas stay exact enough, and sums finite
 
 
 @dataclass(frozen=True)
@@ -19,13 +37,17 @@ class Annotations:
         images: the JSON's entry of each image, by image id: file_name, and optionally height and width.
         categories: class names by category id, in any numbering.
         annotations: one dict per annotation: image_id, category_id, bbox [x0, y0, w, h] in pixels, area, iscrowd, id
-            (None if it has none), and index, its position in the file's list.
+            (None if it has none), and index, its position in the file's list; rotation in degrees, if its box is the
+            one before a rotation.
+        left_out: names of categories by id that only group other categories, as Roboflow writes them: without
+            annotations, and the supercategory of others. They are not in ``categories``.
     """
 
     name: str
     images: dict[Id, Mapping[str, Any]]
     categories: dict[Id, str]
     annotations: list[dict[str, Any]]
+    left_out: dict[Id, str] = field(default_factory=dict)
 
 
 def read_annotations(
@@ -51,16 +73,18 @@ def read_annotations(
     name, content = _read(source, "annotations")
     if not isinstance(content, Mapping):
         raise ValueError(
-            f"{name}: expected an object with images, annotations and categories, got {_describe_json(content)}"
+            f"{name}: expected an object with images, annotations and categories, got {describe_content(content)}"
         )
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), Sequence):
-            raise ValueError(f"{name}: expected a list under {key!r}, got the keys {', '.join(map(repr, content))}")
+            raise ValueError(f"{name}: expected a list under {key!r}, got {describe_keys(content)}")
     images, categories = (_by_id(content[key], f"{name}: {key}") for key in ("images", "categories"))
-    class_names = {i: str(_get(category, "name", f"{name}: category {i}")) for i, category in categories.items()}
-    if duplicates := sorted({n for n in class_names.values() if list(class_names.values()).count(n) > 1}):
-        raise ValueError(f"{name}: expected distinct category names, got duplicates: {', '.join(duplicates)}")
-    data = Annotations(name, images, class_names, [])
+    class_names = {i: _class_name(category, f"{name}: category {i}") for i, category in categories.items()}
+    grouping = _grouping_categories(categories, class_names, content["annotations"])
+    left_out = {i: class_names.pop(i) for i in grouping}
+    if duplicates := sorted(n for n, count in Counter(class_names.values()).items() if count > 1):
+        raise ValueError(f"{name}: expected distinct category names, got duplicates: {shorten_list(duplicates)}")
+    data = Annotations(name, images, class_names, [], left_out)
     for i, entry in enumerate(content["annotations"]):
         try:
             data.annotations.append({**_check_annotation(entry, data, f"{name}: annotations[{i}]"), "index": i})
@@ -77,12 +101,13 @@ def stated_size(data: Annotations, image_id: Id) -> tuple[int, int] | None:
     Raises:
         ValueError: one of them is not a positive integer.
     """
-    height, width = (data.images[image_id].get(side) for side in ("height", "width"))
-    for value in (height, width):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            where, got = f"{data.name}: image {image_id}", f"{height!r} and {width!r}"
+    given = [to_plain(data.images[image_id].get(side)) for side in ("height", "width")]
+    for value in given:
+        side = to_id(value)
+        if value is not None and (not isinstance(side, int) or not 1 <= side <= MAX_SIDE):
+            where, got = f"{data.name}: image {image_id}", " and ".join(map(describe, given))
             raise ValueError(f"{where}: expected height and width as positive integers, got {got}")
-    return None if height is None or width is None else (height, width)
+    return None if None in given else (int(given[0]), int(given[1]))
 
 
 def check_image_folder(folder: Path) -> None:
@@ -93,7 +118,7 @@ def check_image_folder(folder: Path) -> None:
 
 
 def image_paths(data: Annotations, folder: str | Path) -> dict[Id, Path]:
-    """Check that every image file exists, and return the paths by image id.
+    """Check that every image file exists, warn of those outside the folder, and return the paths by image id.
 
     Raises:
         OSError: the folder or an image does not exist.
@@ -103,13 +128,27 @@ def image_paths(data: Annotations, folder: str | Path) -> dict[Id, Path]:
     check_image_folder(folder)
     paths = {}
     for image_id, info in data.images.items():
-        if not isinstance(info.get("file_name"), str):
-            raise ValueError(f"{data.name}: image {image_id}: expected a file_name, got {info.get('file_name')!r}")
-        paths[image_id] = folder / info["file_name"]
-    if missing := [path for path in paths.values() if not path.is_file()]:
+        name = info.get("file_name")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{data.name}: image {image_id}: expected a file_name, got {describe(name)}")
+        paths[image_id] = folder / name
+    if missing := [path for path in paths.values() if not is_file(path)]:
         count = f"{len(missing)} of the {len(paths)} images of {data.name} are missing"
         raise FileNotFoundError(f"{missing[0]}: no such file; {count}")
+    if outside := [str(path) for path in paths.values() if is_outside(path, folder)]:
+        message = f"{data.name}: {len(outside)} of {len(paths)} images are outside {folder}"
+        warnings.warn(f"{message}: {shorten_list(outside, 3)}", stacklevel=3)
     return paths
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a file exists; False for a name that no file can have, such as one with a null character."""
+    return os.path.isfile(path)  # noqa: PTH113  # Path.is_file() raises an error for a name that is too long
+
+
+def is_outside(path: Path, folder: Path) -> bool:
+    """Return whether a path leaves a folder by its name: as an absolute path, or by '..'."""
+    return not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))  # noqa: PTH100  # keep links
 
 
 def check_size(data: Annotations, image_id: Id, size: tuple[int, int], path: Path) -> None:
@@ -126,11 +165,26 @@ def check_size(data: Annotations, image_id: Id, size: tuple[int, int], path: Pat
     if stated != size:
         raise ValueError(
             f"{path}: expected {stated[1]} x {stated[0]} pixels, as in {data.name}, got {size[1]} x {size[0]}"
+            + explain_size(stated, size, path)
         )
+
+
+def explain_size(stated: tuple[int, int], size: tuple[int, int], path: Path) -> str:
+    """Return the end of a message if the stated size is that of the file before its EXIF rotation, else ''."""
+    try:
+        with Image.open(path) as image:
+            sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # the type of PIL's error depends on the format
+        return ""
+    if stated != size[::-1] or not sideways:
+        return ""
+    return "; stated is the size before the rotation in the file's EXIF data, so the boxes may lack the rotation, too"
 
 
 def read_results(source: str | Path | Sequence[Mapping[str, Any]], data: Annotations) -> list[dict[str, Any]]:
     """Read detections in COCO's results format: a list of image_id, category_id, bbox [x0, y0, w, h] and score.
+
+    Detections of categories that are left out are skipped with a warning: without annotations they do not count.
 
     Raises:
         OSError: the file cannot be read.
@@ -138,13 +192,20 @@ def read_results(source: str | Path | Sequence[Mapping[str, Any]], data: Annotat
             message has the file and the position in it.
     """
     name, content = _read(source, "results")
-    if isinstance(content, Mapping) or not isinstance(content, Sequence):
-        raise ValueError(f"{name}: expected a list of detections, got {_describe_json(content)}")
-    results = []
+    if isinstance(content, Mapping | str) or not isinstance(content, Sequence):
+        raise ValueError(f"{name}: expected a list of detections, got {describe_content(content)}")
+    results, skipped = [], 0
     for i, entry in enumerate(content):
         where = f"{name}: [{i}]"
+        if data.left_out and to_id(get_value(entry, "category_id", where)) in data.left_out:
+            skipped += 1
+            continue
         fields = _check_fields(entry, data, where)
-        results.append({**fields, "score": _number(_get(entry, "score", where), "score", where)})
+        results.append({**fields, "score": to_number(get_value(entry, "score", where), "score", where)})
+    if skipped:
+        names = ", ".join(data.left_out.values())
+        message = f"{name}: skipped {skipped} detections of categories that only group others: {names}"
+        warnings.warn(message, stacklevel=3)
     return results
 
 
@@ -158,8 +219,8 @@ def _read(source: Any, name: str) -> tuple[str, Any]:
     if path.is_dir():
         raise IsADirectoryError(f"{path}: expected a JSON file, got a folder")
     try:
-        return str(path), json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also raised for bytes that are not UTF-8
+        return str(path), json.loads(path.read_bytes())  # of bytes, json also reads UTF-16 and a byte-order mark
+    except (ValueError, RecursionError) as error:  # also raised for bytes that are not UTF-8
         raise ValueError(f"{path}: expected JSON, got something else: {error}") from error
     except OSError as error:
         raise OSError(f"{path}: cannot be read: {error}") from error
@@ -169,62 +230,77 @@ def _by_id(entries: Sequence[Any], where: str) -> dict[Id, Mapping[str, Any]]:
     """Return entries by their ids, which must be distinct and either all integers or all strings."""
     by_id: dict[Id, Mapping[str, Any]] = {}
     for i, entry in enumerate(entries):
-        key = _get(entry, "id", f"{where}[{i}]")
-        if not isinstance(key, int | str) or isinstance(key, bool) or type(key) is not type(next(iter(by_id), key)):
-            raise ValueError(f"{where}[{i}]: expected ids that are all integers or all strings, got {key!r}")
+        given = get_value(entry, "id", f"{where}[{i}]")
+        key = to_id(given)
+        if key is None or type(key) is not type(next(iter(by_id), key)):
+            raise ValueError(
+                f"{where}[{i}]: expected ids that are all integers or all strings, got {describe(to_plain(given))}"
+            )
         if key in by_id:
-            raise ValueError(f"{where}[{i}]: expected distinct ids, got {key!r} again")
+            raise ValueError(f"{where}[{i}]: expected distinct ids, got {describe(key)} again")
         by_id[key] = entry
     if not by_id:
         raise ValueError(f"{where}: expected at least one, got none")
     return by_id
 
 
+def _class_name(category: Mapping[str, Any], where: str) -> str:
+    """Return the name of a category; a number is its own name."""
+    given = get_value(category, "name", where)
+    name = to_id(given)
+    if name is None:
+        raise ValueError(f"{where}: expected a name, got {describe(to_plain(given))}")
+    return str(name)
+
+
+def _grouping_categories(
+    categories: Mapping[Id, Mapping[str, Any]], names: Mapping[Id, str], annotations: Sequence[Any]
+) -> list[Id]:
+    """Return the ids of categories without annotations that are the supercategory of others and have none."""
+    annotated = {to_id(entry.get("category_id")) for entry in annotations if isinstance(entry, Mapping)}
+    members: dict[str, set[Id]] = {}
+    for i, category in categories.items():
+        members.setdefault(str(category.get("supercategory")), set()).add(i)
+    grouping = [
+        i
+        for i, name in names.items()
+        if i not in annotated
+        and members.get(name, set()) - {i}
+        and str(categories[i].get("supercategory")) in ("none", "None", "", name)
+    ]
+    return [] if len(grouping) == len(categories) else grouping
+
+
 def _check_annotation(entry: Any, data: Annotations, where: str) -> dict[str, Any]:
     """Return the fields of an annotation, with defaults for the optional ones."""
     fields = _check_fields(entry, data, where)
-    area = _number(entry.get("area", fields["bbox"][2] * fields["bbox"][3]), "area", where)
-    iscrowd = entry.get("iscrowd", 0)
+    area = to_number(entry.get("area", fields["bbox"][2] * fields["bbox"][3]), "area", where)
+    iscrowd = to_plain(entry.get("iscrowd", 0))
     if iscrowd not in (0, 1):
-        raise ValueError(f"{where}: expected 0 or 1 as iscrowd, got {iscrowd!r}")
-    if not isinstance(entry.get("id"), int | str | None):
-        raise ValueError(f"{where}: expected an integer or a string as id, got {entry['id']!r}")
-    return {**fields, "area": area, "iscrowd": int(iscrowd), "id": entry.get("id")}
+        raise ValueError(f"{where}: expected 0 or 1 as iscrowd, got {describe(iscrowd)}")
+    annotation_id = to_id(entry.get("id"))
+    if annotation_id is None and entry.get("id") is not None:
+        raise ValueError(f"{where}: expected an integer or a string as id, got {describe(to_plain(entry['id']))}")
+    checked = {**fields, "area": area, "iscrowd": int(iscrowd), "id": annotation_id}
+    if degrees := rotation_of(entry):
+        checked["rotation"] = degrees
+    return checked
 
 
 def _check_fields(entry: Any, data: Annotations, where: str) -> dict[str, Any]:
     """Return image_id, category_id and bbox, which annotations and detections have in common."""
-    image_id, category_id, bbox = (_get(entry, key, where) for key in ("image_id", "category_id", "bbox"))
-    if not isinstance(image_id, int | str) or image_id not in data.images:
-        raise ValueError(f"{where}: expected the id of an image of {data.name}, got image_id {image_id!r}")
-    if not isinstance(category_id, int | str) or category_id not in data.categories:
-        categories = ", ".join(f"{key} {name}" for key, name in data.categories.items())
+    keys = ("image_id", "category_id", "bbox")
+    image_id, category_id, bbox = (to_plain(get_value(entry, key, where)) for key in keys)
+    if to_id(image_id) not in data.images:
+        raise ValueError(f"{where}: expected the id of an image of {data.name}, got image_id {describe(image_id)}")
+    if to_id(category_id) not in data.categories:
+        categories = shorten_list(f"{key} {name}" for key, name in data.categories.items())
         raise ValueError(
-            f"{where}: expected a category of {data.name} ({categories}), got category_id {category_id!r}"
+            f"{where}: expected a category of {data.name} ({categories}), got category_id {describe(category_id)}"
         )
-    if not isinstance(bbox, Sequence) or len(bbox) != 4:
-        raise ValueError(f"{where}: expected a bbox [x0, y0, w, h], got {bbox!r}")
-    numbers = [_number(value, "bbox", where) for value in bbox]
-    if min(numbers[2:]) < 0:
-        raise ValueError(f"{where}: expected a bbox [x0, y0, w, h] with w and h of at least 0, got {bbox!r}")
-    return {"image_id": image_id, "category_id": category_id, "bbox": numbers}
-
-
-def _get(entry: Any, key: str, where: str) -> Any:
-    if not isinstance(entry, Mapping) or key not in entry:
-        got = f"the keys {', '.join(map(repr, entry))}" if isinstance(entry, Mapping) else _describe_json(entry)
-        raise ValueError(f"{where}: expected an object with {key!r}, got {got}")
-    return entry[key]
-
-
-def _number(value: Any, key: str, where: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{where}: expected finite numbers as {key}, got {value!r}")
-    return value
-
-
-def _describe_json(content: Any) -> str:
-    """Describe a value in JSON's terms, for messages."""
-    if isinstance(content, Mapping):
-        return f"an object with the keys {', '.join(map(repr, content))}"
-    return "a list" if isinstance(content, list | tuple) else repr(content)
+    if not isinstance(bbox, Sequence) or isinstance(bbox, str) or len(bbox) != 4:
+        raise ValueError(f"{where}: expected a bbox [x0, y0, w, h], got {describe(bbox)}")
+    box = [to_number(value, "bbox", where, limit=MAX_COORDINATE) for value in bbox]
+    if min(box[2:]) < 0:
+        raise ValueError(f"{where}: expected a bbox [x0, y0, w, h] with w and h of at least 0, got {describe(box)}")
+    return {"image_id": to_id(image_id), "category_id": to_id(category_id), "bbox": box}

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from conditional_detr.data.coco import Annotations, Id
+from conditional_detr.data.coco import Annotations
+from conditional_detr.data.json_values import Id
 from conditional_detr.inference.drawing import MIN_FONT_SIZE, draw_boxes
 from conditional_detr.inference.images import open_image, to_pil
 

@@ -6,7 +6,7 @@ in ``set_prediction/targets.py``.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -17,14 +17,18 @@ from torchvision.ops import box_convert
 
 from conditional_detr.data.annotations import (
     check_boxes,
+    count_unusable,
     guess_box_format,
     map_classes,
     warn_of_duplicate_images,
+    warn_of_left_out_categories,
     warn_of_problems,
 )
 from conditional_detr.data.augmentation import Augmentation as Augmentation
 from conditional_detr.data.augmentation import make_scene
-from conditional_detr.data.coco import Id, check_size, image_paths, read_annotations, stated_size
+from conditional_detr.data.coco import check_size, image_paths, read_annotations, stated_size
+from conditional_detr.data.json_values import Id
+from conditional_detr.data.rotated_boxes import ROTATED, rotated_indices, use_hulls
 from conditional_detr.data.seeds import derive_seed
 from conditional_detr.inference.images import normalise, open_image, resized_size, size_of, size_of_file
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
@@ -65,6 +69,7 @@ class CocoData(Dataset[Sample]):
         preprocessing: Preprocessing = Preprocessing(),  # noqa: B008  # frozen
         class_names: Sequence[str | None] | None = None,
         seed: int = 0,
+        rotated: Literal["box", "hull"] = "box",
     ) -> None:
         """Read the annotations and check that the image files exist, without decoding them.
 
@@ -76,15 +81,21 @@ class CocoData(Dataset[Sample]):
             class_names: the rows of the class head, such as a model's ``metadata.class_names``. They include all
                 categories of the annotations, in any order. Default: these categories, sorted by id.
             seed: another seed gives other augmentations.
+            rotated: what to use of an annotation whose attributes rotate its box, as CVAT writes them: "box", its box
+                before the rotation, with a warning; or "hull", the smallest upright box around the rotated one.
 
         Raises:
             OSError: a file cannot be read or does not exist.
             ValueError: the annotations are invalid, have nothing to train on, or have boxes that seem to be in another
-                format; class_names lacks a category; seed is negative.
+                format; class_names lacks a category; seed is negative; rotated is unknown.
         """
+        if rotated not in ("box", "hull"):
+            raise ValueError(f"rotated: expected 'box' or 'hull', got {rotated!r}")
         if seed < 0:
             raise ValueError(f"seed: expected at least 0, got {seed}")
-        self.annotations = read_annotations(annotations)
+        data = read_annotations(annotations)
+        warn_of_left_out_categories(data)
+        self.annotations = use_hulls(data) if rotated == "hull" else data
         self.images = Path(images)
         self.augmentation = augmentation or Augmentation()
         self.preprocessing = preprocessing
@@ -98,7 +109,7 @@ class CocoData(Dataset[Sample]):
         self.shapes = [resized_size(*sizes[image_id], preprocessing) for image_id in self._image_ids]
         self.class_names, self.category_ids = map_classes(self.annotations, class_names)
         self._boxes, self._labels = self._targets(sizes)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it, too
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()  # persistent workers see it, too
 
     @property
     def metadata(self) -> Metadata:
@@ -134,7 +145,7 @@ class CocoData(Dataset[Sample]):
         image = open_image(path, str(path))
         check_size(self.annotations, image_id, size_of(image), path)
         seed = derive_seed(self.seed, int(self._epoch), index % len(self))
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
         scene = make_scene(image, self._boxes[image_id], self._labels[image_id])
         scene = self.augmentation(scene, self.preprocessing, generator)
         target = {"labels": scene.labels, "boxes": _relative_boxes(scene.boxes, scene.size), "image_id": image_id}
@@ -147,9 +158,8 @@ class CocoData(Dataset[Sample]):
             raise ValueError(f"{data.name}: expected every bbox as [x0, y0, w, h] in pixels; {other_format}")
         checked = check_boxes(data, sizes)
         if not checked.usable.any():
-            got = f"{len(data.annotations)}, none of them usable"
-            raise ValueError(f"{data.name}: expected annotations to train on, got {got}")
-        warn_of_problems(data, checked.problems)
+            raise ValueError(f"{data.name}: expected annotations to train or measure on, got {count_unusable(data)}")
+        warn_of_problems(data, {**checked.problems, ROTATED: rotated_indices(data)})
         warn_of_duplicate_images(data)
         label_of = {name: label for label, name in enumerate(self.class_names)}
         boxes: dict[Id, list[np.ndarray]] = {image_id: [] for image_id in self._image_ids}
@@ -160,8 +170,8 @@ class CocoData(Dataset[Sample]):
                 boxes[annotation["image_id"]].append(box)
                 labels[annotation["image_id"]].append(label_of[data.categories[annotation["category_id"]]])
         return (
-            {i: torch.tensor(np.array(of_image), dtype=torch.float32).reshape(-1, 4) for i, of_image in boxes.items()},
-            {i: torch.tensor(of_image, dtype=torch.int64) for i, of_image in labels.items()},
+            {i: torch.from_numpy(np.array(of_image, np.float32).reshape(-1, 4)) for i, of_image in boxes.items()},
+            {i: torch.from_numpy(np.array(of_image, np.int64)) for i, of_image in labels.items()},
         )
 
 
@@ -193,7 +203,7 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None, list[dict
     shapes = [pixels.shape[1:] for pixels, _ in samples]
     height, width = (max(sides) for sides in zip(*shapes, strict=True))
     pixels = samples[0][0].new_zeros(len(samples), 3, height, width)
-    padding = torch.ones(len(samples), height, width, dtype=torch.bool)
+    padding = pixels.new_ones(len(samples), height, width, dtype=torch.bool)
     for i, ((image, _), (h, w)) in enumerate(zip(samples, shapes, strict=True)):
         pixels[i, :, :h, :w] = image
         padding[i, :h, :w] = False
@@ -278,7 +288,7 @@ def _fill_short_step(steps: list[list[int]], processes: int) -> list[list[int]]:
 def _relative_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Convert boxes x0 y0 x1 y1 in pixels to cx cy w h in [0, 1] of their image."""
     height, width = size
-    bounds = torch.tensor([width, height, width, height], dtype=torch.float64)
+    bounds = torch.tensor([width, height, width, height], dtype=torch.float64, device="cpu")
     # rounding of a resized box may move it just outside the image
     corners = (boxes.as_subclass(Tensor) / bounds).clamp(0, 1)
     return box_convert(corners, "xyxy", "cxcywh").float()

@@ -11,8 +11,25 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image
 
-from conditional_detr.data.annotations import check_boxes, describe_annotation, duplicates, guess_box_format
-from conditional_detr.data.coco import Annotations, Id, check_image_folder, read_annotations, stated_size
+from conditional_detr.data.annotations import (
+    GROUPING,
+    check_boxes,
+    count_unusable,
+    describe_annotation,
+    duplicates,
+    guess_box_format,
+)
+from conditional_detr.data.coco import (
+    Annotations,
+    check_image_folder,
+    explain_size,
+    is_file,
+    is_outside,
+    read_annotations,
+    stated_size,
+)
+from conditional_detr.data.json_values import Id
+from conditional_detr.data.rotated_boxes import ROTATED, rotated_indices
 from conditional_detr.inference.images import open_image, size_of
 from conditional_detr.inference.pipeline import map_in_threads
 
@@ -97,12 +114,19 @@ def check_data(
     problems: Cases = defaultdict(list, {"invalid annotations": errors})
     notes: Cases = defaultdict(list)
     opened = _open_all(data, folder, progress)
-    sizes = _check_images(data, opened, problems)
+    sizes = _check_images(data, folder, opened, problems)
     _check_annotations(data, sizes, problems, notes)
-    listed = {(folder / name).resolve() for name in _file_names(data).values()}
-    files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in Image.registered_extensions())
+    notes[f"annotations that {ROTATED}"] = [describe_annotation(data, i) for i in rotated_indices(data)]
+    notes[f"categories that {GROUPING}: left out"] = list(data.left_out.values())
+    present = {i: folder / name for i, name in _file_names(data).items() if opened[i].checksum is not None}
+    notes["images outside the image folder"] = [str(path) for path in present.values() if is_outside(path, folder)]
+    listed = {path.resolve() for path in present.values()}
     notes["image files without an entry in the annotations"] = [
-        str(path) for path in files if path.resolve() not in listed
+        str(path)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in Image.registered_extensions()
+        and not path.name.startswith("._")  # macOS's metadata of another file
+        and path.resolve() not in listed
     ]
     no_crowds = [annotation for annotation in data.annotations if not annotation["iscrowd"]]
     counts = Counter(annotation["category_id"] for annotation in no_crowds)
@@ -142,7 +166,7 @@ def _open_all(data: Annotations, folder: Path, progress: Callable[[int, int], No
 
 def _open(path: Path) -> _Opened:
     """Open an image and decode all of it."""
-    if not path.is_file():
+    if not is_file(path):
         return _Opened(None, f"{path}: no such file", None)
     checksum = ""
     try:
@@ -152,7 +176,9 @@ def _open(path: Path) -> _Opened:
         return _Opened(None, str(error), checksum)
 
 
-def _check_images(data: Annotations, opened: Mapping[Id, _Opened], problems: Cases) -> dict[Id, tuple[int, int]]:
+def _check_images(
+    data: Annotations, folder: Path, opened: Mapping[Id, _Opened], problems: Cases
+) -> dict[Id, tuple[int, int]]:
     """Collect problems of images; return the (height, width) that each image's boxes refer to, if one is available."""
     sizes = {}
     by_checksum: dict[str, list[str]] = {}
@@ -171,8 +197,10 @@ def _check_images(data: Annotations, opened: Mapping[Id, _Opened], problems: Cas
         except ValueError as invalid:
             problems["images whose height and width are not positive integers"].append(str(invalid))
         if stated is not None and size is not None and stated != size:
-            message = f"{info['file_name']}: expected {stated[1]} x {stated[0]}, got {size[1]} x {size[0]}"
-            problems["images whose size differs from the annotations"].append(message)
+            name = info["file_name"]
+            message = f"{name}: expected {stated[1]} x {stated[0]}, got {size[1]} x {size[0]}"
+            reason = explain_size(stated, size, folder / name)
+            problems["images whose size differs from the annotations"].append(message + reason)
         if reference := stated or size:
             sizes[image_id] = reference
     names = list(_file_names(data).values())
@@ -196,7 +224,7 @@ def _check_annotations(data: Annotations, sizes: Mapping[Id, tuple[int, int]], p
         return
     checked = check_boxes(data, sizes)
     if not checked.usable.any():
-        problems["dataset without annotations to train on"].append(data.name)
+        problems["dataset without annotations to train on"].append(f"{data.name}: got {count_unusable(data)}")
     for problem, indices in checked.problems.items():
         problems[f"annotations that {problem}"] = [describe_annotation(data, i) for i in indices]
     bounds = np.array([sizes[data.annotations[i]["image_id"]][::-1] for i in checked.indices]).reshape(-1, 2)

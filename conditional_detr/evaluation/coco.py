@@ -7,6 +7,7 @@ and all processes get the same result.
 
 import contextlib
 import io
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,16 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from torch import distributed
 
+from conditional_detr.data.annotations import count_unusable, warn_of_left_out_categories, warn_of_problems
 from conditional_detr.data.coco import (
     Annotations,
-    Id,
     check_size,
     image_paths,
     read_annotations,
     read_results,
 )
+from conditional_detr.data.json_values import Id, shorten_list
+from conditional_detr.data.rotated_boxes import ROTATED, rotated_indices
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.detector import Detector
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
@@ -81,7 +84,7 @@ def evaluate(
             not of the size in the annotations.
     """
     detector = detector if isinstance(detector, Detector) else Detector(detector)
-    data = read_annotations(annotations)
+    data = _read(annotations)
     check_classes(detector, data)
     paths = image_paths(data, images)
     rank, processes = _process()
@@ -110,7 +113,7 @@ def evaluate_detections(
         OSError: a file cannot be read.
         ValueError: the annotations or results are invalid; the message has the file and the position in it.
     """
-    data = read_annotations(annotations)
+    data = _read(annotations)
 
     def read() -> ImageDetections:
         indices = {category_id: index for index, category_id in enumerate(data.categories)}
@@ -123,14 +126,29 @@ def evaluate_detections(
     return _gather(read, lambda parts: _compute_metrics(data, parts))
 
 
+def _read(source: str | Path | Mapping[str, Any] | Annotations) -> Annotations:
+    """Read annotations and warn of what may be unintended; those that are already read are returned unchanged."""
+    data = read_annotations(source)
+    if data is not source:
+        warn_of_left_out_categories(data, stacklevel=4)
+        warn_of_problems(data, {ROTATED: rotated_indices(data)})
+        if all(annotation["iscrowd"] for annotation in data.annotations):
+            message = (
+                f"{data.name}: expected annotations to measure on, got {count_unusable(data)}: all metrics are -1"
+            )
+            warnings.warn(message, stacklevel=3)
+    return data
+
+
 def check_classes(detector: Detector, data: Annotations) -> None:
     """Raise ValueError if a category of the dataset is not a class name of the detector."""
-    class_names = [name for name in detector.model.metadata.class_names if name is not None]
+    class_names = {name: None for name in detector.model.metadata.class_names if name is not None}
     categories = list(data.categories.values())
     if missing := [name for name in categories if name not in class_names]:
         raise ValueError(
             f"{data.name}: expected categories that are class names of the model, got {len(missing)} that are not:"
-            f" {', '.join(missing)}; all categories: {', '.join(categories)}; the model's: {', '.join(class_names)}"
+            f" {shorten_list(missing)}; all categories: {shorten_list(categories)};"
+            f" the model's: {shorten_list(class_names, 100)}"
         )
 
 
@@ -142,25 +160,25 @@ def _detect(
     progress: Callable[[int, int], None] | None,
 ) -> ImageDetections:
     """Return the detections of each image."""
-    names = list(data.categories.values())
+    indices = {name: index for index, name in enumerate(data.categories.values())}
     # The detector batches images of one size, so they must follow each other.
     order = sorted(paths, key=lambda image_id: [str(data.images[image_id].get(side)) for side in ("height", "width")])
     images = iter([paths[image_id] for image_id in order])
-    results = detector(images, threshold=0.0, top_k=MAX_DETECTIONS, classes=names, batch_size=batch_size)
+    results = detector(images, threshold=0.0, top_k=MAX_DETECTIONS, classes=list(indices), batch_size=batch_size)
     by_image: ImageDetections = {}
     for image_id, detections in zip(order, results, strict=True):
         check_size(data, image_id, detections.size, paths[image_id])
-        by_image[image_id] = _to_rows(detections, names)
+        by_image[image_id] = _to_rows(detections, indices)
         if progress is not None:
             progress(len(by_image), len(paths))
     return by_image
 
 
-def _to_rows(detections: Detections, names: list[str]) -> np.ndarray:
+def _to_rows(detections: Detections, index_of: Mapping[str, int]) -> np.ndarray:
     """Return detections (K, 6): the category's index, x0 y0 w h, score."""
     boxes = detections.boxes.double().numpy()
     boxes[:, 2:] -= boxes[:, :2]
-    indices = np.array([names.index(name) for name in detections.names], dtype=np.float64)
+    indices = np.array([index_of[name] for name in detections.names], dtype=np.float64)
     return np.column_stack((indices, boxes, detections.scores.double().numpy()))
 
 
@@ -193,14 +211,27 @@ def _compute_metrics(data: Annotations, parts: Sequence[ImageDetections]) -> Coc
 
 
 def _to_coco(data: Annotations, annotations: Sequence[Mapping[str, Any]]) -> Any:
-    """Return annotations or detections as pycocotools' COCO, with ids from 1: it does not match an id of 0."""
+    """Return annotations or detections as pycocotools' COCO, with new ids from 1 on, in the order of the old ones.
+
+    pycocotools makes floats of ids beyond 64 bits, and does not match an annotation with id 0.
+    """
     from pycocotools.coco import COCO
 
+    images, categories = ({key: n for n, key in enumerate(sorted(ids), 1)} for ids in (data.images, data.categories))
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": image_id} for image_id in data.images],
-        "categories": [{"id": category_id, "name": name} for category_id, name in data.categories.items()],
-        "annotations": [{"iscrowd": 0, **annotation, "id": i} for i, annotation in enumerate(annotations, start=1)],
+        "images": [{"id": number} for number in images.values()],
+        "categories": [{"id": number} for number in categories.values()],
+        "annotations": [
+            {
+                "iscrowd": 0,
+                **annotation,
+                "id": number,
+                "image_id": images[annotation["image_id"]],
+                "category_id": categories[annotation["category_id"]],
+            }
+            for number, annotation in enumerate(annotations, 1)
+        ],
     }
     coco.createIndex()
     return coco

@@ -1,5 +1,6 @@
 """Detections on one image: index, filter, sort, draw and convert them."""
 
+import numbers
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -213,7 +214,7 @@ class Detections:
             ],
         }
 
-    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+    def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
         """Return results in COCO's format, which pycocotools' ``loadRes`` reads.
 
         Args:
@@ -221,7 +222,13 @@ class Detections:
 
         Returns:
             K of {"image_id", "category_id", "bbox": [x, y, width, height] in pixels, "score"}.
+
+        Raises:
+            TypeError: the image id is neither an integer nor a string.
         """
+        if isinstance(image_id, bool) or not isinstance(image_id, str | numbers.Integral):
+            raise TypeError(f"image_id: expected an integer or a string, got {image_id!r}")
+        image_id = image_id if isinstance(image_id, str) else int(image_id)  # json cannot write numpy's integers
         boxes = box_convert(self.boxes, "xyxy", "xywh").tolist()
         return [
             {"image_id": image_id, "category_id": category, "bbox": box, "score": score}

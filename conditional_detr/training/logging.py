@@ -6,9 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-
 from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.system.console import PlainConsole
 from conditional_detr.system.progress import progress_bar
 from conditional_detr.training.curves import plot_curves, read_log
 
@@ -38,7 +37,7 @@ class RunLogger:
         _truncate(folder / LOG, step, epoch)
         self._log = (folder / LOG).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=not shown)
+        self._console = PlainConsole(stderr=True, soft_wrap=True, highlight=False, quiet=not shown)
         self._bar = progress_bar(self._console, shown=shown)
         self._task = self._bar.add_task("training", total=total, completed=step)
 
@@ -72,7 +71,8 @@ class RunLogger:
 
     def report(self, text: str) -> None:
         """Print text above the progress bar."""
-        self._console.print(text, markup=False)
+        for line in text.splitlines():
+            self._console.print(line)
 
     def _write(self, entry: Mapping[str, Any], kind: str) -> None:
         """Append an entry to the log and to TensorBoard."""

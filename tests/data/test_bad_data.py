@@ -228,14 +228,14 @@ BAD = {
     "no annotations": (
         top(annotations=[]),
         "error",
-        "expected annotations to train on, got 0, none of them usable",
+        "expected annotations to train or measure on, got none$",
         1,
         "dataset without annotations to train on",
     ),
     "crowds only": (
         crowds_only,
         "error",
-        "expected annotations to train on, got 1, none of them usable",
+        "expected annotations to train or measure on, got 1, all of them crowds$",
         1,
         "dataset without annotations to train on",
     ),

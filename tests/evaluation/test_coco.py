@@ -520,7 +520,7 @@ def test_invalid_results(entry, message):
     [
         (None, FileNotFoundError, "file.json: no such file"),
         (b"{", ValueError, "file.json: expected JSON, got something else: Expecting"),
-        (b"\xff\xfe", ValueError, "file.json: expected JSON, got something else: 'utf-8'"),
+        (b"{\xff", ValueError, "file.json: expected JSON, got something else: 'utf-8'"),
         (b"[]", ValueError, "file.json: expected an object with images, annotations and categories, got a list"),
         (b"3", ValueError, "file.json: expected an object with .*, got 3"),
     ],
