@@ -11,6 +11,7 @@ from conditional_detr.data.coco import Annotations
 from conditional_detr.data.json_values import Id
 from conditional_detr.inference.drawing import MIN_FONT_SIZE, draw_boxes
 from conditional_detr.inference.images import open_image, to_pil
+from conditional_detr.system.console import printable
 
 CELL_SIZE = (400, 300)  # the maximum width and height of an image
 COLUMNS = 4
@@ -85,5 +86,5 @@ def _arrange(cells: list[tuple[str, Image.Image]]) -> Image.Image:
     for i, (name, image) in enumerate(cells):
         x, y = GAP + i % columns * step_x, GAP + i // columns * step_y
         sheet.paste(image, (x + (CELL_SIZE[0] - image.width) // 2, y + (CELL_SIZE[1] - image.height) // 2))
-        canvas.text((x + CELL_SIZE[0] / 2, y + CELL_SIZE[1] + line / 2), name[-60:], "black", font, "mm")
+        canvas.text((x + CELL_SIZE[0] / 2, y + CELL_SIZE[1] + line / 2), printable(name)[-60:], "black", font, "mm")
     return sheet

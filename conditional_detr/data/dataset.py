@@ -109,7 +109,8 @@ class CocoData(Dataset[Sample]):
         self.shapes = [resized_size(*sizes[image_id], preprocessing) for image_id in self._image_ids]
         self.class_names, self.category_ids = map_classes(self.annotations, class_names)
         self._boxes, self._labels = self._targets(sizes)
-        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()  # persistent workers see it, too
+        # persistent workers see it, too
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     @property
     def metadata(self) -> Metadata:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from conditional_detr.system.console import printable
+
 Colour: TypeAlias = tuple[int, int, int]
 Rectangle: TypeAlias = tuple[int, int, int, int]  # x0 y0 x1 y1 in whole pixels; x1 and y1 are exclusive
 Font: TypeAlias = ImageFont.FreeTypeFont
@@ -103,7 +105,7 @@ def fit_label(
         size: largest font size in pixels.
         measure: returns the width of a text at a font size.
     """
-    name = " ".join(name.split())
+    name = printable(" ".join(name.split()))
     text = name if score is None else f"{name} {score:.2f}".strip()
     for smaller in range(size, MIN_FONT_SIZE - 1, -1):
         if measure(text, smaller) <= max_width:
@@ -277,7 +279,10 @@ def _overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def _shorten(text: str, max_width: float, measure: Callable[[str], float]) -> str:
     """Shorten a text with an ellipsis to a width; return an empty string if not even the ellipsis fits."""
-    parts = [text, *(text[:end].rstrip() + "\N{HORIZONTAL ELLIPSIS}" for end in range(len(text) - 1, -1, -1))]
+    if measure(text) <= max_width:
+        return text
+    most = min(len(text) - 1, int(max_width))  # a character is about a pixel wide at least
+    parts = (text[:end].rstrip() + "\N{HORIZONTAL ELLIPSIS}" for end in range(most, -1, -1))
     return next((part for part in parts if measure(part) <= max_width), "")
 
 
@@ -301,7 +306,9 @@ def _compose_sheet(cells: dict[str, list[Image.Image]], title: str, font: Font) 
     width = max(columns * step_x, 340) + GAP
     drawn = Image.new("RGB", (left + width, bottom + text + GAP), "white")
     canvas = ImageDraw.Draw(drawn)
-    canvas.text((left, top - GAP), _shorten(" ".join(title.split()), width, font.getlength), "black", font, "ld")
+    canvas.text(
+        (left, top - GAP), _shorten(printable(" ".join(title.split())), width, font.getlength), "black", font, "ld"
+    )
     for row, (name, images) in enumerate(cells.items()):
         for head, image in enumerate(images):
             x = left + head % columns * step_x + (step_x - GAP - cell.width) // 2

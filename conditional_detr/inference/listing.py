@@ -115,7 +115,8 @@ def _list_folder(folder: str, results: str) -> tuple[list[tuple[str, PurePath]],
         below.sort()
         for file in files:
             path = os.path.join(current, file)  # noqa: PTH118  # a Path each would take most of the time and memory
-            if PurePath(file).suffix.lower() in SUFFIXES:
+            # macOS writes metadata of photo.jpg to ._photo.jpg on other file systems
+            if PurePath(file).suffix.lower() in SUFFIXES and not file.startswith("._"):
                 images.append((path, PurePath(os.path.relpath(path, folder))))
             else:
                 others += 1
