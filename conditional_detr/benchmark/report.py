@@ -8,7 +8,7 @@ from conditional_detr.benchmark.measure import Measurement
 from conditional_detr.benchmark.timing import Timing
 from conditional_detr.benchmark.training import TrainingMeasurement
 
-_TIMES = ("median ms", "speedup", "speedup range", "peak MB")
+_TIMES = ("ms", "speedup", "speedup range", "peak MB")
 HEAD = ("engine", *_TIMES, "logits diff", "boxes diff")
 TRAINING_HEAD = ("training", *_TIMES, "loss")
 

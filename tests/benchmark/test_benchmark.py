@@ -322,12 +322,12 @@ def test_tables():
     assert table(measurements).rows[1] == ("plain", "1125", "1.80", "1.60 to 2.00", "812", "2e-05", "0e+00")
     assert table(measurements).rows[0][4] == ""
     written = table(measurements).markdown().splitlines()
-    assert written[0] == "| engine | median ms | speedup | speedup range | peak MB | logits diff | boxes diff |"
+    assert written[0] == "| engine | ms | speedup | speedup range | peak MB | logits diff | boxes diff |"
     assert written[-1] == "| plain | 1125 | 1.80 | 1.60 to 2.00 | 812 | 2e-05 | 0e+00 |"
     lines = full_report().markdown().splitlines()
     assert lines[0] == "a title"
     assert lines[7] == "Training: step on 512 x 512, batch size 2; criterion on 8 images"
-    assert lines[9] == "| training | median ms | speedup | speedup range | peak MB | loss |"
+    assert lines[9] == "| training | ms | speedup | speedup range | peak MB | loss |"
     assert lines[12] == "| step, this library | 1125 | 1.80 | 1.60 to 2.00 | 2012 | 28.9 |"
     assert lines[14] == "| criterion, this library | 10.0 | 6.00 | 6.00 to 6.00 |  | 28.9 |"
 
@@ -394,7 +394,7 @@ def test_command(small, tmp_path):
     assert {one["threads"] for one in (*messages["measurements"], *messages["training"])} == {1}
     assert messages["scaling"] == []
     lines = (tmp_path / "new" / "benchmark.md").read_text().splitlines()
-    assert lines[2].startswith("| engine | median ms |")
+    assert lines[2].startswith("| engine | ms |")
     assert lines[7] == (
         "Training: step on 64 x 64, batch size 1;"
         " criterion on 8 images, 300 queries, 91 classes, 6 layers, 7 boxes per image"
