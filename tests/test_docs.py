@@ -22,7 +22,7 @@ BLOCK = re.compile(
     r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL
 )
 COMMIT = "0" * 40
-NOT_RUN_AT_MOST = 12
+NOT_RUN_AT_MOST = 6
 SHORTER = {"train": ["--epochs", "1", "--workers", "0"]}  # options added to every such command
 
 
