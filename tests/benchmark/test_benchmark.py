@@ -18,9 +18,9 @@ from conditional_detr.benchmark import timing
 from conditional_detr.benchmark import training as training_module
 from conditional_detr.benchmark.engines import ENGINES, REFERENCE
 from conditional_detr.benchmark.figure import draw
-from conditional_detr.benchmark.growth import measure_scaling, thread_counts
 from conditional_detr.benchmark.measure import Measurement, available, check, measure
 from conditional_detr.benchmark.report import Report, table
+from conditional_detr.benchmark.scaling import measure_scaling, thread_counts
 from conditional_detr.benchmark.timing import product_rate, torch_threads, warm_up
 from conditional_detr.benchmark.training import OURS, TrainingMeasurement, measure_training, step_peak_memory
 from conditional_detr.benchmark.worker import Task, Worker
