@@ -135,7 +135,7 @@ def image_paths(data: Annotations, folder: str | Path) -> dict[Id, Path]:
     if missing := [path for path in paths.values() if not is_file(path)]:
         count = f"{len(missing)} of the {len(paths)} images of {data.name} are missing"
         raise FileNotFoundError(f"{missing[0]}: no such file; {count}")
-    if outside := [str(path) for path in paths.values() if is_outside(path, folder)]:
+    if outside := [str(path) for i, path in paths.items() if is_outside(folder, data.images[i]["file_name"])]:
         message = f"{data.name}: {len(outside)} of {len(paths)} images are outside {folder}"
         warnings.warn(f"{message}: {shorten_list(outside, 3)}", stacklevel=3)
     return paths
@@ -146,9 +146,13 @@ def is_file(path: Path) -> bool:
     return os.path.isfile(path)  # noqa: PTH113  # Path.is_file() raises an error for a name that is too long
 
 
-def is_outside(path: Path, folder: Path) -> bool:
-    """Return whether a path leaves a folder by its name: as an absolute path, or by '..'."""
-    return not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))  # noqa: PTH100  # keep links
+def is_outside(folder: Path, name: str) -> bool:
+    """Return whether a file_name leaves the folder, as an absolute path or by '..'; a link in the folder does not."""
+    if ".." in Path(name).parts:  # after a link, it leads to another folder than the name suggests
+        folder, path = folder.resolve(), (folder / name).parent.resolve() / Path(name).name
+    else:
+        folder, path = folder.absolute(), (folder / name).absolute()
+    return not path.is_relative_to(folder)
 
 
 def check_size(data: Annotations, image_id: Id, size: tuple[int, int], path: Path) -> None:

@@ -118,9 +118,9 @@ def check_data(
     _check_annotations(data, sizes, problems, notes)
     notes[f"annotations that {ROTATED}"] = [describe_annotation(data, i) for i in rotated_indices(data)]
     notes[f"categories that {GROUPING}: left out"] = list(data.left_out.values())
-    present = {i: folder / name for i, name in _file_names(data).items() if opened[i].checksum is not None}
-    notes["images outside the image folder"] = [str(path) for path in present.values() if is_outside(path, folder)]
-    listed = {path.resolve() for path in present.values()}
+    present = [name for i, name in _file_names(data).items() if opened[i].checksum is not None]
+    notes["images outside the image folder"] = [str(folder / name) for name in present if is_outside(folder, name)]
+    listed = {(folder / name).resolve() for name in present}
     notes["image files without an entry in the annotations"] = [
         str(path)
         for path in sorted(folder.rglob("*"))
