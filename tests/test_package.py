@@ -123,7 +123,7 @@ def test_importing_the_detector_leaves_training_and_evaluation_out():
     loaded = loaded_after("from conditional_detr import Detector")
     assert loaded.isdisjoint(SLOW - {"torchvision", "PIL"})
     packages = {name.split(".")[1] for name in loaded if name.startswith("conditional_detr.")}
-    assert packages == {"modeling", "inference"}
+    assert packages == {"modeling", "inference", "system"}
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in sorted(COMMANDS))], ids=" ".join)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from conditional_detr.cli.console import AUTO, err, one_line_errors, out, pick_device, print_line
+from conditional_detr.cli.options import OVERWRITE
 from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.system.outputs import check_output
 
 if TYPE_CHECKING:
     import rich.table
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from conditional_detr.benchmark.report import Report, Table
     from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
+_FILES = ("benchmark.json", "benchmark.md", "benchmark.png")
 _SCALING_ENGINES = ("transformers", "plain", "optimised", "optimised bf16")
 
 
@@ -55,6 +58,7 @@ def benchmark(
     output: Annotated[
         Path | None, typer.Option(help="Folder for benchmark.md, benchmark.json and benchmark.png.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = AUTO,
     peak_memory: Annotated[
         str | None,
@@ -77,9 +81,9 @@ def benchmark(
         import torch
 
         from conditional_detr.benchmark.engines import REFERENCE
-        from conditional_detr.benchmark.growth import measure_scaling
         from conditional_detr.benchmark.measure import check, measure
         from conditional_detr.benchmark.report import Report
+        from conditional_detr.benchmark.scaling import measure_scaling
         from conditional_detr.benchmark.timing import product_rate
         from conditional_detr.benchmark.training import measure_training, step_peak_memory
         from conditional_detr.checkpoints.loading import checked_device, from_pretrained
@@ -101,6 +105,8 @@ def benchmark(
             check(REFERENCE, torch_device.type)
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
+            for name in _FILES:
+                check_output(output / name, inputs=[weights] if weights else [], overwrite=overwrite)
     with one_line_errors(), err.status("") as status:
         options: dict[str, Any] = {"rounds": rounds, "progress": status.update}
         report = Report(
@@ -203,12 +209,13 @@ def _printable(table: "Table") -> "rich.table.Table":
     """Return a rich table that fits 80 columns: without a frame, headings of numbers on two lines."""
     import rich.box
     import rich.table
+    from rich.text import Text
 
     frame: dict[str, Any] = {"show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
     shown = rich.table.Table(title=table.title, box=rich.box.SIMPLE_HEAD, **frame)
     shown.add_column(table.head[0])
     for name in table.head[1:]:
-        shown.add_column(name.replace(" ", "\n", 1), justify="right", no_wrap=True)
+        shown.add_column(Text(name.replace(" ", "\n", 1)), justify="right", no_wrap=True)
     for row in table.rows:
         shown.add_row(*row)
     return shown
@@ -219,14 +226,13 @@ def _write(report: "Report", folder: Path) -> None:
     from conditional_detr.benchmark.figure import draw
 
     text = json.dumps(report.to_dict(), indent=2) + "\n"
-    write_atomically(
-        {
-            folder / "benchmark.json": lambda path: path.write_text(text),
-            folder / "benchmark.md": lambda path: path.write_text(report.markdown()),
-            folder / "benchmark.png": lambda path: draw(report, path),
-        }
-    )
-    print_line(f"wrote benchmark.json, benchmark.md and benchmark.png in {folder}", to=out)
+    writers: list[Callable[[Path], object]] = [
+        lambda path: path.write_text(text),
+        lambda path: path.write_text(report.markdown()),
+        lambda path: draw(report, path),
+    ]
+    write_atomically({folder / name: write for name, write in zip(_FILES, writers, strict=True)})
+    print_line(f"wrote {', '.join(_FILES[:2])} and {_FILES[2]} in {folder}", to=out)
 
 
 def _machine_name(device: "torch.device") -> str:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from conditional_detr.cli.console import FAILED, err, one_line_errors, out
+from conditional_detr.cli.console import FAILED, err, one_line_errors, out, print_line
+from conditional_detr.cli.options import OVERWRITE
 from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.system.outputs import check_output
 from conditional_detr.system.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ def check_data(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole report to this file.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Draw some images with their boxes to this file.")] = None,
     sheet_images: Annotated[int, typer.Option(min=1, help="Number of images on the sheet.")] = 20,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Check every image and box of a dataset before training on it.
 
@@ -37,8 +40,8 @@ def check_data(
         from conditional_detr.data.report import check_data as check
 
         for path in (json_file, sheet):
-            if path is not None and not path.absolute().parent.is_dir():  # before all the work, not after
-                raise NotADirectoryError(f"{path}: expected a file in an existing folder, got {path.parent}")
+            if path is not None:  # before all the work, not after
+                check_output(path, inputs=[data, images], overwrite=overwrite)
         if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
             raise ValueError(f"{sheet}: expected the suffix of an image, such as .jpg or .png, got {sheet.suffix!r}")
         with progress_bar(err, shown=True) as bar:
@@ -48,10 +51,11 @@ def check_data(
         if json_file is not None:
             text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
             write_atomically({json_file: lambda path: path.write_text(text, encoding="utf-8")})
-            typer.echo(f"wrote {json_file}")
+            print_line(f"wrote {json_file}", to=out)
         if sheet is not None:
-            draw_sheet(read_annotations(data, errors=[]), images, count=sheet_images).save(sheet)
-            typer.echo(f"wrote {sheet}")
+            drawn, kind = draw_sheet(read_annotations(data, errors=[]), images, count=sheet_images), sheet.suffix
+            write_atomically({sheet: lambda path: drawn.save(path, Image.registered_extensions()[kind.lower()])})
+            print_line(f"wrote {sheet}", to=out)
     if report.problems:
         raise typer.Exit(FAILED)
 
@@ -60,25 +64,26 @@ def _show(report: "DataReport") -> None:
     """Print the contents as tables, and the problems by kind."""
     from rich.table import Table
 
-    typer.echo(f"{report.name}: {report.images} images, {report.annotations} annotations, {report.crowds} crowds")
+    counts = f"{report.images} images, {report.annotations} annotations, {report.crowds} crowds"
+    print_line(f"{report.name}: {counts}", to=out)
     classes = Table("class", "annotations", "share")
     for name, count in report.classes.items():
         classes.add_row(name, str(count), f"{count / max(report.annotations, 1):.1%}")
     out.print(classes)
-    typer.echo("boxes: " + ", ".join(f"{name} {value:g}" for name, value in report.boxes.items()))
+    print_line("boxes: " + ", ".join(f"{name} {value:g}" for name, value in report.boxes.items()), to=out)
     sizes = [f"{size} ({count})" for size, count in list(report.image_sizes.items())[:_SHOWN]]
     more = f" and {len(report.image_sizes) - _SHOWN} other sizes" if len(report.image_sizes) > _SHOWN else ""
-    typer.echo(f"images: {', '.join(sizes)}{more}")
+    print_line(f"images: {', '.join(sizes)}{more}", to=out)
     _list("note", report.notes)
     _list("problem", report.problems)
-    typer.echo(f"problems: {sum(map(len, report.problems.values()))}")
+    print_line(f"problems: {sum(map(len, report.problems.values()))}", to=out)
 
 
 def _list(what: str, cases: "Cases") -> None:
     """Print the number of cases of each kind, and the first of them."""
     for kind, names in cases.items():
-        typer.echo(f"{what}: {len(names)} {kind}")
+        print_line(f"{what}: {len(names)} {kind}", to=out)
         for name in names[:_SHOWN]:
-            typer.echo(f"  {name}")
+            print_line(f"  {name}", to=out)
         if len(names) > _SHOWN:
-            typer.echo(f"  and {len(names) - _SHOWN} more")
+            print_line(f"  and {len(names) - _SHOWN} more", to=out)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from conditional_detr.cli.console import Precision, megabytes, one_line_errors
+from conditional_detr.cli.console import Precision, megabytes, one_line_errors, out, print_line
 from conditional_detr.cli.options import OVERWRITE, REVISION, SOURCE
+from conditional_detr.system.outputs import check_output
 
 if TYPE_CHECKING:
     from conditional_detr.checkpoints.key_maps import NameFormat
@@ -47,12 +48,12 @@ def convert(
         from conditional_detr.checkpoints.loading import from_pretrained
         from conditional_detr.checkpoints.saving import files_of, save_as
 
-        existing = [file.name for file in files_of(target, name_format) if file.exists()]
-        if existing and not overwrite:
-            raise FileExistsError(f"{target}: already exists: {', '.join(existing)}; use --overwrite to replace")
+        for file in files_of(target, name_format):
+            if file.parent.is_dir():  # otherwise it is made
+                check_output(file, inputs=[source], overwrite=overwrite)
         model = from_pretrained(source, revision=revision)
         weights, *_ = save_as(model, target, name_format, dtype=getattr(torch, dtype.value))
     report = model.load_report
     assert report is not None  # a loaded model has one
     written = f"{weights} ({name_format} names, {dtype.value}, {megabytes(weights.stat().st_size)})"
-    typer.echo(f"read {report.source} ({report.name_format} names, {report.dtype}), wrote {written}")
+    print_line(f"read {report.source} ({report.name_format} names, {report.dtype}), wrote {written}", to=out)

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from conditional_detr.cli.console import AUTO, FAILED, INTERRUPTED, err, one_line_errors, out, print_line
+from conditional_detr.cli.marks import has_mark, save_marked
 from conditional_detr.cli.options import DEVICE, WEIGHTS, open_detector
 from conditional_detr.inference.listing import ListedImage, Listing, list_images
 from conditional_detr.inference.processes import join_processes
 from conditional_detr.inference.results import Format, ResultWriter, open_results
 from conditional_detr.modeling.metadata import PUBLISHED
 from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.system.outputs import file_ids
 from conditional_detr.system.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -117,24 +119,27 @@ def detect(
         _limit_pixels(max_pixels)
         detector = open_detector(str(weights or (_demo_weights() if demo else PUBLISHED)), device)
         postprocessing = detector.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
-        results = open_results(format, output, process, resume=resume, overwrite=overwrite)
-        share = listing.images[process.rank :: process.size]
-        todo = [listed for listed in share if not results.is_done(listed)]
         if draw:
             _check_inputs_stay(listing.images, output)
-            if not (resume or overwrite):
-                _check_drawings_are_ours(todo, output, results)
-        if listing.skipped:
-            print_line(f"skipped files in folders that are no images: {listing.skipped}", style="yellow")
-        if len(share) > len(todo):
-            print_line(f"skipped images that already have results: {len(share) - len(todo)} of {len(share)}")
-        if demo:
-            _draw_demo(output / _DEMO_IMAGE, overwrite=overwrite)
-        run = _Run(todo, output if draw else None, font, results)
-        code = run.run(detector, postprocessing, batch_size, show_progress=process.rank == 0)
-        run.report(results.close() or [output])
-        failures = process.sum(len(run.failures))
-        code = code or (FAILED if failures else 0)
+        results = open_results(format, output, process, resume=resume, overwrite=overwrite)
+        try:
+            share = listing.images[process.rank :: process.size]
+            todo = [listed for listed in share if not results.is_done(listed)]
+            if draw and not overwrite:
+                _check_drawings_are_ours(todo, output)
+            if listing.skipped:
+                print_line(f"skipped files in folders that are no images: {listing.skipped}", style="yellow")
+            if len(share) > len(todo):
+                print_line(f"skipped images that already have results: {len(share) - len(todo)} of {len(share)}")
+            if demo:
+                _draw_demo(output / _DEMO_IMAGE, overwrite=overwrite)
+            run = _Run(todo, output if draw else None, font, results)
+            code = run.run(detector, postprocessing, batch_size, show_progress=process.rank == 0)
+            run.report(results.close() or [output])
+            failures = process.sum(len(run.failures))
+            code = code or (FAILED if failures else 0)
+        finally:
+            results.release()
     if code:
         raise typer.Exit(code)
 
@@ -234,12 +239,10 @@ class _Run:
         except IMAGE_ERRORS as error:  # the file has changed since
             return _Drawn(listed, error)
         path = _drawing(listed, self.drawings)
-        options = {"quality": 92} if path.suffix == ".jpg" else {"compress_level": 3}
-        kind = "JPEG" if path.suffix == ".jpg" else "PNG"
 
         def write() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically({path: lambda unfinished: image.save(unfinished, kind, **options)})
+            write_atomically({path: lambda unfinished: save_marked(image, unfinished, listed.image, path.suffix)})
 
         return _Drawn(listed, _error_if_too_long(write) or outcome)
 
@@ -273,26 +276,24 @@ class _Run:
 
     def _classes_table(self) -> "Table":
         from rich.table import Table
-        from rich.text import Text
 
         table = Table("class", "objects", "images")
         for column in table.columns[1:]:
             column.justify = "right"
         for name, count in self.objects.most_common():
-            table.add_row(Text(name), str(count), str(self.images[name]))
+            table.add_row(name, str(count), str(self.images[name]))
         return table
 
 
 def _objects_table(detections: "Detections") -> "Table":
     """Return a table of the detections of one image."""
     from rich.table import Table
-    from rich.text import Text
 
     table = Table("object", "score", "x0", "y0", "x1", "y1", title=_count(len(detections), "object"))
     for column in table.columns[1:]:
         column.justify = "right"
     for box, score, name in detections:
-        table.add_row(Text(name), f"{score:.3f}", *(f"{value:.1f}" for value in box))
+        table.add_row(name, f"{score:.3f}", *(f"{value:.1f}" for value in box))
     return table
 
 
@@ -319,22 +320,22 @@ def _error_if_too_long(write: Callable[[], None]) -> OSError | None:
 
 
 def _check_inputs_stay(inputs: Sequence[ListedImage], output: Path) -> None:
-    """Raise ValueError if an annotated image would overwrite an input image."""
-    drawings = {os.path.abspath(_drawing(listed, output)) for listed in inputs}  # noqa: PTH100  # Path: minutes
-    for listed in inputs:
-        if os.path.abspath(listed.image) in drawings:  # noqa: PTH100
-            raise ValueError(
-                f"--output {output}: {listed.image} is one of the input images and would be overwritten by its"
-                " annotated copy; choose another folder, or --no-draw"
-            )
+    """Raise ValueError if an annotated image would overwrite an input image, also through links."""
+    images = file_ids(listed.image for listed in inputs)
+    drawings = file_ids(_drawing(listed, output) for listed in inputs)
+    for file in images.keys() & drawings.keys():
+        raise ValueError(
+            f"--output {output}: {images[file]} is one of the input images and would be overwritten by an annotated"
+            " image; choose another folder, or --no-draw"
+        )
 
 
-def _check_drawings_are_ours(inputs: Sequence[ListedImage], output: Path, results: ResultWriter) -> None:
-    """Raise ValueError if an annotated image would overwrite a file that no earlier run has written."""
+def _check_drawings_are_ours(inputs: Sequence[ListedImage], output: Path) -> None:
+    """Raise ValueError if an annotated image would overwrite a file that no earlier run has drawn for this image."""
     for listed in inputs:
         path = _drawing(listed, output)
-        if not results.has_results(listed) and os.path.exists(path):  # noqa: PTH110  # False for a name too long
+        if os.path.lexists(path) and not has_mark(path, listed.image):
             raise ValueError(
-                f"{path}: expected no file, or one that an earlier run has written; --overwrite replaces it,"
+                f"{path}: expected no file, or the annotated image of an earlier run; --overwrite replaces it,"
                 " --output names another folder"
             )

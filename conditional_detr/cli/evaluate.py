@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from conditional_detr.cli.console import AUTO, err, one_line_errors, out
-from conditional_detr.cli.options import DEVICE, WEIGHTS, open_detector
+from conditional_detr.cli.console import AUTO, err, one_line_errors, out, print_line
+from conditional_detr.cli.options import DEVICE, OVERWRITE, WEIGHTS, open_detector
 from conditional_detr.inference.processes import join_processes
 from conditional_detr.modeling.metadata import PUBLISHED
 from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.system.outputs import check_output
 from conditional_detr.system.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def evaluate(
     weights: Annotated[str | None, typer.Option(help=WEIGHTS, show_default=PUBLISHED, rich_help_panel="Model")] = None,
     results: Annotated[Path | None, typer.Option(help="COCO results file, to measure instead of --images.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics to this file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
     device: Annotated[str, typer.Option(help=DEVICE, rich_help_panel="Model")] = AUTO,
     batch_size: Annotated[int, typer.Option(min=1, help="Run at most this many images together.")] = 8,
 ) -> None:
@@ -52,8 +54,9 @@ def evaluate(
             raise ValueError("expected either --images, to detect on, or --results, to measure")
         if weights is not None and results is not None:
             raise ValueError(f"--weights: expected none with --results, got {weights}")
-        if json_file is not None and not json_file.absolute().parent.is_dir():  # before hours of work, not after
-            raise NotADirectoryError(f"{json_file}: expected a file in an existing folder, got {json_file.parent}")
+        if json_file is not None:  # before hours of work, not after
+            inputs = [path for path in (data, images, results, weights) if path is not None]
+            check_output(json_file, inputs=inputs, overwrite=overwrite)
         with join_processes() as (rank, _):
             if results is not None:
                 from conditional_detr.evaluation.coco import evaluate_detections
@@ -67,7 +70,7 @@ def evaluate(
     if rank == 0:
         _show(result)
         if json_file is not None:
-            typer.echo(f"wrote {json_file}")
+            print_line(f"wrote {json_file}", to=out)
 
 
 def _detect_and_evaluate(
@@ -91,7 +94,6 @@ def _detect_and_evaluate(
 def _show(result: "CocoResult") -> None:
     """Print the twelve metrics, and a table of the classes."""
     from rich.table import Table
-    from rich.text import Text
 
     from conditional_detr.evaluation.coco import MAX_DETECTIONS
 
@@ -102,7 +104,7 @@ def _show(result: "CocoResult") -> None:
     classes = Table("class", "id", "annotations", *names)
     for name, of_class in result.per_class.items():
         numbers = (_number(of_class[metric]) for metric in names)
-        classes.add_row(Text(name), str(of_class["category_id"]), str(of_class["annotations"]), *numbers)
+        classes.add_row(name, str(of_class["category_id"]), str(of_class["annotations"]), *numbers)
     out.print(twelve)
     out.print(classes)
 

@@ -7,6 +7,7 @@ import typer
 
 from conditional_detr.cli.console import err, megabytes, one_line_errors, out, print_line
 from conditional_detr.cli.options import OVERWRITE, REVISION, SOURCE, TOP_K
+from conditional_detr.system.outputs import check_output
 
 if TYPE_CHECKING:
     from conditional_detr.inference.exported import Description
@@ -37,20 +38,19 @@ def export(
         from conditional_detr.deploy.export import checked_target
         from conditional_detr.deploy.export import export as write
 
-        check_free(checked_target(target), overwrite=overwrite)
+        check_free(checked_target(target), source, overwrite=overwrite)
         model = from_pretrained(source, revision=revision)
         dtype = torch.float16 if half else torch.float32
         description = write(model, target, dtype=dtype, top_k=top_k, image=image, progress=status.update)
     report(target, description)
 
 
-def check_free(target: Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError if the target exists, or the ``.bin`` of an ``.xml``, and must not be overwritten."""
+def check_free(target: Path, *inputs: str | Path, overwrite: bool) -> None:
+    """Check that the target may be written, and the ``.bin`` of an ``.xml``; raises what ``check_output`` raises."""
     from conditional_detr.deploy.export import files_of
 
-    existing = [file.name for file in files_of(target) if file.exists()]
-    if existing and not overwrite:
-        raise FileExistsError(f"{target}: already exists: {', '.join(existing)}; use --overwrite to replace")
+    for file in files_of(target):
+        check_output(file, inputs=inputs, overwrite=overwrite)
 
 
 def report(target: Path, description: "Description") -> None:

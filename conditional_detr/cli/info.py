@@ -54,14 +54,13 @@ def info(
             summary = summarise(from_pretrained(checkpoint, revision=revision), height_width)
             content, rows = summary.to_dict(), [*_rows(summary)]
     if as_json:
-        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(content, indent=2))  # ASCII: safe on a terminal
         return
-    from rich.table import Table
-    from rich.text import Text
+    from rich.table import Column, Table
 
-    table = Table.grid(padding=(0, 2))
-    for name, value in rows:
-        table.add_row(name, Text(value, overflow="fold"))
+    table = Table.grid("", Column(overflow="fold"), padding=(0, 2))
+    for row in rows:
+        table.add_row(*row)
     out.print(table)
 
 
@@ -98,7 +97,14 @@ def _rows_of_network(config: "Config", metadata: "Metadata") -> Iterator[tuple[s
     yield "classes", f"{len(names)}, and {config.num_classes - len(names)} unused rows"
     yield "", ", ".join(names)
     preprocessing = metadata.preprocessing
-    yield "preprocessing", f"shortest edge {preprocessing.shortest_edge}, longest {preprocessing.longest_edge}"
+    height, width = preprocessing.size or (0, 0)
+    sizes = {
+        "edges": f"shortest edge {preprocessing.shortest_edge}, longest {preprocessing.longest_edge}",
+        "fit": f"resized to the largest size within {height} x {width}",
+        "stretch": f"stretched to {height} x {width}",
+        "none": "images keep their size",
+    }
+    yield "preprocessing", sizes[preprocessing.resizing]
     yield "", f"mean {preprocessing.mean}, std {preprocessing.std}"
 
 

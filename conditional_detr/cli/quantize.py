@@ -61,7 +61,8 @@ def quantize(
         from conditional_detr.deploy.quantize import check_request
         from conditional_detr.deploy.quantize import quantize as write
 
-        check_free(check_request(target, keep or ()), overwrite=overwrite)  # before AP is measured
+        inputs = [path for path in (source, data, images) if path is not None]
+        check_free(check_request(target, keep or ()), *inputs, overwrite=overwrite)  # before AP is measured
         if (data is None) != (images is None):
             raise ValueError("expected both --data and --images, to measure AP, or neither")
         chosen = [listed.image for listed in list_images(calibration, output=target).images]

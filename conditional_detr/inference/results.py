@@ -6,6 +6,8 @@ file of its own; CSV is made from all of them.
 
 import csv
 import json
+import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,6 +15,8 @@ from enum import Enum
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
+
+from filelock import FileLock, Timeout
 
 from conditional_detr.inference.listing import ListedImage
 from conditional_detr.inference.processes import Process
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from conditional_detr.inference.detections import Detections
 
 _LINES = "detections"
+_LINE_NAMES = rf"{_LINES}(-\d+-of-\d+)?\.jsonl"
+_TABLE = f"{_LINES}.csv"
 _COLUMNS = ("image", "name", "score", "x0", "y0", "x1", "y1", "label")
 
 
@@ -59,13 +65,18 @@ class ResultWriter(ABC):
     def close(self) -> list[Path]:
         """Finish the files, and return those that hold the results of all images."""
 
+    def release(self) -> None:  # noqa: B027  # JSON files need no lock
+        """Let other runs write to the folder; :meth:`close` does this, too."""
+
     def __enter__(self) -> "ResultWriter":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None:
+            self.close()
+        self.release()
 
 
 def open_results(
@@ -103,15 +114,35 @@ def open_results(
     folder.mkdir(parents=True, exist_ok=True)
     if format is Format.json:
         return _JsonFiles(folder, resume=resume, overwrite=overwrite)
-    existing = sorted(folder.glob(f"{_LINES}*.jsonl"))
+    lock = FileLock(folder / f".{_LINES}.lock", timeout=0)
+    if process.rank == 0:
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise OSError(f"{folder}: another run is writing results to this folder") from error
+    try:
+        return _open_lines(format, folder, process, lock, resume=resume, overwrite=overwrite)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _open_lines(
+    format: Format, folder: Path, process: Process, lock: FileLock, *, resume: bool, overwrite: bool
+) -> "_JsonLines":
+    """Check the existing files against the options, and open the JSON Lines file of this process."""
+    existing = _line_files(folder)
     process.wait()  # so that no process takes the new file of another for an old one
     if existing and not (resume or overwrite):
         raise ValueError(f"{existing[0]}: already exists; --resume adds to it, --overwrite replaces it")
+    table = folder / _TABLE
+    if format is Format.csv and os.path.lexists(table) and not overwrite and not (existing and _is_table(table)):
+        raise ValueError(f"{table}: expected no file, or the table of an earlier run; --overwrite replaces it")
     if overwrite and process.rank == 0:
         for path in existing:
             path.unlink()
     process.wait()
-    return _JsonLines(folder, format, process, existing if resume else [])
+    return _JsonLines(folder, format, process, existing if resume else [], lock)
 
 
 def as_json(listed: ListedImage, detections: "Detections") -> dict[str, Any]:
@@ -166,7 +197,8 @@ class _JsonFiles(ResultWriter):
 class _JsonLines(ResultWriter):
     """``detections.jsonl``, one line per image in the order they were finished, and a CSV made from it if wanted."""
 
-    def __init__(self, folder: Path, format: Format, process: Process, earlier: list[Path]) -> None:
+    def __init__(self, folder: Path, format: Format, process: Process, earlier: list[Path], lock: FileLock) -> None:
+        self.lock = lock
         self.format = format
         self.process = process
         self.path = folder / f"{_LINES}{f'-{process.rank + 1}-of-{process.size}' if process.size > 1 else ''}.jsonl"
@@ -191,13 +223,15 @@ class _JsonLines(ResultWriter):
         with suppress(OSError):  # every line was flushed, but one that a full disk refused and that was reported
             self.file.close()
         self.process.wait()
-        parts = sorted(self.path.parent.glob(f"{_LINES}*.jsonl"))
-        if self.format is Format.jsonl:
-            return parts
-        table = self.path.with_name(f"{_LINES}.csv")
-        if self.process.rank == 0:
-            write_atomically({table: lambda path: self._write_table(path, parts)})
-        return [table, *parts]
+        parts = _line_files(self.path.parent)
+        files = parts if self.format is Format.jsonl else [self.path.with_name(_TABLE), *parts]
+        if self.format is Format.csv and self.process.rank == 0:
+            write_atomically({files[0]: lambda path: self._write_table(path, parts)})
+        self.release()
+        return files
+
+    def release(self) -> None:
+        self.lock.release()
 
     @staticmethod
     def _write_table(path: Path, parts: list[Path]) -> None:
@@ -208,6 +242,17 @@ class _JsonLines(ResultWriter):
             for line in (line for part in parts for line in _read_lines(part)):
                 for one in line["detections"]:
                     rows.writerow((line["image"], one["name"], one["score"], *one["box"], one["label"]))
+
+
+def _line_files(folder: Path) -> list[Path]:
+    """Return the JSON Lines files that runs with any number of processes have written; other names are the user's."""
+    return sorted(path for path in folder.glob(f"{_LINES}*.jsonl") if re.fullmatch(_LINE_NAMES, path.name))
+
+
+def _is_table(path: Path) -> bool:
+    """Return whether a CSV file begins as those of this module."""
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        return file.readline().rstrip("\r\n") == ",".join(_COLUMNS)
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -90,7 +90,9 @@ def remove_unfinished(folder: Path) -> None:
 
 def _checked(renames: object, journal: Path) -> Iterable[tuple[str, str]]:
     """Return the renames of a journal; raise OSError unless all of them stay in its folder."""
-    items = list(renames.items()) if isinstance(renames, dict) else [(None, None)]
+    if not isinstance(renames, dict):
+        raise OSError(f"{journal}: expected temporary names and file names, got {renames!r}")
+    items = [*renames.items()]
     for temporary, target in items:
         plain = all(isinstance(name, str) and Path(name).name == name for name in (temporary, target))
         if not (plain and temporary.endswith(_UNFINISHED)):

@@ -75,7 +75,7 @@ def test_a_journal_of_strangers_moves_nothing_out_of_its_folder(tmp_path, journa
     (folder / "x.unfinished").write_bytes(b"x")
     (folder / "a").write_bytes(b"a")
     (folder / ".conditional_detr.journal").write_text(journal)
-    with pytest.raises(OSError, match="journal: (expected temporary names|cannot be read)"):
+    with pytest.raises(OSError, match=r"journal: (expected temporary names|cannot be read)"):
         recover(folder)
     assert (folder / "a").read_bytes() == b"a"
     assert (folder / "x.unfinished").read_bytes() == b"x"
