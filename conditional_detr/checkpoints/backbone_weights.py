@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from conditional_detr.checkpoints.files import WEIGHT_SUFFIXES, read_tensors
-from conditional_detr.checkpoints.tensor_checks import abbreviate
+from conditional_detr.checkpoints.tensor_checks import abbreviate, copy_values, not_finite
+from conditional_detr.checkpoints.tensor_files import WEIGHT_SUFFIXES, read_tensors
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 _IGNORED = ".num_batches_tracked"  # BatchNorm's counter; frozen BatchNorm does not use it
@@ -64,23 +64,26 @@ def load_backbone_weights(model: ConditionalDETR, path: str | Path) -> BackboneR
     for norm, (bias, eps) in folded.items():
         stored |= {_flat(f"{norm}.{name}"): value for name, value in _bias_only(stored[bias].float(), eps).items()}
     missing = [name for name in state if _flat(name) not in stored]
-    wrong_shape, infinite = [], []
-    for name in state.keys() - set(missing):
+    wrong_shape, copies, sums = [], {}, []
+    for name in sorted(state.keys() - set(missing)):
         tensor, expected = stored[_flat(name)], tuple(state[name].shape)
         if tensor.shape != expected or not tensor.is_floating_point():
             wrong_shape.append(f"{name}: expected {expected} floating point, got {tuple(tensor.shape)} {tensor.dtype}")
-        elif not tensor.isfinite().all():
-            infinite.append(name)
+            continue
+        copies[name] = torch.empty(expected, dtype=torch.float32, device="cpu")
+        sums.append(copy_values(tensor, copies[name]))
+    infinite = not_finite(copies, sums)
     used = {_flat(name) for name in state} | {bias for bias, _ in folded.values()}
     unused = tuple(name for name in tensors if _flat(name) not in used)
     stages = tuple(_flat(f"{stage['module']}.") for stage in feature_info.info[: model.config.backbone_stage + 1])
     deeper = [name for name in unused if _flat(name).startswith(stages)]
-    problems = {"missing": missing, "wrong shape": sorted(wrong_shape), "not finite": sorted(infinite)}
+    problems = {"missing": missing, "wrong shape": wrong_shape, "not finite": sorted(infinite)}
     problems |= {"unexpected, in stages that the backbone has": deeper}
     if any(problems.values()):
         listed = "".join(f"\n  {problem}: {abbreviate(names)}" for problem, names in problems.items() if names)
         raise ValueError(f"{path}: does not fit the backbone {model.config.backbone!r}:{listed}")
-    backbone.load_state_dict({name: stored[_flat(name)] for name in state})
+    for name, tensor in state.items():
+        copy_values(copies[name], tensor) if tensor.device.type == "cpu" else tensor.copy_(copies[name])
     return BackboneReport(tuple(state), unused)
 
 

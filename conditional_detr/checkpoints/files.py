@@ -1,34 +1,21 @@
 """Find a checkpoint's files on disk, in the cache or on the hub, and open them without copying the weights."""
 
-import argparse
-import json
-import math
-import pickle
-import zipfile
-from collections.abc import Mapping
+import difflib
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from conditional_detr.inference.runtimes import SUFFIXES
-from conditional_detr.system.atomic_files import recover
+from conditional_detr.checkpoints.tensor_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, read_json, read_weights, shards_of
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-}
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
-_WEIGHT_FILES = (SAFETENSORS, PICKLE)
+_WEIGHT_FILES = (SAFETENSORS, SAFETENSORS + INDEX_SUFFIX, PICKLE, PICKLE + INDEX_SUFFIX)
+_MOST_COMPARED = 1000  # files of a folder that are compared with a name that does not exist
 
 _PACKAGE = Path(__file__).parents[1]
 _SHIPPED = (_PACKAGE / "shipped_weights", _PACKAGE.parent / "weights")  # in a wheel, in a clone
@@ -39,8 +26,9 @@ class Checkpoint:
     """An opened checkpoint.
 
     Attributes:
-        weights: path of the weight file.
+        weights: path of the weight file, or of the index of its shards.
         tensors: the tensors by the names in the file; on the CPU, memory-mapped if the file format allows it.
+        size: size of the weight files in bytes.
         config: the parsed ``config.json`` in the same folder, if any.
         preprocessor: the parsed ``preprocessor_config.json`` in the same folder, if any.
         arguments: the authors' training arguments, if the file contains them.
@@ -48,6 +36,7 @@ class Checkpoint:
 
     weights: Path
     tensors: dict[str, Tensor]
+    size: int
     config: dict[str, Any] | None = None
     preprocessor: dict[str, Any] | None = None
     arguments: dict[str, Any] | None = None
@@ -67,26 +56,62 @@ def open_checkpoint(
         OSError: the checkpoint does not exist, or the hub cannot be reached.
         ValueError: a file is damaged, or its content does not match its suffix.
     """
-    path = Path(name)
-    recover(path if path.is_dir() else path.parent)
+    path = _expanded(name)
     if path.is_file():
         return _open_files(path, path.parent)
     folder = path if path.is_dir() else None
-    if folder is None or not any((folder / file).is_file() for file in _WEIGHT_FILES):
+    if folder is None or not _has_weights(folder):
         # a folder "shapes" may be a dataset, and then the short name means the shipped weights
         folder = shipped_folder(str(name)) or folder
     if folder is None:
-        if isinstance(name, Path) or str(name).count("/") != 1 or path.is_absolute():
+        if isinstance(name, Path) or not _is_hub_id(name):
+            shipped = ", ".join(shipped_names()) or "none are shipped"
             raise FileNotFoundError(
-                "weights: expected a file, a folder, a short name of shipped weights"
-                f" ({', '.join(shipped_names()) or 'none are shipped'}) or a hub id 'owner/name', got {str(name)!r}"
+                f"weights {str(name)!r}: no such file or folder{_similar(path)}; expected a file, a folder, a short"
+                f" name of shipped weights ({shipped}) or a hub id 'owner/name'"
             )
-        folder = _download(str(name), revision, cache_dir, token, local_files_only)
+        folder = _download(name, path, revision, cache_dir, token, local_files_only)
     for file in _WEIGHT_FILES:
         if (folder / file).is_file():
             return _open_files(folder / file, folder)
-    content = sorted(file.name for file in folder.iterdir())
-    raise FileNotFoundError(f"{folder}: expected {' or '.join(_WEIGHT_FILES)}, got {content or 'an empty folder'}")
+    inside = sorted(folder.iterdir())
+    found = [file for file in inside if file.suffix in WEIGHT_SUFFIXES or (file.is_dir() and _has_weights(file))]
+    hint = f"; did you mean {' or '.join(map(str, found[:3]))}?" if found else ""
+    content = [file.name for file in inside] or "an empty folder"
+    raise FileNotFoundError(f"{folder}: expected {SAFETENSORS} or {PICKLE}, got {content}{hint}")
+
+
+def _expanded(name: str | Path) -> Path:
+    """Return a path with ``~`` replaced by the home folder."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # no such user
+        return Path(name)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in _WEIGHT_FILES)
+
+
+def _is_hub_id(name: str) -> bool:
+    """Return whether a string has the form "owner/name"."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def _similar(path: Path) -> str:
+    """Return a hint at shipped weights and files whose names are similar to a path that does not exist."""
+    names = shipped_names() if len(path.parts) == 1 else []
+    if path.parent.is_dir():
+        names += [str(path.parent / file.name) for file in islice(path.parent.iterdir(), _MOST_COMPARED)]
+    close = difflib.get_close_matches(str(path), names, n=3, cutoff=0.7)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def shipped_names() -> list[str]:
@@ -103,15 +128,26 @@ def shipped_folder(name: str) -> Path | None:
 
 def _download(
     repository: str,
+    path: Path,
     revision: str | None,
     cache_dir: str | Path | None,
     token: str | bool | None,
     local_files_only: bool,
 ) -> Path:
-    """Download only the needed files of a hub repository into the cache; return their folder."""
+    """Download only the needed files of a hub repository into the cache; return their folder.
+
+    Args:
+        repository: the hub id.
+        path: the same as a path, which does not exist; for messages.
+        revision: branch, tag or commit.
+        cache_dir: the hub cache.
+        token: hub token.
+        local_files_only: use only the cache.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+    missing = f"weights {repository!r}: no such file or folder{_similar(path)}"
     local_files_only = local_files_only or not _hub_responds(repository, revision, token)
 
     def fetch(file: str) -> Path:
@@ -131,18 +167,21 @@ def _download(
         for optional in ([PREPROCESSOR], _WEIGHT_FILES):
             for file in optional:
                 try:
-                    fetch(file)
-                    break
+                    fetched = fetch(file)
                 except EntryNotFoundError:
                     continue  # opening the folder raises if a required file is missing
+                if file.endswith(INDEX_SUFFIX):
+                    for shard in shards_of(fetched):
+                        fetch(shard.name)
+                break
     except LocalEntryNotFoundError as error:
         raise OSError(
-            f"weights {repository!r}: neither in the cache nor downloadable (no network, or offline mode);"
+            f"{missing}; as a hub id: neither in the cache nor downloadable (no network, or offline mode);"
             " download them once with network, or pass a folder or file on disk"
         ) from error
     except (HfHubHTTPError, ValueError, OSError) as error:
         at = f" at revision {revision!r}" if revision else ""
-        raise OSError(f"weights {repository!r}{at}: download failed: {_first_line(error)}") from error
+        raise OSError(f"{missing}; as a hub id{at}: download failed: {_first_line(error)}") from error
     return folder
 
 
@@ -164,91 +203,14 @@ def _hub_responds(repository: str, revision: str | None, token: str | bool | Non
 
 
 def _open_files(weights: Path, folder: Path) -> Checkpoint:
-    """Open a weight file and the json files in its folder."""
-    tensors, arguments = _read_tensors(weights)
-    return Checkpoint(weights, tensors, _read_json(folder / CONFIG), _read_json(folder / PREPROCESSOR), arguments)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors, .bin, .pth or .pt file, without running any code in it.
-
-    Raises:
-        OSError: the file does not exist.
-        ValueError: the file is of another kind, or damaged.
-    """
-    return _read_tensors(path)[0]
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Return the tensors of a weight file, and the authors' training arguments if it contains them."""
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path), None
-    if path.suffix in WEIGHT_SUFFIXES:
-        return _read_pickle(path)
-    hint = "; Detector.from_file opens exported models" if path.suffix.lower() in SUFFIXES else ""
-    raise ValueError(f"{path}: expected a .safetensors, .bin, .pth or .pt file{hint}")
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected valid json, got a parse error: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a json object, got a {type(content).__name__}")
-    return content
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a memory-mapped safetensors file.
-
-    The safetensors library validates the file; creating the views here takes a third of its time.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    size = path.stat().st_size
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated, or not a safetensors file ({error}); {size} bytes") from error
-    content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    tensors, end = {}, size
-    for name, view in reversed(slices.items()):  # there are no gaps: the last tensor ends at the end of the file
-        dtype, shape = _SAFETENSORS_DTYPES.get(view.get_dtype()), view.get_shape()
-        if dtype is None:
-            expected = "floating point of 16, 32 or 64 bits"
-            raise ValueError(f"{path}: {name}: expected {expected}, got dtype {view.get_dtype()}")
-        start = end - math.prod(shape) * dtype.itemsize
-        data = content[start:end]
-        tensors[name] = (data.clone() if start % dtype.itemsize else data).view(dtype).view(shape)
-        end = start
-    return tensors
-
-
-def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Read a torch file; only tensors and ``argparse.Namespace`` may be unpickled."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: truncated, not a torch file, or not safe to unpickle ({_first_line(error)});"
-            f" {path.stat().st_size} bytes"
-        ) from error
-    arguments = None
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        namespace = content.get("args")
-        arguments = vars(namespace) if isinstance(namespace, argparse.Namespace) else namespace
-        content = content["model"]
-    expected = f"{path}: expected a state dict of tensors, or one under 'model'"
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{expected}, got {type(content).__name__}")
-    if not_tensors := [key for key, value in content.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"{expected}, got values that are not tensors: {not_tensors}")
-    return dict(content), arguments
+    """Open a weight file, or an index with its shards, and the json files in its folder."""
+    config, preprocessor = (
+        read_json(folder / file) if (folder / file).is_file() else None for file in (CONFIG, PREPROCESSOR)
+    )
+    tensors, arguments = read_weights(weights)
+    files = shards_of(weights) if weights.name.endswith(INDEX_SUFFIX) else [weights]
+    size = sum(file.stat().st_size for file in files)
+    return Checkpoint(weights, tensors, size, config, preprocessor, arguments)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Replace a model's class head and object queries, and keep the rows of classes that remain."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -38,7 +39,8 @@ def replace_heads(
     queries = _new_count("num_queries", num_queries, model.config.num_queries)
     rows: list[int | None] = list(range(len(names)))
     if names != old.class_names:
-        rows = [None if name is None else _index(old.class_names, name) for name in names]
+        positions = {name: i for i, name in reversed([*enumerate(old.class_names)])}  # the first of equal names
+        rows = [None if name is None else positions.get(name) for name in names]
         head = nn.Linear(model.config.width, len(names), device=model.class_head.weight.device)
         nn.init.constant_(head.bias, prior_bias())
         _keep_rows(head.weight, model.class_head.weight, rows)
@@ -50,10 +52,11 @@ def replace_heads(
         current = model.object_queries.weight
         model.object_queries = nn.Embedding(queries, model.config.width, device=current.device)
         _keep_rows(model.object_queries.weight, current, [*range(kept_queries)])
+    kept_or_new = set(names)
     changes = HeadReplacement(
         kept_classes=_named(name for name, row in zip(names, rows, strict=True) if row is not None),
         new_classes=_named(name for name, row in zip(names, rows, strict=True) if row is None),
-        dropped_classes=_named(name for name in old.class_names if name not in names),
+        dropped_classes=_named(name for name in old.class_names if name not in kept_or_new),
         kept_queries=kept_queries,
         new_queries=queries - kept_queries,
         dropped_queries=model.config.num_queries - kept_queries,
@@ -75,7 +78,7 @@ def _new_names(
     names = tuple(class_names)
     if not _named(names):
         raise ValueError(f"class_names: expected at least one name, got {names}")
-    if duplicates := sorted({name for name in _named(names) if names.count(name) > 1}):
+    if duplicates := sorted(name for name, count in Counter(_named(names)).items() if count > 1):
         raise ValueError(f"class_names: expected each name once, got duplicates of {', '.join(duplicates)}")
     if num_classes not in (None, len(names)):
         raise ValueError(f"num_classes: expected {len(names)}, the length of class_names, got {num_classes}")
@@ -95,10 +98,6 @@ def _new_count(name: str, count: int | None, default: int) -> int:
 
 def _named(names: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(name for name in names if name is not None)
-
-
-def _index(names: tuple[str | None, ...], name: str) -> int | None:
-    return names.index(name) if name in names else None
 
 
 @torch.no_grad()

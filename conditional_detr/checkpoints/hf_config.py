@@ -1,18 +1,22 @@
-"""Read and write ``config.json``, ``preprocessor_config.json`` and the authors' training arguments.
+"""Read and write ``config.json`` and the authors' training arguments.
 
 Reading accepts all forms that transformers has written; writing uses a form that transformers reads as the same
 network. An unsupported setting that changes the numbers is an error and never ignored.
 """
 
+import logging
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
 from conditional_detr.checkpoints.labels import COCO_NAMES, UNUSED
 from conditional_detr.checkpoints.meta_init import MetaInit
+from conditional_detr.checkpoints.preprocessor_config import read_preprocessor
 from conditional_detr.modeling.backbone import Backbone
 from conditional_detr.modeling.conditional_detr import Config
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
+
+_log = logging.getLogger(__name__)
 
 NOT_IN_SHAPES = {"heads": "nheads", "backbone": "backbone", "dilation": "dilation", "dropout": "dropout"}
 """Settings that cannot be inferred from tensor shapes: the Config's name, the authors' argument."""
@@ -24,6 +28,7 @@ _IN_SHAPES = {  # settings that can be inferred from tensor shapes
     "feedforward": "dim_feedforward",
     "num_queries": "num_queries",
 }
+_MOST_STAGES = 100
 _OUT_INDICES = [1, 2, 3, 4]  # transformers' default for timm backbones; the last is used
 _RESNETS = {  # block, blocks per stage -> timm's name
     ("basic", (2, 2, 2, 2)): "resnet18",
@@ -80,10 +85,10 @@ def read_metadata(
     Raises:
         ValueError: duplicate category ids, class numbers with gaps, or unsupported preprocessing.
     """
-    names = tuple(None if name == UNUSED else name for name in _read_names(config, path))
-    preprocessing = Preprocessing() if preprocessor is None else _read_preprocessing(preprocessor, preprocessor_path)
+    names, ids = _read_classes(config, path)
+    preprocessing = Preprocessing() if preprocessor is None else read_preprocessor(preprocessor, preprocessor_path)
     try:
-        return Metadata(names, tuple(config.get("category_ids", ())), preprocessing)
+        return Metadata(names, ids, preprocessing)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -110,7 +115,9 @@ def write_config(config: Config, metadata: Metadata) -> dict[str, Any]:
             "use_pretrained_backbone": False,
             "num_channels": 3,
         },
+        # transformers keeps these two when it trains other classes; class_names then differ from id2label
         "category_ids": list(metadata.category_ids),
+        "class_names": list(metadata.class_names),
         "d_model": config.width,
         "decoder_attention_heads": config.heads,
         "decoder_ffn_dim": config.feedforward,
@@ -154,24 +161,12 @@ def default_metadata(num_classes: int) -> Metadata:
     return Metadata(COCO_NAMES) if num_classes == len(COCO_NAMES) else Metadata.numbered(num_classes)
 
 
-def write_preprocessor(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return the content of the ``preprocessor_config.json`` for this preprocessing."""
-    return {
-        "image_processor_type": "ConditionalDetrImageProcessor",
-        "format": "coco_detection",
-        "do_resize": True,
-        "size": {
-            "shortest_edge": preprocessing.shortest_edge,
-            "longest_edge": preprocessing.longest_edge,
-        },
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(preprocessing.mean),
-        "image_std": list(preprocessing.std),
-        "do_pad": True,
-    }
+def _typed(json: Mapping[str, Any], field: str, kind: type, default: Any, path: str) -> Any:
+    """Return the value of a field, or the default if it is missing or null."""
+    value = json.get(field)
+    if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+        raise ValueError(f"{path}: expected {field} as {kind.__name__}, got {value!r}")
+    return default if value is None else value
 
 
 def _expect(json: Mapping[str, Any], field: str, expected: Any, path: str) -> None:
@@ -181,9 +176,15 @@ def _expect(json: Mapping[str, Any], field: str, expected: Any, path: str) -> No
 
 def _read_names(json: Mapping[str, Any], path: str) -> list[str]:
     """Return the class names in the order of the class head's rows."""
-    names = json.get("id2label")
+    names = _typed(json, "id2label", dict, None, path)
     if names is None:
-        return [f"LABEL_{i}" for i in range(json.get("num_labels", Config().num_classes))]
+        count = _typed(json, "num_labels", int, Config().num_classes, path)
+        try:
+            return [f"LABEL_{i}" for i in range(Config(num_classes=count).num_classes)]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    if not all(isinstance(name, str | int) for name in names.values()):
+        raise ValueError(f"{path}: expected id2label with names as strings, got {names}")
     if {str(i) for i in range(len(names))} != {str(key) for key in names}:
         raise ValueError(
             f"{path}: expected id2label with the {len(names)} keys 0..{len(names) - 1}, got {sorted(names)}"
@@ -192,23 +193,52 @@ def _read_names(json: Mapping[str, Any], path: str) -> list[str]:
     return [by_number[i] for i in range(len(names))]
 
 
+def _read_classes(json: Mapping[str, Any], path: str) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
+    """Return the class names, None for unused rows, and the category ids; no ids stand for 0, 1, 2, ...
+
+    ``class_names`` are the names that ``category_ids`` were written for. The published file has neither: there, the
+    rows of the ids that COCO does not use are called "N/A".
+    """
+    names = tuple(_read_names(json, path))
+    ids = tuple(_typed(json, "category_ids", list, [], path))
+    written_for = tuple(_typed(json, "class_names", list, [], path))
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in ids):
+        raise ValueError(f"{path}: expected category_ids as a list of integers, got {list(ids)}")
+    if written_for and tuple(UNUSED if name is None else name for name in written_for) == names:
+        return written_for, ids
+    if ids and not written_for and len(ids) == len(names):  # as version 0.1.0 wrote it
+        if "transformers_version" in json:
+            _log.warning("%s: saved by transformers; category_ids may belong to other classes", path)
+        return tuple(None if name == UNUSED else name for name in names), ids
+    if ids and ids != tuple(range(len(names))):
+        _log.warning("%s: category_ids were written for other classes; using 0, 1, 2, ...", path)
+    unused = {i for i, name in enumerate(names) if name == UNUSED}
+    if len(names) != len(COCO_NAMES) or unused != {i for i, name in enumerate(COCO_NAMES) if name is None}:
+        return names, ()
+    return tuple(None if name == UNUSED else name for name in names), ()
+
+
 def _read_backbone(json: Mapping[str, Any], path: str) -> tuple[str, int, bool]:
     """Return the backbone's name, stage and dilation from any of the forms that transformers has written."""
-    backbone_config = json.get("backbone_config") or {}
-    options = json.get("backbone_kwargs") or {}
+    backbone_config = _typed(json, "backbone_config", dict, {}, path)
+    options = _typed(json, "backbone_kwargs", dict, {}, path)
     kind = backbone_config.get("model_type", "timm_backbone")
     if kind == "timm_backbone":
-        name = backbone_config.get("backbone") or json.get("backbone") or "resnet50"
+        name = _typed(backbone_config, "backbone", str, None, path) or _typed(json, "backbone", str, "resnet50", path)
     elif kind == "resnet":
         name = _read_transformers_resnet(backbone_config, path)
     else:
         raise ValueError(f"{path}: expected a backbone_config of model_type timm_backbone or resnet, got {kind!r}")
-    indices = backbone_config.get("out_indices") or options.get("out_indices") or _OUT_INDICES
-    stage = max(indices)
-    if min(indices) < 0:
+    indices, stride = (
+        _typed(backbone_config, field, kind, None, path) or _typed(options, field, kind, default, path)
+        for field, kind, default in (("out_indices", list, _OUT_INDICES), ("output_stride", int, None))
+    )
+    if not indices or not all(isinstance(index, int) and index >= 0 for index in indices):
         raise ValueError(f"{path}: expected out_indices counted from 0, got {indices}")
-    stride = backbone_config.get("output_stride") or options.get("output_stride")
-    dilation = bool(json.get("dilation", False))
+    stage = max(indices)
+    if stage > _MOST_STAGES:
+        raise ValueError(f"{path}: expected out_indices of at most {_MOST_STAGES}, got {stage}")
+    dilation = _typed(json, "dilation", bool, False, path)
     if dilation and backbone_config and stride is None:
         raise ValueError(
             f"{path}: expected an output_stride in backbone_config with dilation true, got none; transformers runs"
@@ -227,14 +257,15 @@ def _read_backbone(json: Mapping[str, Any], path: str) -> tuple[str, int, bool]:
 
 def _read_transformers_resnet(backbone_config: Mapping[str, Any], path: str) -> str:
     """Return timm's name of the ResNet that transformers' own ``backbone_config`` describes."""
-    block, blocks = backbone_config.get("layer_type", "bottleneck"), tuple(backbone_config.get("depths", (3, 4, 6, 3)))
+    block = _typed(backbone_config, "layer_type", str, "bottleneck", path)
+    blocks = tuple(_typed(backbone_config, "depths", list, [3, 4, 6, 3], path))
     sizes = [64, 128, 256, 512] if block == "basic" else [256, 512, 1024, 2048]
     _expect(backbone_config, "embedding_size", 64, path)
     _expect(backbone_config, "hidden_sizes", sizes, path)
     _expect(backbone_config, "hidden_act", "relu", path)
     _expect(backbone_config, "downsample_in_bottleneck", False, path)
     _expect(backbone_config, "downsample_in_first_stage", False, path)
-    if (block, blocks) not in _RESNETS:
+    if (block, blocks) not in [*_RESNETS]:  # a list: the blocks may not be hashable
         raise ValueError(f"{path}: expected a ResNet of {sorted(_RESNETS.values())}, got {block} blocks {blocks}")
     return _RESNETS[block, blocks]
 
@@ -250,28 +281,3 @@ def _full_stride(backbone: str, stage: int) -> int:
 def _output_stride(config: Config) -> int:
     """Return the stride of a dilated backbone."""
     return _full_stride(config.backbone, config.backbone_stage) // 2
-
-
-def _read_preprocessing(json: Mapping[str, Any], path: str) -> Preprocessing:
-    """Convert a ``preprocessor_config.json``, old (size 800, max_size 1333) or new, to Preprocessing."""
-    for field in ("do_resize", "do_normalize", "do_rescale"):
-        _expect(json, field, True, path)
-    _expect(json, "resample", 2, path)  # PIL's bilinear
-    if abs(json.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise ValueError(f"{path}: expected rescale_factor 1/255, got {json['rescale_factor']}")
-    default = Preprocessing()
-    size = json.get("size", default.shortest_edge)
-    if not isinstance(size, Mapping):
-        size = {"shortest_edge": size}
-    size = {"longest_edge": json.get("max_size", default.longest_edge), **size}
-    if set(size) != {"shortest_edge", "longest_edge"}:
-        raise ValueError(f"{path}: expected a size of shortest_edge and longest_edge, got {json['size']}")
-    try:
-        return Preprocessing(
-            shortest_edge=int(size["shortest_edge"]),
-            longest_edge=int(size["longest_edge"]),
-            mean=tuple(json.get("image_mean", default.mean)),
-            std=tuple(json.get("image_std", default.std)),
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error

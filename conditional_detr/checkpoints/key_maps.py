@@ -12,6 +12,7 @@ from functools import cache
 from typing import Literal, NamedTuple, get_args
 
 NameFormat = Literal["published", "transformers5", "original"]
+FileFormat = Literal["native", "published", "transformers5", "original"]  # native: a model's own state_dict()
 
 # fmt: off
 _TABLE: tuple[tuple[str, str, str, str], ...] = (
@@ -58,7 +59,8 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
 
 # Backbone parameters keep timm's names after these prefixes.
 NATIVE_BACKBONE = "backbone.body."
-_BACKBONE: dict[NameFormat, str] = {
+_BACKBONE: dict[FileFormat, str] = {
+    "native":        NATIVE_BACKBONE,
     "published":     "model.backbone.conv_encoder.model.",
     "transformers5": "model.backbone.model.",
     "original":      "backbone.0.body.",
@@ -75,8 +77,8 @@ _TRANSFORMERS_RESNET = (
 )
 # fmt: on
 
-_COLUMNS = get_args(NameFormat)
-_ROWS = {native: dict(zip(_COLUMNS, names, strict=True)) for native, *names in _TABLE}
+_COLUMNS: tuple[FileFormat, ...] = ("native", *get_args(NameFormat))
+_ROWS = {row[0]: dict(zip(_COLUMNS, row, strict=True)) for row in _TABLE}
 
 
 class KeyMap(NamedTuple):
@@ -85,13 +87,16 @@ class KeyMap(NamedTuple):
     Attributes:
         name_format: the column of the table.
         transformers_resnet: whether the backbone is transformers' own ResNet.
+        prefix: what precedes every name, such as "module.", which DataParallel adds.
     """
 
-    name_format: NameFormat
+    name_format: FileFormat
     transformers_resnet: bool = False
+    prefix: str = ""
 
     def __str__(self) -> str:
-        return self.name_format + (" with transformers' ResNet" if self.transformers_resnet else "")
+        resnet = " with transformers' ResNet" if self.transformers_resnet else ""
+        return self.name_format + resnet + (f" after {self.prefix!r}" if self.prefix else "")
 
 
 @dataclass(frozen=True)
@@ -121,10 +126,11 @@ def source_of(native: str, key_map: KeyMap) -> Source:
         backbone = native.removeprefix(NATIVE_BACKBONE)
         if key_map.transformers_resnet:
             backbone = _transformers_resnet(backbone)
-        return Source(_BACKBONE[key_map.name_format] + backbone)
+        return Source(key_map.prefix + _BACKBONE[key_map.name_format] + backbone)
     stem, kind = native.rsplit(".", 1)
     layer = "".join(re.findall(r"(?<=layers\.)\d+", stem))
     name = _ROWS[re.sub(r"(?<=layers\.)\d+", "*", stem)][key_map.name_format].replace("*", layer)
+    name = key_map.prefix + name
     if "{p}" in name:
         name, third = name.replace("{p}", kind).split("#")
         return Source(name, int(third))
@@ -137,12 +143,16 @@ def detect_key_map(names: Iterable[str]) -> KeyMap | None:
     The projection of the conditional spatial query decides, because no other detector has it.
     """
     names = set(names)
-    for name_format in get_args(NameFormat):
+    for name_format in _COLUMNS:
         projection = _ROWS["decoder.layers.*.cross_attention.spatial_query"][name_format]
-        pattern = re.compile(re.escape(projection).replace(r"\*", r"\d+") + r"\.(weight|bias)")
-        if any(pattern.fullmatch(name) for name in names):
-            stages = f"{_BACKBONE[name_format]}encoder.stages."
-            return KeyMap(name_format, any(name.startswith(stages) for name in names))
+        pattern = re.compile(
+            r"(|.*\.)" + re.escape(projection).replace(r"\*", r"\d+") + r"\.(?:weight|bias)", re.DOTALL
+        )
+        prefixes = {match.group(1) for name in names if (match := pattern.fullmatch(name))}
+        if prefixes:
+            prefix = min(prefixes)
+            stages = f"{prefix}{_BACKBONE[name_format]}encoder.stages."
+            return KeyMap(name_format, any(name.startswith(stages) for name in names), prefix)
     return None
 
 

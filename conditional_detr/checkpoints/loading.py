@@ -23,7 +23,7 @@ from conditional_detr.checkpoints.hf_config import (
 )
 from conditional_detr.checkpoints.key_maps import KeyMap, Source, detect_key_map, source_of
 from conditional_detr.checkpoints.meta_init import MetaInit
-from conditional_detr.checkpoints.tensor_checks import abbreviate, not_finite
+from conditional_detr.checkpoints.tensor_checks import abbreviate, copy_values, not_finite
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
 from conditional_detr.modeling.metadata import LoadReport, Metadata
 
@@ -47,8 +47,10 @@ def from_pretrained(
     """Load a checkpoint in any name format, which is detected from the tensor names.
 
     The name formats: "published" (``model.safetensors`` or ``pytorch_model.bin``), "transformers5" (the names that
-    transformers 5 uses in memory), both with timm's or with transformers' own ResNet, and "original" (the authors'
-    ``.pth``).
+    transformers 5 uses in memory), both with timm's or with transformers' own ResNet, "original" (the authors'
+    ``.pth``), and "native" (a model's own ``state_dict()``). Weights may lie in several files with an index, under
+    "model" or "state_dict" in a torch file, and after one prefix, as DataParallel, torch.compile and Lightning write
+    them.
 
     Args:
         name: a folder or file on disk, else a short name of shipped weights, else a hub id "owner/name".
@@ -87,15 +89,18 @@ def from_pretrained(
             f" {abbreviate(sorted(checkpoint.tensors))}"
             + (f" (config.json: model_type {model_type!r})" if model_type else "")
         )
+    if others := sorted(name for name in checkpoint.tensors if not name.startswith(key_map.prefix)):
+        raise ValueError(
+            f"{checkpoint.weights}: expected the prefix {key_map.prefix!r} in all tensor names, or in none; got"
+            f" {abbreviate(others)}"
+        )
     config, metadata = _describe(checkpoint, key_map, config)
     with MetaInit():
         model = ConditionalDETR(config, metadata)
     _fill(model, checkpoint, key_map, device)
     _fill_unsaved_buffers(model, device)
     heads = replace_heads(model, class_names=class_names, num_classes=num_classes, num_queries=num_queries)
-    model.load_report = LoadReport(
-        str(checkpoint.weights), str(key_map), _dtypes(checkpoint), checkpoint.weights.stat().st_size, heads
-    )
+    model.load_report = LoadReport(str(checkpoint.weights), str(key_map), _dtypes(checkpoint), checkpoint.size, heads)
     if heads.changed:
         _log.warning("%s", model.load_report)
     return model.eval()
@@ -129,6 +134,8 @@ def _infer_config(checkpoint: Checkpoint, key_map: KeyMap) -> Config:
         name = source_of(native, key_map).name
         if name not in tensors:
             raise ValueError(f"{path}: missing {name} (native name {native})")
+        if tensors[name].dim() != 2:
+            raise ValueError(f"{path}: {name}: expected two dimensions, got {tuple(tensors[name].shape)}")
         return tensors[name].shape
 
     def count(part: str) -> int:
@@ -140,16 +147,18 @@ def _infer_config(checkpoint: Checkpoint, key_map: KeyMap) -> Config:
     values = read_arguments(checkpoint.arguments or {}, str(path))
     if assumed := [f"{setting} {getattr(paper, setting)}" for setting in NOT_IN_SHAPES if setting not in values]:
         _log.warning("%s: architecture incomplete, assuming %s; pass config= to change it", path, ", ".join(assumed))
-    return replace(
-        paper,
-        num_classes=shape("class_head.weight")[0],
-        num_queries=shape("object_queries.weight")[0],
-        width=shape("object_queries.weight")[1],
-        feedforward=shape("decoder.layers.0.feedforward.hidden.weight")[0],
-        encoder_layers=count("encoder"),
-        decoder_layers=count("decoder"),
-        **values,
-    )
+    values |= {
+        "num_classes": shape("class_head.weight")[0],
+        "num_queries": shape("object_queries.weight")[0],
+        "width": shape("object_queries.weight")[1],
+        "feedforward": shape("decoder.layers.0.feedforward.hidden.weight")[0],
+        "encoder_layers": count("encoder"),
+        "decoder_layers": count("decoder"),
+    }
+    try:
+        return replace(paper, **values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _dtypes(checkpoint: Checkpoint) -> str:
@@ -193,10 +202,10 @@ def _fill(model: ConditionalDETR, checkpoint: Checkpoint, key_map: KeyMap, devic
             want, got = f"{tuple(expected)} floating point", f"{tuple(stored.shape)} {stored.dtype}"
             wrong_shape.append(f"{source} (native name {native}): expected {want}, got {got}")
             continue
-        copy = _copy(stored if source.third is None else stored.chunk(3)[source.third], device)
+        copy, total = _copy(stored if source.third is None else stored.chunk(3)[source.third], device)
         slots[native].fill(copy)
         filled[native] = copy
-        sums.append(copy.sum())  # while the tensor is in the processor's cache
+        sums.append(total)
     infinite = [f"{sources[native]} (native name {native})" for native in not_finite(filled, sums)]
     problems = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong_shape, "not finite": infinite}
     if any(problems.values()):
@@ -214,9 +223,16 @@ def _slots(model: nn.Module) -> dict[str, _Slot]:
     }
 
 
-def _copy(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor out of the file's memory mapping: a model in the mapping breaks when the file changes."""
-    return tensor.to(device, torch.float32, copy=True, memory_format=torch.contiguous_format)
+def _copy(tensor: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copy a tensor out of the file's memory mapping, and return the copy and the sum of its values.
+
+    A model in the mapping breaks when the file changes.
+    """
+    if device.type != "cpu":
+        copy = tensor.to(device, torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return copy, copy.sum()
+    copy = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+    return copy, copy_values(tensor.detach(), copy)
 
 
 def _file_shape(shape: torch.Size, source: Source) -> torch.Size:

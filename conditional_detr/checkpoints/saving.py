@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from conditional_detr.checkpoints.files import CONFIG, PREPROCESSOR, SAFETENSORS
-from conditional_detr.checkpoints.hf_config import default_metadata, write_arguments, write_config, write_preprocessor
+from conditional_detr.checkpoints.hf_config import default_metadata, write_arguments, write_config
 from conditional_detr.checkpoints.key_maps import NATIVE_BACKBONE, KeyMap, NameFormat, source_of
 from conditional_detr.checkpoints.meta_init import MetaInit
+from conditional_detr.checkpoints.preprocessor_config import write_preprocessor
 from conditional_detr.checkpoints.tensor_checks import abbreviate, not_finite
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
 from conditional_detr.system.atomic_files import write_atomically

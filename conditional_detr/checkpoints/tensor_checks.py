@@ -1,12 +1,26 @@
-"""Check tensors for NaN and infinity, and list names in messages."""
+"""Copy tensors, check them for NaN and infinity, and list names in messages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import isfinite
 
 import torch
 from torch import Tensor
 
 _SHOWN = 8  # names that a message lists before it counts the rest
+_BLOCK = 2**15 - 1  # elements; torch starts its thread pool for more
+
+
+def copy_values(source: Tensor, target: Tensor) -> Tensor:
+    """Copy values to a tensor of the same shape on the CPU, and return their sum.
+
+    It copies in blocks, and sums each block while it is in the processor's cache. Blocks are small enough that torch
+    does not start its thread pool: a process with one hangs when it is forked and the child computes.
+    """
+    sums = []
+    for part, copy in zip(_blocks(source), _blocks(target), strict=True):
+        copy.copy_(part)
+        sums.append(copy.sum())
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
 def not_finite(tensors: dict[str, Tensor], sums: Sequence[Tensor]) -> list[str]:
@@ -23,10 +37,23 @@ def not_finite(tensors: dict[str, Tensor], sums: Sequence[Tensor]) -> list[str]:
         return []
     totals = torch.stack(list(sums)).tolist()
     suspects = [name for name, total in zip(tensors, totals, strict=True) if not isfinite(total)]
-    return [name for name in suspects if not tensors[name].isfinite().all()]
+    return [name for name in suspects if not all(block.isfinite().all() for block in _blocks(tensors[name]))]
 
 
 def abbreviate(names: Sequence[str]) -> str:
     """Return the first few names and the number of the others."""
     rest = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """Split a tensor into views of few elements, in an order that depends on its shape only."""
+    if tensor.numel() <= _BLOCK:
+        yield tensor
+        return
+    rows = _BLOCK * len(tensor) // tensor.numel()
+    for part in tensor.split(max(rows, 1)):
+        if part.numel() <= _BLOCK:
+            yield part
+        else:
+            yield from _blocks(part[0])

@@ -14,11 +14,10 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from conditional_detr.inference.images import resized_size
+from conditional_detr.inference.images import edges_size, resized_size
 from conditional_detr.modeling.metadata import Preprocessing
 
 Boxes: TypeAlias = Any  # tv_tensors.BoundingBoxes; torchvision has no types
-_UNLIMITED = 2**31 - 1
 _MAX_ATTEMPTS = 10  # random windows, until one contains a box
 
 
@@ -175,7 +174,7 @@ class Augmentation:
     def _random_crop(self, scene: Scene, generator: torch.Generator) -> Scene:
         """Resize the image to a random scale and crop a rectangle of random size and position."""
         edge = _random_choice(self.crop_edges, generator)
-        scene = _resize(scene, resized_size(*scene.size, Preprocessing(edge, _UNLIMITED)))
+        scene = _resize(scene, edges_size(*scene.size, edge, math.inf))
         low, high = self.crop_sides
         height, width = (_random_integer(low, min(side, high), generator) for side in scene.size)
         top, left = (
@@ -205,14 +204,15 @@ class Augmentation:
                 _random_integer(min(0, side - part), max(0, side - part), generator)
                 for side, part in zip(scene.size, window, strict=True)
             )
-            corner = torch.tensor([left, top])
-            inside = ((centres >= corner) & (centres <= corner + torch.tensor(window[::-1]))).all(dim=1)
+            low, high = (centres.new_tensor(corner) for corner in ((left, top), (left + window[1], top + window[0])))
+            inside = ((centres >= low) & (centres <= high)).all(dim=1)
             if inside.any() or not len(centres):
                 break
         else:
             return scene
         scene = Scene(scene.image, _boxes(scene.boxes[inside], scene.size), scene.labels[inside])
-        return _crop_and_pad(scene, top, left, *window, background=preprocessing.mean)
+        red, green, blue = (min(max(value, 0.0), 1.0) for value in preprocessing.mean)
+        return _crop_and_pad(scene, top, left, *window, background=(red, green, blue))
 
     def _adjust_colours(self, image: Image.Image | Tensor, generator: torch.Generator) -> Image.Image | Tensor:
         """Change brightness, contrast, saturation and hue."""
@@ -288,7 +288,7 @@ def _crop_and_pad(
 
 
 def _random_uniform(low: float, high: float, generator: torch.Generator) -> float:
-    return low + (high - low) * float(torch.rand((), generator=generator))
+    return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float32, device="cpu"))
 
 
 def _random_log_uniform(low: float, high: float, generator: torch.Generator) -> float:
@@ -298,7 +298,7 @@ def _random_log_uniform(low: float, high: float, generator: torch.Generator) -> 
 
 def _random_integer(low: int, high: int, generator: torch.Generator) -> int:
     """Return a random integer in [low, high], both included."""
-    return int(torch.randint(low, high + 1, (), generator=generator))
+    return int(torch.randint(low, high + 1, (), generator=generator, device="cpu"))
 
 
 def _random_choice(values: tuple[int, ...], generator: torch.Generator) -> int:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,7 @@ TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.float16: (0.1, 0.02)}
 def parity_pixels(image: ImageSource | None, preprocessing: Preprocessing) -> list[Tensor]:
     """Return pixels (1, 3, H, W) of an image at the size of its preprocessing, and at about half of that size."""
     opened = open_image(_pattern() if image is None else image, "image")
-    shortest, longest = preprocessing.shortest_edge // 2 + 1, preprocessing.longest_edge // 2 + 1
-    half = replace(preprocessing, shortest_edge=shortest, longest_edge=longest)
-    return [to_pixels(opened, one)[None] for one in (preprocessing, half)]
+    return [to_pixels(opened, one)[None] for one in (preprocessing, preprocessing.halved())]
 
 
 def _pattern() -> np.ndarray:

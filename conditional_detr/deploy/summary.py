@@ -80,7 +80,7 @@ def summarise(model: ConditionalDETR, size: tuple[int, int] | None = None) -> Su
 
     Args:
         model: a plain model, or an optimised copy, which gives the numbers of the plain model that it was made from.
-        size: image height and width in pixels; None: the shortest and the longest edge of its preprocessing.
+        size: image height and width in pixels; None: the largest size of its preprocessing.
 
     Returns:
         The summary.
@@ -88,8 +88,7 @@ def summarise(model: ConditionalDETR, size: tuple[int, int] | None = None) -> Su
     Raises:
         ValueError: the size is not positive, or too small for the backbone.
     """
-    preprocessing = model.metadata.preprocessing
-    size = size or (preprocessing.shortest_edge, preprocessing.longest_edge)
+    size = size or model.metadata.preprocessing.largest_size
     counts = model.plain_parameters if isinstance(model, OptimizedDETR) else count_parameters(model)
     return Summary(
         config=model.config,

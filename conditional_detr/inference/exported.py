@@ -88,8 +88,9 @@ class Description:
         try:
             metadata = content.pop("metadata")
             preprocessing = {**metadata.pop("preprocessing")}
-            for name in ("mean", "std"):
-                preprocessing[name] = tuple(preprocessing[name])
+            for name in ("mean", "std", "size"):
+                if isinstance(preprocessing.get(name), list):
+                    preprocessing[name] = tuple(preprocessing[name])
             names, ids = tuple(metadata["class_names"]), tuple(metadata["category_ids"])
             config = Config(**content.pop("config"))
             parity = tuple(Parity(**one) for one in content.pop("parity"))

@@ -131,21 +131,33 @@ def size_of_file(path: Path) -> tuple[int, int]:
 
 
 def resized_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Return the (height, width) that an image is resized to. The aspect ratio is kept.
+    """Return the (height, width) that an image is resized to. Sides are truncated as in transformers."""
+    if preprocessing.resizing == "none":
+        return height, width
+    if preprocessing.size is None:
+        return edges_size(height, width, preprocessing.shortest_edge, preprocessing.longest_edge)
+    if preprocessing.resizing == "stretch":
+        return preprocessing.size
+    scale = min(preprocessing.size[0] / height, preprocessing.size[1] / width)
+    return max(int(height * scale), 1), max(int(width * scale), 1)
+
+
+def edges_size(height: int, width: int, shortest_edge: int, longest_edge: float) -> tuple[int, int]:
+    """Return the (height, width) of an image resized to two edges. The aspect ratio is kept.
 
     The shorter side becomes ``shortest_edge``; if the longer side then exceeds ``longest_edge``, it becomes
     ``longest_edge`` instead. Sides are truncated to whole pixels, as in transformers.
     """
     short, long = min(height, width), max(height, width)
-    shortest: float = preprocessing.shortest_edge
-    if long / short * shortest > preprocessing.longest_edge:
-        shortest = preprocessing.longest_edge * short / long
+    shortest: float = shortest_edge
+    if long / short * shortest > longest_edge:
+        shortest = longest_edge * short / long
     if round(shortest) == short:
         return height, width
     new_short = max(round(shortest), 1)
     if width < height:
-        return int(shortest * height / width), new_short
-    return new_short, int(shortest * width / height)
+        return max(int(shortest * height / width), 1), new_short
+    return new_short, max(int(shortest * width / height), 1)
 
 
 def to_pixels(opened: Image.Image | Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -158,7 +170,7 @@ def resize(opened: Image.Image | Tensor, preprocessing: Preprocessing) -> Tensor
 
     Args:
         opened: a result of :func:`open_image`.
-        preprocessing: ``shortest_edge`` and ``longest_edge``.
+        preprocessing: the resizing.
 
     Returns:
         (3, H, W): uint8 for a PIL image, resized by PIL with bilinear interpolation and antialiasing, as in training;

@@ -21,6 +21,9 @@ from conditional_detr.modeling.layers import MLP
 from conditional_detr.modeling.metadata import LoadReport, Metadata
 from conditional_detr.modeling.positions import sine_of_map
 
+# limits that refuse a damaged or hostile description before anything is built
+_MOST = {"num_classes": 10**6, "num_queries": 10**6, "width": 2**16, "feedforward": 10**6}
+_MOST |= {"encoder_layers": 1000, "decoder_layers": 1000}
 PRIOR_PROBABILITY = 0.01  # score of every class before training (focal loss paper, section 4.1)
 
 
@@ -70,6 +73,9 @@ class Config:
             for name in names:
                 if getattr(self, name) < minimum:
                     raise ValueError(f"{name}: expected at least {minimum}, got {getattr(self, name)}")
+        for name, maximum in _MOST.items():
+            if getattr(self, name) > maximum:
+                raise ValueError(f"{name}: expected at most {maximum}, got {getattr(self, name)}")
         if self.width % 4 or self.width % self.heads:
             raise ValueError(f"width: expected a multiple of 4 and of heads ({self.heads}), got {self.width}")
         if not 0 <= self.dropout < 1:

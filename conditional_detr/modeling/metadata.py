@@ -1,9 +1,15 @@
 """Metadata of a checkpoint: class names, category ids, preprocessing, and the report of loading it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 PUBLISHED = "microsoft/conditional-detr-resnet-50"
 """Hub id of the authors' ResNet-50 checkpoint, the default wherever weights are optional."""
+
+MAX_EDGE = 16_384
+"""Largest side of a resized image in pixels."""
+
+_MAX_VALUE = 1e6  # of mean and std
 
 
 @dataclass(frozen=True)
@@ -11,28 +17,67 @@ class Preprocessing:
     """Preprocessing of images, with the values that the weights were trained with.
 
     Attributes:
-        shortest_edge: images are resized so that their shorter side has this many pixels, unless the longer side would
-            then exceed ``longest_edge``.
+        shortest_edge: with the resizing "edges", images are resized so that their shorter side has this many pixels,
+            unless the longer side would then exceed ``longest_edge``.
         longest_edge: maximum of the longer side in pixels.
         mean: per channel (red, green, blue), of values in [0, 1].
         std: per channel, of values in [0, 1].
+        resizing: "edges"; "fit", which enlarges or reduces images to the largest ``size`` of their aspect ratio;
+            "stretch", which resizes images to exactly ``size``; or "none", which keeps the size of images.
+        size: height and width in pixels for "fit" and "stretch"; None otherwise.
 
     Raises:
-        ValueError: a size or a std is not positive, or the shortest edge exceeds the longest.
+        TypeError: a value has the wrong type.
+        ValueError: a size, mean or std is out of its range, or ``size`` does not belong to the resizing.
     """
 
     shortest_edge: int = 800
     longest_edge: int = 1333
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    resizing: Literal["edges", "fit", "stretch", "none"] = "edges"
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.shortest_edge <= self.longest_edge:
-            raise ValueError(
-                f"expected 0 < shortest_edge <= longest_edge, got {self.shortest_edge} and {self.longest_edge}"
-            )
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"expected mean and std of 3 channels, std above 0, got {self.mean} and {self.std}")
+        if self.resizing not in ("edges", "fit", "stretch", "none"):
+            raise ValueError(f"resizing: expected edges, fit, stretch or none, got {self.resizing!r}")
+        if (self.size is not None) != (self.resizing in ("fit", "stretch")):
+            raise ValueError(f"size: expected one with the resizings fit and stretch only, got {self.size!r}")
+        if self.size is not None and (not isinstance(self.size, tuple) or len(self.size) != 2):
+            raise TypeError(f"size: expected a tuple (height, width), got {self.size!r}")
+        edges = {"shortest_edge": self.shortest_edge, "longest_edge": self.longest_edge}
+        for name, edge in (*edges.items(), *(("size", edge) for edge in self.size or ())):
+            if not isinstance(edge, int) or isinstance(edge, bool):
+                raise TypeError(f"{name}: expected an int, got {edge!r}")
+            if not 0 < edge <= MAX_EDGE:
+                raise ValueError(f"{name}: expected 1 to {MAX_EDGE} pixels, got {edge}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if not isinstance(values, tuple) or not all(_is_number(value) for value in values):
+                raise TypeError(f"{name}: expected a tuple of 3 numbers, got {values!r}")
+            if len(values) != 3 or not all(abs(value) <= _MAX_VALUE for value in values):  # NaN fails, too
+                raise ValueError(f"{name}: expected 3 numbers of at most {_MAX_VALUE:g}, got {values}")
+        if min(self.std) < 1 / _MAX_VALUE:
+            raise ValueError(f"std: expected 3 numbers above 0, got {self.std}")
+
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        """Height and width of the largest landscape image after resizing; for "none", of the default's."""
+        if self.resizing == "none":
+            return Preprocessing().largest_size
+        return self.size or (min(self.shortest_edge, self.longest_edge), self.longest_edge)
+
+    def halved(self) -> "Preprocessing":
+        """Return the preprocessing to about half the size; for "none", to half the default's size."""
+        if self.resizing == "none":
+            return Preprocessing(mean=self.mean, std=self.std).halved()
+        short, long = self.shortest_edge // 2 + 1, self.longest_edge // 2 + 1
+        size = self.size and (self.size[0] // 2 + 1, self.size[1] // 2 + 1)
+        return replace(self, shortest_edge=short, longest_edge=long, size=size)
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value is a Python int or float; numpy's float64 is a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

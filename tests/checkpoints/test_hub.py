@@ -124,7 +124,8 @@ def test_the_cache_serves_without_network(hub, tmp_path, monkeypatch):
 def test_without_network_the_error_is_one_line_with_a_hint(hub, tmp_path):
     hub.close()
     with pytest.raises(
-        OSError, match=r"weights 'microsoft/tiny': neither in the cache.* pass a folder or file"
+        OSError,
+        match=r"weights 'microsoft/tiny': no such file or folder; as a hub id: neither in the cache.* pass a folder",
     ) as caught:
         from_pretrained("microsoft/tiny", cache_dir=tmp_path)
     assert "\n" not in str(caught.value)
@@ -132,7 +133,7 @@ def test_without_network_the_error_is_one_line_with_a_hint(hub, tmp_path):
 
 def test_the_token_is_sent(hub, tmp_path):
     hub.token = "hf_secret"
-    with pytest.raises(OSError, match="weights 'microsoft/tiny': download failed"):
+    with pytest.raises(OSError, match=r"weights 'microsoft/tiny': .* as a hub id: download failed"):
         from_pretrained("microsoft/tiny", cache_dir=tmp_path, token=False)
     assert from_pretrained("microsoft/tiny", cache_dir=tmp_path, token="hf_secret").config.num_queries == 11
 
@@ -140,9 +141,13 @@ def test_the_token_is_sent(hub, tmp_path):
 @pytest.mark.parametrize(
     ("name", "revision", "message"),
     [
-        ("microsoft/other", None, "weights 'microsoft/other': download failed: .*404"),
-        ("microsoft/tiny", "v2", "weights 'microsoft/tiny' at revision 'v2': download failed: .*404"),
-        ("microsoft/tiny!", None, "weights 'microsoft/tiny!'"),
+        (
+            "microsoft/other",
+            None,
+            "weights 'microsoft/other': no such file or folder; as a hub id: download failed: .*404",
+        ),
+        ("microsoft/tiny", "v2", "weights 'microsoft/tiny': .* as a hub id at revision 'v2': download failed: .*404"),
+        ("microsoft/tiny!", None, "^weights 'microsoft/tiny!': no such file or folder; expected a file, a folder"),
     ],
 )
 def test_repositories_and_revisions_that_do_not_exist(hub, tmp_path, name, revision, message):

@@ -252,7 +252,11 @@ def test_a_stride_above_the_stages_own_dilates_nothing(stride, dilation):
         ({"decoder_ffn_dim": 8}, "expected equal encoder_ffn_dim and decoder_ffn_dim, got 48 and 8"),
         ({"d_model": 33}, "width: expected a multiple of 4"),
         ({"id2label": {"0": "cat", "2": "dog"}}, r"expected id2label with the 2 keys 0\.\.1, got \['0', '2'\]"),
-        ({"category_ids": [1, 2]}, "expected one category id per class, got 2 ids for 7 classes"),
+        ({"category_ids": ["1"] * 7}, "expected category_ids as a list of integers"),
+        ({"num_labels": 10**8, "id2label": None}, "num_classes: expected at most 1000000, got 100000000"),
+        ({"decoder_layers": 10**7}, "decoder_layers: expected at most 1000, got 10000000"),
+        ({"backbone_config": {"out_indices": [10**12]}}, "expected out_indices of at most 100"),
+        ({"backbone_config": [1]}, r"expected backbone_config as dict, got \[1\]"),
         ({"category_ids": [1] * 7}, "expected each category id once"),
         ({"backbone_config": {"model_type": "swin"}}, "timm_backbone or resnet, got 'swin'"),
         ({"backbone_config": {"model_type": "resnet", "depths": [1, 1, 1, 1]}}, "expected a ResNet of"),
@@ -289,12 +293,20 @@ def test_a_preprocessor_of_any_year(folder, content):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"size": {"height": 480, "width": 480}}, "expected a size of shortest_edge and longest_edge"),
-        ({"do_resize": False}, "expected do_resize True, got False"),
-        ({"resample": 3}, "expected resample 2, got 3"),
-        ({"rescale_factor": 1.0}, "expected rescale_factor 1/255, got 1.0"),
-        ({"image_std": [1.0, 0.0, 1.0]}, "std above 0"),
-        ({"size": {"shortest_edge": 900, "longest_edge": 800}}, "expected 0 < shortest_edge <= longest_edge"),
+        ({"size": {"min_pixels": 9, "max_pixels": 99}}, r"size: expected .*\{height, width\}, got \{'min_pixels'"),
+        ({"size": {"shortest_edge": "800"}}, "size: expected a whole number of pixels as shortest_edge, got '800'"),
+        ({"size": {"shortest_edge": 10**9, "longest_edge": 10**9}}, "shortest_edge: expected 1 to 16384 pixels"),
+        ({"size": {"height": 0, "width": 9}}, "size: expected 1 to 16384 pixels, got 0"),
+        ({"do_resize": "no"}, "do_resize: expected true or false, got 'no'"),
+        ({"resample": 3}, r"expected resample 2 \(bilinear\), got 3 \(bicubic\)"),
+        ({"rescale_factor": 0}, "rescale_factor: expected a number above 0, got 0"),
+        ({"rescale_factor": float("nan")}, "rescale_factor: expected a number above 0, got nan"),
+        ({"image_std": [1.0, 0.0, 1.0]}, "std: expected 3 numbers above 0"),
+        ({"image_std": [float("nan")] * 3}, "std: expected 3 numbers of at most 1e"),
+        ({"image_std": [float("inf")] * 3}, "std: expected 3 numbers of at most 1e"),
+        ({"image_mean": [[1], [2], [3]]}, r"mean: expected a tuple of 3 numbers, got \(\[1\]"),
+        ({"image_mean": [None] * 3}, "mean: expected a tuple of 3 numbers"),
+        ({"image_mean": [0.5, 0.5]}, "mean: expected 3 numbers of at most"),
     ],
 )
 def test_a_preprocessor_that_means_other_pixels(folder, content, message):
@@ -306,7 +318,7 @@ def test_a_preprocessor_that_means_other_pixels(folder, content, message):
 
 def test_names_ids_and_unused_rows(folder):
     names = {"0": "N/A", "1": "cat", "2": "N/A", "3": "dog", "4": "bird", "5": "N/A", "6": "horse"}
-    rewrite_json(folder, "config.json", id2label=names, category_ids=[0, 10, 20, 30, 40, 50, 60])
+    rewrite_json(folder, "config.json", id2label=names, category_ids=[0, 10, 20, 30, 40, 50, 60])  # version 0.1.0
     metadata = from_pretrained(folder).metadata
     assert metadata.class_names == (None, "cat", None, "dog", "bird", None, "horse")
     assert metadata.category_ids == (0, 10, 20, 30, 40, 50, 60)
@@ -431,7 +443,7 @@ def test_a_truncated_file_is_an_error(folder, file):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": [1]}, "expected a state dict of tensors, or one under 'model', got values that are not tensors"),
+        ({"model": [1]}, "expected a state dict of tensors, or one under 'model' or 'state_dict', got values that"),
         ([1, 2], "got list"),
         ({"weight": torch.zeros(2), "step": 3}, r"values that are not tensors: \['step'\]"),
     ],
@@ -444,7 +456,8 @@ def test_a_torch_file_without_weights(tmp_path, content, message):
 
 def test_a_checkpoint_that_does_not_exist(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"expected a file, a folder, a short name .* or a hub id 'owner/name', got 'nothing'"
+        FileNotFoundError,
+        match=r"^weights 'nothing': no such file or folder; expected a file, .* or a hub id 'owner/name'",
     ):
         from_pretrained("nothing")
     with pytest.raises(FileNotFoundError, match="expected a file, a folder"):
@@ -491,8 +504,10 @@ def test_backbones_with_buffers_that_no_file_stores(tmp_path):
 
 @pytest.fixture
 def named(folder):
-    names = {str(i): name for i, name in enumerate(["N/A", "cat", "dog", "N/A", "bird", "fish", "horse"])}
-    return rewrite_json(folder, "config.json", id2label=names)
+    names = [None, "cat", "dog", None, "bird", "fish", "horse"]
+    return rewrite_json(
+        folder, "config.json", id2label={str(i): name or "N/A" for i, name in enumerate(names)}, class_names=names
+    )
 
 
 def test_rows_whose_names_match_are_kept(named, caplog):

@@ -301,6 +301,8 @@ def test_other_programs_can_read_the_description(exports):
         "longest_edge": 160,
         "mean": [0.5, 0.4, 0.3],
         "std": [0.2, 0.3, 0.25],
+        "resizing": "edges",
+        "size": None,
     }
 
 
