@@ -21,6 +21,12 @@ def export(
     image: Annotated[
         str | None, typer.Option(help="Image to compare the two models on.", show_default="a generated pattern")
     ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest difference of the boxes, in fractions of the image.", show_default="1e-5; --half 0.02"
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
@@ -41,7 +47,9 @@ def export(
         check_free(checked_target(target), source, overwrite=overwrite)
         model = from_pretrained(source, revision=revision)
         dtype = torch.float16 if half else torch.float32
-        description = write(model, target, dtype=dtype, top_k=top_k, image=image, progress=status.update)
+        description = write(
+            model, target, dtype=dtype, top_k=top_k, image=image, tolerance=tolerance, progress=status.update
+        )
     report(target, description)
 
 

@@ -108,7 +108,9 @@ def quantize(
         progress("comparing with the model")
         exported = ExportedModel(draft)
         parity = compare(exported, model, compared)
-        check_parity(parity, (float("inf"), 1.0), target)  # finite values suffice: AP measures the accuracy
+        check_parity(
+            parity, [(float("inf"), 1.0)] * len(parity), target
+        )  # finite values suffice: AP measures the accuracy
         description = replace(description, parity=parity, measured={**measured, **measure(exported)})
         write_openvino(network, draft, description)
         move(draft, target)
