@@ -50,7 +50,8 @@ def check_data(
         _show(report)
         if json_file is not None:
             text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
-            write_atomically({json_file: lambda path: path.write_text(text, encoding="utf-8")})
+            content = text.encode("utf-8", "backslashreplace")  # which is also JSON's escape of a lone surrogate
+            write_atomically({json_file: lambda path: path.write_bytes(content)})
             print_line(f"wrote {json_file}", to=out)
         if sheet is not None:
             drawn, kind = draw_sheet(read_annotations(data, errors=[]), images, count=sheet_images), sheet.suffix

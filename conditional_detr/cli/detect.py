@@ -75,6 +75,14 @@ def detect(
             rich_help_panel=_WHERE,
         ),
     ] = Format.json,
+    csv_safe: Annotated[
+        bool,
+        typer.Option(
+            "--csv-safe",
+            help="In csv, put ' before names that a spreadsheet would run as a formula.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = False,
     draw: Annotated[bool, typer.Option(help="Write annotated images.", rich_help_panel=_WHERE)] = True,
     font: Annotated[
         Path | None,
@@ -107,6 +115,8 @@ def detect(
     with one_line_errors(), join_processes() as process:
         if resume and overwrite:
             raise ValueError("expected --resume or --overwrite, got both")
+        if csv_safe and format is not Format.csv:
+            raise ValueError(f"--csv-safe: expected --format csv with it, got {format.value}")
         if demo == bool(images):
             raise ValueError(f"images: expected either images or --demo, got {'both' if demo else 'neither'}")
         images = images or []
@@ -121,7 +131,7 @@ def detect(
         postprocessing = detector.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
         if draw:
             _check_inputs_stay(listing.images, output)
-        results = open_results(format, output, process, resume=resume, overwrite=overwrite)
+        results = open_results(format, output, process, resume=resume, overwrite=overwrite, csv_safe=csv_safe)
         try:
             share = listing.images[process.rank :: process.size]
             todo = [listed for listed in share if not results.is_done(listed)]

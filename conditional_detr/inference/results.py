@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _LINES = "detections"
 _LINE_NAMES = rf"{_LINES}(-\d+-of-\d+)?\.jsonl"
 _TABLE = f"{_LINES}.csv"
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # also in full width
 _COLUMNS = ("image", "name", "score", "x0", "y0", "x1", "y1", "label")
 
 
@@ -86,6 +87,7 @@ def open_results(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    csv_safe: bool = False,
 ) -> ResultWriter:
     """Prepare to write results.
 
@@ -105,6 +107,7 @@ def open_results(
         resume: keep existing results and add to them.
         overwrite: replace existing results. With neither, JSON files are replaced, and an existing JSON Lines file is
             an error.
+        csv_safe: in a table, write an apostrophe before names that a spreadsheet would run as a formula.
 
     Raises:
         OSError: the folder cannot be made or written.
@@ -121,14 +124,14 @@ def open_results(
         except Timeout as error:
             raise OSError(f"{folder}: another run is writing results to this folder") from error
     try:
-        return _open_lines(format, folder, process, lock, resume=resume, overwrite=overwrite)
+        return _open_lines(format, folder, process, lock, resume=resume, overwrite=overwrite, csv_safe=csv_safe)
     except BaseException:
         lock.release()
         raise
 
 
 def _open_lines(
-    format: Format, folder: Path, process: Process, lock: FileLock, *, resume: bool, overwrite: bool
+    format: Format, folder: Path, process: Process, lock: FileLock, *, resume: bool, overwrite: bool, csv_safe: bool
 ) -> "_JsonLines":
     """Check the existing files against the options, and open the JSON Lines file of this process."""
     existing = _line_files(folder)
@@ -142,7 +145,7 @@ def _open_lines(
         for path in existing:
             path.unlink()
     process.wait()
-    return _JsonLines(folder, format, process, existing if resume else [], lock)
+    return _JsonLines(folder, format, process, existing if resume else [], lock, csv_safe)
 
 
 def as_json(listed: ListedImage, detections: "Detections") -> dict[str, Any]:
@@ -197,8 +200,11 @@ class _JsonFiles(ResultWriter):
 class _JsonLines(ResultWriter):
     """``detections.jsonl``, one line per image in the order they were finished, and a CSV made from it if wanted."""
 
-    def __init__(self, folder: Path, format: Format, process: Process, earlier: list[Path], lock: FileLock) -> None:
+    def __init__(
+        self, folder: Path, format: Format, process: Process, earlier: list[Path], lock: FileLock, csv_safe: bool
+    ) -> None:
         self.lock = lock
+        self.csv_safe = csv_safe
         self.format = format
         self.process = process
         self.path = folder / f"{_LINES}{f'-{process.rank + 1}-of-{process.size}' if process.size > 1 else ''}.jsonl"
@@ -233,15 +239,22 @@ class _JsonLines(ResultWriter):
     def release(self) -> None:
         self.lock.release()
 
-    @staticmethod
-    def _write_table(path: Path, parts: list[Path]) -> None:
+    def _write_table(self, path: Path, parts: list[Path]) -> None:
         """Write one row per detection, of all processes."""
         with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(_COLUMNS)
             for line in (line for part in parts for line in _read_lines(part)):
                 for one in line["detections"]:
-                    rows.writerow((line["image"], one["name"], one["score"], *one["box"], one["label"]))
+                    names = [line["image"], one["name"].encode("utf-8", "backslashreplace").decode("utf-8")]
+                    if self.csv_safe:
+                        names = [_no_formula(name) for name in names]
+                    rows.writerow((*names, one["score"], *one["box"], one["label"]))
+
+
+def _no_formula(text: str) -> str:
+    """Return text that a spreadsheet shows as text, as OWASP recommends: formulas get an apostrophe in front."""
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) or text.startswith(("\t", "\r", "\n")) else text
 
 
 def _line_files(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
@@ -18,10 +18,11 @@ from PIL import Image
 from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
-from conditional_detr import Detector
+from conditional_detr import Detections, Detector
 from conditional_detr.cli import app
 from conditional_detr.data.synthetic import draw_image, image_index
-from conditional_detr.inference.listing import list_images
+from conditional_detr.inference.listing import ListedImage, list_images
+from conditional_detr.inference.results import open_results
 
 
 def run(*arguments, stdin=None):
@@ -246,6 +247,50 @@ def test_lines_resumed_after_a_kill_are_those_of_one_run(detect, folder, tmp_pat
     assert [line["image"] for line in again] == [json.loads(line)["image"] for line in lines]
     assert detect(folder, "--format", "jsonl", "--no-draw", "--overwrite").exit_code == 0
     assert (tmp_path / "out" / "detections.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("=1+1", "'=1+1"),
+        ("+1", "'+1"),
+        ("-2", "'-2"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("  =1", "'  =1"),
+        ("\t1", "'\t1"),
+        ("\n=1", "'\n=1"),
+        ("\uff1d1", "'\uff1d1"),
+        ("dog=1", "dog=1"),
+        ('a,"b"', 'a,"b"'),
+        ("\ud800", r"\ud800"),
+    ],
+)
+def test_csv_for_spreadsheets(tmp_path, name, safe):
+    """Names are written as they are; with csv_safe no cell is a formula. Numbers stay numbers."""
+    made = Detections(
+        boxes=torch.tensor([[-1.0, 2, 3, 4]]),
+        scores=torch.tensor([0.5]),
+        labels=torch.tensor([0]),
+        names=(name,),
+        category_ids=(0,),
+        queries=torch.tensor([0]),
+        size=(9, 9),
+        source=None,
+    )
+    for csv_safe, expected in ((False, safe if "\\" in safe else name), (True, safe)):
+        folder = tmp_path / str(csv_safe)
+        with open_results("csv", folder, csv_safe=csv_safe) as results:
+            results.write(ListedImage("=a.jpg", PurePath("a")), made)
+        with (folder / "detections.csv").open(newline="", encoding="utf-8") as file:
+            _, row = csv.reader(file)
+        assert row == ["'=a.jpg" if csv_safe else "=a.jpg", expected, "0.5", "-1.0", "2.0", "3.0", "4.0", "0"]
+
+
+def test_csv_safe_needs_a_table(detect, folder):
+    result = detect(folder, "--csv-safe")
+    assert result.exit_code == 2
+    assert result.stderr == "error: --csv-safe: expected --format csv with it, got json\n"
+    assert detect(folder, "--csv-safe", "--format", "csv", "--no-draw").exit_code == 0
 
 
 def test_csv_has_a_row_an_object(detect, folder, tmp_path):
