@@ -1,7 +1,7 @@
 """``conditional-detr train``: train or fine-tune on a dataset in COCO format, in one process or several."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from conditional_detr.data.dataset import CocoData
     from conditional_detr.modeling.conditional_detr import ConditionalDETR
     from conditional_detr.modeling.metadata import Preprocessing
-    from conditional_detr.training.loop import TrainResult
+    from conditional_detr.training.run import TrainResult
 
 UNTRAINED = "none"
 """Value of ``--weights`` for a randomly initialised model."""
@@ -179,6 +179,14 @@ def train(
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints.", rich_help_panel=_CHECKPOINTS)
     ] = None,
+    max_bad_images: Annotated[
+        int | None,
+        typer.Option(help="Unreadable images that are skipped before training stops.", rich_help_panel=_DATA),
+    ] = None,
+    no_check: Annotated[
+        bool,
+        typer.Option("--no-check", help="Do not check the images before the first step.", rich_help_panel=_DATA),
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option(
@@ -191,7 +199,9 @@ def train(
     Class head rows are kept where the weights have a class of the same name; all others are initialised anew.
 
     --output receives the checkpoints "best" and "last", log.jsonl, curves.png and tensorboard. To continue a stopped
-    run, repeat the command with --resume.
+    run, repeat the command with --resume. Options of the model and the data must then be the same, or left out; only
+    --epochs, --workers, --patience, --evaluate-every, --save-every, --max-bad-images and --gradient-checkpointing may
+    differ.
 
     Several processes train together under torchrun --nproc-per-node 2 --no-python conditional-detr train ..., or
     under accelerate launch --no_python.
@@ -204,7 +214,9 @@ def train(
         changes = {name: value.value if isinstance(value := given[name], Enum) else value for name in names}
         changes["autocast"] = None if autocast is Precision.FLOAT32 else autocast.value
         config = replace(getattr(TrainConfig, preset.value)(), **changes)
-        model = _model(data, output if resume else None, weights, architecture, backbone_weights, num_queries, seed)
+        start = (weights, architecture, backbone_weights, num_queries, seed)
+        model = _resumed_model(data, output, *start) if resume else None
+        model = model or _model(data, *start)
         if dropout is not None:
             model = _with_dropout(model, dropout)
         edges = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
@@ -212,21 +224,20 @@ def train(
         chosen = _augmentation(augmentation, preset, vertical_flip, quarter_turn)
         datasets = _datasets(data, images, val_data, val_images, chosen, preprocessing, seed)
         model.metadata = datasets[0].metadata
-        result = _run(model, *datasets, config, output, resume)
+        result = _run(model, *datasets, config, output, resume, not no_check)
     if result is not None:
         _show(result)
 
 
 def _model(
     data: Path,
-    output: Path | None,
     weights: str | None,
     architecture: str,
     backbone_weights: Path | None,
     num_queries: int | None,
     seed: int,
 ) -> "ConditionalDETR":
-    """Return the initial model: from the output folder when resuming, else from weights, or randomly initialised."""
+    """Return the initial model: from weights, or randomly initialised."""
     import torch
 
     from conditional_detr.checkpoints.backbone_weights import load_backbone_weights
@@ -235,12 +246,9 @@ def _model(
     from conditional_detr.data.coco import read_annotations
     from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
     from conditional_detr.modeling.metadata import Metadata
-    from conditional_detr.training.checkpoints import LAST, STATE
 
     names, _ = map_classes(read_annotations(data), None)
     torch.manual_seed(seed)
-    if output is not None and (output / LAST / STATE).exists():
-        return from_pretrained(output / LAST)
     if weights is None:
         raise ValueError(
             "--weights: expected a checkpoint to start from: a folder, a file, a hub id, or none for random weights"
@@ -257,6 +265,53 @@ def _model(
         report = load_backbone_weights(model, backbone_weights)
         unused = f", and {len(report.unused)} tensors that it does not have" if report.unused else ""
         print_line(f"{backbone_weights}: all {len(report.loaded)} tensors of the backbone{unused}")
+    return model
+
+
+def _resumed_model(
+    data: Path,
+    output: Path,
+    weights: str | None,
+    architecture: str,
+    backbone_weights: Path | None,
+    num_queries: int | None,
+    seed: int,
+) -> "ConditionalDETR | None":
+    """Return the model of a run to resume, which then gets the weights of its training state; None: no such run.
+
+    With --weights, that is the model that the run would begin with, so that train() compares its architecture.
+
+    Raises:
+        ValueError: --weights are not those that the run began with, or an option needs --weights.
+    """
+    from conditional_detr.checkpoints.loading import from_pretrained
+    from conditional_detr.training.checkpoints import LAST, STATE, read_training_state
+    from conditional_detr.training.record import digest_of_weights, initial_model
+
+    state = read_training_state(output, mmap=True)
+    if state is None:
+        return None
+    if weights is None:
+        for name, value in (("architecture", architecture), ("backbone-weights", backbone_weights)):
+            if value:
+                raise ValueError(f"--{name}: expected --weights {UNTRAINED} with it, got {str(value)!r} alone")
+        # a state of an earlier version does not have the metadata
+        model = initial_model(state) if "category_ids" in state else from_pretrained(output / LAST)
+        queries = model.config.num_queries
+        if num_queries not in (None, queries):
+            raise ValueError(f"--num-queries: expected {queries}, as the run in {output} has, got {num_queries}")
+        return model
+    model = _model(data, weights, architecture, backbone_weights, num_queries, seed)
+    settings, began = state["settings"], state.get("initial_weights")
+    shape = {**settings["architecture"], "dropout": model.config.dropout}
+    same_shape = shape == asdict(model.config) and tuple(settings["classes"]) == model.metadata.class_names
+    if began is None:
+        print_line(f"warning: {output / LAST / STATE}: does not record --weights, which could not be compared")
+    elif same_shape and settings["seed"] == seed and digest_of_weights(model) != began:
+        raise ValueError(
+            f"--weights: expected the weights that the run in {output} began with, got others in {weights}; without"
+            " --weights, --resume continues from its own"
+        )
     return model
 
 
@@ -290,9 +345,12 @@ def _read_architecture(text: str) -> dict[str, Any]:
 def _preprocessing(present: "Preprocessing", edges: dict[str, int | None]) -> "Preprocessing":
     """Return the preprocessing with other sizes; the longer side follows the shorter one unless it is given."""
     short, long = edges["shortest_edge"], edges["longest_edge"]
+    if short is None and long is None:
+        return present
     if short is not None and long is None:
         long = round(short * present.longest_edge / present.shortest_edge)
-    return replace(present, shortest_edge=short or present.shortest_edge, longest_edge=long or present.longest_edge)
+    short, long = short or present.shortest_edge, long or present.longest_edge
+    return replace(present, shortest_edge=short, longest_edge=long, resizing="edges", size=None)
 
 
 def _augmentation(
@@ -337,19 +395,22 @@ def _run(
     config: TrainConfig,
     output: Path,
     resume: bool,
+    check: bool,
 ) -> "TrainResult | None":
     """Train; return the result in the first process, None in the others."""
     from torch import distributed
 
-    from conditional_detr.training.checkpoints import LAST
+    from conditional_detr.training.checkpoints import LAST, STATE
     from conditional_detr.training.loop import train
 
     try:
-        result = train(model, train_data, val_data, config, folder=output, resume=resume)
+        result = train(model, train_data, val_data, config, folder=output, resume=resume, check=check)
         first = not distributed.is_initialized() or distributed.get_rank() == 0
         return result if first else None
     except KeyboardInterrupt:
-        print_line(f"interrupted; --resume continues from {output / LAST}")
+        saved = (output / LAST / STATE).exists()
+        how = f"--resume continues from {output / LAST}" if saved else "there is no checkpoint yet"
+        print_line(f"interrupted; {how}")
         raise typer.Exit(INTERRUPTED) from None
     finally:
         if distributed.is_initialized():

@@ -159,6 +159,6 @@ def boxes_per_process(count: int, device: torch.device) -> Tensor | float:
     """Return the number of boxes, at least 1; under torch.distributed the mean over all processes, at least 1."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return max(count, 1.0)
-    total = torch.tensor(float(count), device=device)
+    total = torch.tensor(float(count), dtype=torch.float32, device=device)
     distributed.all_reduce(total)
     return (total / distributed.get_world_size()).clamp(min=1)

@@ -174,14 +174,15 @@ def _assign(cost: np.ndarray, counts: tuple[int, ...]) -> Matches:
             rows, columns = linear_sum_assignment(cost[start : start + count, layer].T)
             queries[layer, end : end + size], targets[layer, end : end + size] = rows, columns + start
         start, end = start + count, end + size
-    images = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    images = torch.from_numpy(np.arange(len(sizes)).repeat(sizes))
     return Matches(torch.from_numpy(queries), torch.from_numpy(targets), images)
 
 
 def _per_image(matches: Matches, joined: JoinedTargets) -> list[Pairs]:
     """Split matches by layer and image, with target indices that start at 0 in each image."""
     sizes = matches.images.bincount(minlength=len(joined.counts)).tolist()
-    starts = torch.tensor(joined.counts).cumsum(0) - torch.tensor(joined.counts)
+    counts = torch.tensor(joined.counts, dtype=torch.int64, device="cpu")
+    starts = counts.cumsum(0) - counts
     indices = matches.targets - starts[matches.images]
     per_image = zip(matches.queries.split(sizes, 1), indices.split(sizes, 1), strict=True)
     layers = [list(zip(queries.unbind(), targets.unbind(), strict=True)) for queries, targets in per_image]

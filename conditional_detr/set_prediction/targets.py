@@ -118,13 +118,14 @@ def _shape_cause(boxes: Tensor) -> str:
 def _join(targets: Sequence[Target]) -> JoinedTargets:
     """Concatenate the targets of all images on the CPU."""
     if not targets:
-        return JoinedTargets(
-            torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), ()
-        )
+        none = torch.zeros(0, dtype=torch.int64, device="cpu")
+        return JoinedTargets(none, torch.zeros(0, 4, dtype=torch.float32, device="cpu"), none, ())
     labels = torch.cat([target["labels"].detach().cpu() for target in targets])
     boxes = at_least_float32(torch.cat([target["boxes"].detach().cpu() for target in targets]))
     counts = tuple(len(target["labels"]) for target in targets)
-    images = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    images = torch.arange(len(counts), device="cpu").repeat_interleave(
+        torch.tensor(counts, dtype=torch.int64, device="cpu")
+    )
     return JoinedTargets(labels, boxes, images, counts)
 
 

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conditional_detr.training.config import TrainConfig
-    from conditional_detr.training.loop import TrainResult, train
+    from conditional_detr.training.loop import train
+    from conditional_detr.training.run import TrainResult
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
-_MODULES = {"TrainConfig": "config", "TrainResult": "loop", "train": "loop"}
+_MODULES = {"TrainConfig": "config", "TrainResult": "run", "train": "loop"}
 
 
 def __getattr__(name: str) -> Any:

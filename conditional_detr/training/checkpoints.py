@@ -2,10 +2,13 @@
 
 ``last`` holds the weights of the last checkpoint and the training state, ``best`` the weights with the best AP. All
 files of a checkpoint are complete before the first one is moved into its folder, so a process that is killed leaves
-the previous checkpoint intact. The training state is complete in itself: the weights beside it are not read on resume.
+the previous checkpoint intact. The training state is complete in itself, with the architecture and all settings: the
+files beside it are not read on resume.
 """
 
-from collections.abc import Mapping
+import ast
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,14 +20,13 @@ from torch import Tensor
 from conditional_detr.checkpoints.saving import write_tensors, writers_of
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.system.atomic_files import recover
+from conditional_detr.training.record import CHANGEABLE, differences
 
 LAST = "last"
 BEST = "best"
 STATE = "training_state.pt"
-FORMAT = 2
-"""Format number of the training state. States of version 0.1.0 have none; they are upgraded when they are read."""
-CHANGEABLE = ("workers", "save_every", "epochs", "patience", "evaluate_every", "gradient_checkpointing")
-"""Settings that may change on resume. Any other setting would change the numbers of the run."""
+FORMAT = 3
+"""Format number of the training state. States of version 0.1.0 have none; older states are upgraded when read."""
 
 
 @dataclass
@@ -37,8 +39,9 @@ class Progress:
         batch: number of completed batches of the current epoch.
         best: best AP so far; None before the first evaluation.
         stale: number of evaluations since the best AP.
-        history: a dict an epoch, as in :class:`~conditional_detr.training.loop.TrainResult`.
+        history: a dict an epoch, as in :class:`~conditional_detr.training.run.TrainResult`.
         losses: loss of each completed step of the current epoch.
+        bad_images: dataset indices of the images that could not be read and were skipped, in the first process.
     """
 
     step: int = 0
@@ -48,6 +51,7 @@ class Progress:
     stale: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    bad_images: list[int] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all attributes, by name."""
@@ -58,6 +62,7 @@ class Progress:
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
         self.best, self.stale = state["best"], state["stale"]
         self.history, self.losses = list(state["history"]), list(state["losses"])
+        self.bad_images = list(state.get("bad_images", ()))
 
 
 def save_checkpoint(model: ConditionalDETR, folder: Path, state: Mapping[str, Any] | None = None) -> None:
@@ -74,49 +79,66 @@ def save_checkpoint(model: ConditionalDETR, folder: Path, state: Mapping[str, An
     write_tensors(writers)
 
 
-def load_training_state(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Read the training state of a run, and check that the settings still match.
+def read_training_state(folder: Path, *, mmap: bool = False) -> dict[str, Any] | None:
+    """Read the training state of a run.
 
     Args:
         folder: the folder of the run.
-        settings: the settings of the resumed run.
+        mmap: read tensors only when they are used.
 
     Returns:
         The state, in the current format; None if there is none.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file holds no training state, or one of a newer format; or a setting differs from that of the
-            run and is not in ``CHANGEABLE``.
+        ValueError: the file holds no training state, or one of a newer format.
     """
     path = folder / LAST / STATE
     recover(path.parent)
     if not path.exists():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise OSError(f"{path}: cannot be read: {error}") from error
     except Exception as error:  # unpickling raises errors of any type
         raise ValueError(f"{path}: expected a training state, got something else: {error}") from error
-    if not isinstance(state, dict) or "settings" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise ValueError(f"{path}: expected a training state, got {type(state).__name__}")
-    if "format" not in state:
-        state = _upgrade(state)
-    if state["format"] != FORMAT:
-        raise ValueError(f"{path}: expected a training state of format {FORMAT}, got format {state['format']!r}")
-    before = state["settings"]
-    changed = [name for name in before if name not in CHANGEABLE and settings.get(name) != before[name]]
-    if changed:
-        got = ", ".join(f"{name} {settings.get(name)!r}, not {before[name]!r}" for name in changed)
+    number = state.get("format", 1)
+    if number not in range(1, FORMAT + 1):
+        raise ValueError(f"{path}: expected a training state of format {FORMAT}, got format {number!r}")
+    try:
+        for upgrade in _UPGRADES[number - 1 :]:
+            state = upgrade(state)
+        return state
+    except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a training state of format {number}, got {error!r}") from error
+
+
+def compare_settings(state: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) -> None:
+    """Check that a run resumes with the settings, the data and the architecture that it began with.
+
+    A state of an older format lacks some of them; a warning lists those that could not be compared.
+
+    Raises:
+        ValueError: something differs and is not in ``CHANGEABLE``; the message lists all differences.
+    """
+    path = folder / LAST / STATE
+    if changed := differences(state["settings"], settings):
         raise ValueError(
-            f"{path}: expected the settings that this run began with, got {got}; only {', '.join(CHANGEABLE)} may"
-            " change"
+            f"{path}: expected the settings that this run began with, got {', '.join(changed)}; only"
+            f" {', '.join(CHANGEABLE)} may change"
         )
-    return state
+    unknown = [name for name in settings if name not in state["settings"] and name not in CHANGEABLE]
+    if unknown:
+        warnings.warn(
+            f"{path}: an earlier version wrote it, without {', '.join(unknown)}: these could not be compared",
+            stacklevel=4,
+        )
 
 
-def _upgrade(state: dict[str, Any]) -> dict[str, Any]:
+def _upgrade_names(state: dict[str, Any]) -> dict[str, Any]:
     """Convert a training state of version 0.1.0, which has no format number, to format 2."""
 
     def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,3 +152,15 @@ def _upgrade(state: dict[str, Any]) -> dict[str, Any]:
         "average": None if average is None else rename(average),
         "settings": {"images" if name == "pictures" else name: value for name, value in state["settings"].items()},
     }
+
+
+def _upgrade_architecture(state: dict[str, Any]) -> dict[str, Any]:
+    """Convert a training state of format 2, where architecture and classes are text, to format 3."""
+    settings = dict(state["settings"])
+    call: Any = ast.parse(settings["architecture"], mode="eval").body
+    settings["architecture"] = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    settings["classes"] = list(ast.literal_eval(settings["classes"]))
+    return {**state, "format": 3, "settings": settings}
+
+
+_UPGRADES: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_upgrade_names, _upgrade_architecture)

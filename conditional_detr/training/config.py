@@ -6,7 +6,7 @@ from dataclasses import dataclass
 SCHEDULES: tuple[str, ...] = ("step", "cosine", "constant")
 PRECISIONS: tuple[str | None, ...] = (None, "bfloat16", "float16")
 _AT_LEAST_ONE = ("epochs", "batch_size", "accumulation", "evaluate_every", "save_every", "query_groups")
-_AT_LEAST_ZERO = ("warmup", "patience", "workers", "seed")
+_AT_LEAST_ZERO = ("warmup", "patience", "workers", "seed", "max_bad_images")
 _NOT_NEGATIVE = ("lr", "backbone_lr", "weight_decay", "clip", "ema", "drop_at")
 
 
@@ -24,7 +24,8 @@ class TrainConfig:
         backbone_lr: learning rate of the backbone; 0 freezes it.
         weight_decay: weight decay of AdamW.
         clip: maximum norm of all gradients together; 0: no limit.
-        warmup: steps in which the learning rates rise linearly from 0.
+        warmup: steps in which the learning rates rise linearly from 0. If that is more than half of the run's steps,
+            a tenth of them instead, and a line reports it.
         schedule: of the learning rates, "step": a tenth from ``drop_at`` on; "cosine": down to 0; "constant".
         drop_at: in [0, 1], the fraction of the epochs after which "step" lowers the learning rates.
         ema: decay of the exponential moving average of the weights, which is then evaluated and saved; 0: no average.
@@ -40,6 +41,8 @@ class TrainConfig:
         save_every: steps between checkpoints; the end of an epoch always writes one.
         workers: processes that load images; 0: the main process loads them.
         seed: seed of all random numbers.
+        max_bad_images: number of training images in each process that may be unreadable, and are then skipped with a
+            warning. One more stops the run. With 0, two runs with the same settings always see the same images.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -65,6 +68,7 @@ class TrainConfig:
     save_every: int = 500
     workers: int = 2
     seed: int = 0
+    max_bad_images: int = 0
 
     def __post_init__(self) -> None:
         whole = {**dict.fromkeys(_AT_LEAST_ONE, 1), **dict.fromkeys(_AT_LEAST_ZERO, 0)}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.training.surroundings import import_matplotlib
 
 _POINTS = 200  # a curve with many more is smoothed
 
@@ -22,6 +23,7 @@ def plot_curves(log: Path, target: Path) -> None:
     Raises:
         OSError: a file cannot be read or written.
     """
+    import_matplotlib()
     from matplotlib.figure import Figure
 
     entries = read_log(log)

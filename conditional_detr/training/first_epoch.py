@@ -1,5 +1,6 @@
 """A check of the model after the first epoch, with advice if training is likely to fail."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,7 +52,11 @@ class FirstEpochReport:
 
 
 def check_first_epoch(
-    model: ConditionalDETR, data: SampleDataset, matcher: HungarianMatcher, ap: float | None = None
+    model: ConditionalDETR,
+    data: SampleDataset,
+    matcher: HungarianMatcher,
+    ap: float | None = None,
+    bad_images: Collection[int] = frozenset(),
 ) -> FirstEpochReport:
     """Compare the model's predictions on some training images with their targets.
 
@@ -60,12 +65,14 @@ def check_first_epoch(
         data: the training data.
         matcher: assigns queries to targets.
         ap: validation AP, if it was measured.
+        bad_images: indices of images that cannot be read and are left out.
 
     Returns:
         The comparison, with advice.
     """
-    count = min(IMAGES, len(data))
-    compared = [_compare(model, data[i * len(data) // count], matcher) for i in range(count)]
+    readable = [index for index in range(len(data)) if index not in bad_images]
+    count = min(IMAGES, len(readable))
+    compared = [_compare(model, data[readable[i * len(readable) // count]], matcher) for i in range(count)]
     best, matched, right = (torch.cat([part[k] for part in compared]) for k in range(3))
     top_score = max(float(part[3]) for part in compared)
     near = matched > _MATCHED_IOU
@@ -90,7 +97,7 @@ def _compare(
     pairs: Any = matcher(logits, boxes, [target])
     ((queries, targets),) = pairs
     iou = box_iou(*(box_convert(x.float(), "cxcywh", "xyxy") for x in (boxes[0], target["boxes"])))  # (N, T)
-    best = iou.max(0).values if iou.numel() else torch.zeros(0)
+    best = iou.max(0).values if iou.numel() else torch.zeros(0, dtype=torch.float32, device="cpu")
     right = logits[0, queries].argmax(-1) == target["labels"][targets]
     return best, iou[queries, targets], right, logits.sigmoid().max()
 

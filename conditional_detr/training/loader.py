@@ -1,8 +1,9 @@
 """Data loading for the training loop: random numbers of a sample depend only on seed, epoch and index."""
 
+import itertools
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
@@ -39,10 +40,11 @@ class _SeededDataset(Dataset[Any]):
     An error is returned instead of raised, so that the traceback of a worker does not hide its message.
     """
 
-    def __init__(self, data: SampleDataset, seed: int, epoch: int) -> None:
+    def __init__(self, data: SampleDataset, config: TrainConfig, epoch: int) -> None:
         self.data = data
-        self.seed = seed
+        self.seed = config.seed
         self.epoch = epoch
+        self.skips = config.max_bad_images > 0
 
     def __getitem__(self, index: int) -> Sample | Exception:
         with _seeded_generators(derive_seed(self.seed, self.epoch, index, bits=63)):
@@ -51,11 +53,26 @@ class _SeededDataset(Dataset[Any]):
             except (OSError, TypeError, ValueError) as error:
                 return error
 
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, Sample | Exception]]:
+        """Return the samples of a batch with their indices; if all are bad and are skipped, the next good one, too."""
+        loaded = [(index, self[index]) for index in indices]
+        if self.skips and all(isinstance(sample, OSError | ValueError) for _, sample in loaded):
+            following = ((indices[-1] + i) % len(self.data) for i in range(1, len(self.data)))
+            others = ((index, self[index]) for index in following)
+            loaded += itertools.islice((pair for pair in others if not isinstance(pair[1], Exception)), 1)
+        return loaded
+
 
 def load_batches(
-    data: SampleDataset, batches: Sequence[list[int]], config: TrainConfig, epoch: int, *, pin: bool
-) -> Iterator[Batch]:
-    """Yield batches, which the workers load ahead.
+    data: SampleDataset,
+    batches: Sequence[list[int]],
+    config: TrainConfig,
+    epoch: int,
+    *,
+    pin: bool,
+    skip: Callable[[int, Exception], None],
+) -> Iterator[tuple[list[int], Batch]]:
+    """Yield batches with the dataset indices of their images, which the workers load ahead.
 
     Args:
         data: the dataset.
@@ -63,34 +80,56 @@ def load_batches(
         config: the settings.
         epoch: index of the epoch.
         pin: copy batches to pinned memory, for asynchronous copies to a GPU.
+        skip: called with the index and the error of an image that cannot be read and is left out of its batch; raises
+            if there are too many of them. Without ``config.max_bad_images``, the first error is raised.
 
     Raises:
         OSError, TypeError, ValueError: as the dataset raises them.
     """
     loader: DataLoader[Any] = DataLoader(
-        _SeededDataset(data, config.seed, epoch),
+        _SeededDataset(data, config, epoch),
         batch_sampler=batches,
         num_workers=min(config.workers, len(batches)),
         collate_fn=_collate,
         pin_memory=pin,
-        worker_init_fn=_init_worker,
-        generator=torch.Generator(),  # the loader draws a base seed, which must not come from the global generator
+        # the loader draws a base seed, which must not come from the global generator
+        generator=torch.Generator(device="cpu"),
     )
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+    with _blocked_signals():
+        iterator = iter(loader)
+    for indices, batch, errors in iterator:
+        for index, error in errors:
+            if not config.max_bad_images or isinstance(error, TypeError):
+                raise error
+            skip(index, error)
+        if batch is None:
+            raise errors[0][1]
+        yield indices, batch
 
 
-def _collate(samples: list[Any]) -> Any:
-    """Return a batch, or the first error among its samples."""
-    errors = (sample for sample in samples if isinstance(sample, Exception))
-    return next(errors, None) or collate(samples)
+def _collate(loaded: list[tuple[int, Any]]) -> tuple[list[int], Batch | None, list[tuple[int, Exception]]]:
+    """Return the indices and the batch of the good samples, and the errors of the others with their indices."""
+    errors = [(index, sample) for index, sample in loaded if isinstance(sample, Exception)]
+    good = [(index, sample) for index, sample in loaded if not isinstance(sample, Exception)]
+    batch = collate([sample for _, sample in good]) if good else None
+    return [index for index, _ in good], batch, errors
 
 
-def _init_worker(number: int) -> None:
-    """Ignore Ctrl-C, which reaches all processes of a terminal: the main process handles it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Block the signals of a shutdown request in the processes that are started while the context is active.
+
+    Ctrl-C and job schedulers signal all processes of a group. The main process handles these signals and still needs
+    its workers, which end with it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -46,6 +47,11 @@ def parameter_groups(
     if not filled:
         raise ValueError("model: expected trainable parameters, got none with requires_grad")
     return filled
+
+
+def fit_warmup(config: TrainConfig, steps: int) -> TrainConfig:
+    """Return the settings for a run of some steps: a warm-up of more than half of them becomes a tenth of them."""
+    return config if 2 * config.warmup <= steps else replace(config, warmup=math.ceil(steps / 10))
 
 
 def rate_factor(config: TrainConfig, step: int, epochs: float) -> float:

@@ -29,10 +29,10 @@ class QueryGroups(nn.Module):
         self.model = model
         self.groups = groups
         queries = model.object_queries
-        self.others = nn.Embedding((groups - 1) * queries.num_embeddings, queries.embedding_dim)
-        nn.init.normal_(
-            self.others.weight, generator=torch.Generator().manual_seed(derive_seed(seed, groups, bits=63))
-        )
+        generator = torch.Generator(device="cpu").manual_seed(derive_seed(seed, groups, bits=63))
+        rows = (groups - 1) * queries.num_embeddings
+        self.others = nn.Embedding(rows, queries.embedding_dim, device="cpu", dtype=torch.float32)
+        nn.init.normal_(self.others.weight, generator=generator)
         self.others.to(queries.weight).requires_grad_(queries.weight.requires_grad)
 
     def forward(self, pixels: Tensor, padding: Tensor | None = None) -> Output:

@@ -150,7 +150,7 @@ class Stepper:
     def _losses(self, batch: Batch, indices: Sequence[int], step: int) -> dict[str, Tensor]:
         """Return the losses of a batch; an error message has its images."""
         pixels, padding, targets = batch
-        pixels = pixels.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        pixels = pixels.to(self.device, self.model.dtype, non_blocking=True, memory_format=torch.channels_last)
         padding = None if padding is None else padding.to(self.device, non_blocking=True)
         precision = self.config.autocast
         dtype = getattr(torch, precision) if precision else None

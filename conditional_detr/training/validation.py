@@ -44,14 +44,14 @@ def measure(model: ConditionalDETR, data: SampleDataset, batch_size: int) -> dic
     rank, processes = 0, 1
     if distributed.is_available() and distributed.is_initialized():
         rank, processes = distributed.get_rank(), distributed.get_world_size()
-    postprocessing = Postprocessing(torch.arange(model.config.num_classes), 0.0, MAX_DETECTIONS)
+    postprocessing = Postprocessing(torch.arange(model.config.num_classes, device="cpu"), 0.0, MAX_DETECTIONS)
     for indices in batches(data, batch_size, seed=0, epoch=0, shuffle=False, rank=rank, processes=processes):
         samples = [data[index] for index in indices]
         logits, boxes = predict(model, samples)
         for i, (index, (pixels, target)) in enumerate(zip(indices, samples, strict=True)):
             height, width = pixels.shape[1:]
             image_entries[index] = {"id": index, "height": height, "width": width}
-            scale = torch.tensor([width, height, width, height])
+            scale = torch.tensor([width, height, width, height], dtype=torch.int64, device="cpu")
             target_boxes = box_convert(target["boxes"].float(), "cxcywh", "xyxy") * scale
             target_entries += _coco_entries(index, target_boxes, target["labels"])
             detected, scores, labels, _ = postprocess(logits[i], boxes[i], (height, width), postprocessing)

@@ -40,6 +40,7 @@ def data_of(shapes, *, val=True):
 SHORT = ("--shortest-edge", 64, "--batch-size", 4, "--accumulation", 1, "--workers", 0)
 
 
+@pytest.mark.filterwarnings("default")
 def test_fine_tunes_weights_resumes_and_detects(shapes, small, tmp_path):
     """The classes are the data set's, their loss starts low; --resume needs no --weights."""
     output = tmp_path / "run"
@@ -61,6 +62,7 @@ def test_fine_tunes_weights_resumes_and_detects(shapes, small, tmp_path):
     assert "resume that run, or use another folder" in again.stderr
     resumed = run("train", *options, "--resume", "--epochs", 2)
     assert resumed.exit_code == 0, resumed.output
+    assert "warning: epochs: got 2, not 1 as before: the first 2 steps had other learning rates" in resumed.stderr
     assert [entry["step"] for entry in steps_of(output)] == [1, 2, 3, 4]
     assert steps_of(output)[:2] == [first, second]
     image = next((shapes / "val").iterdir())
@@ -145,6 +147,65 @@ def test_interrupted(shapes, small, tmp_path, monkeypatch):
     assert result.exit_code == 130
     assert f"interrupted; --resume continues from {tmp_path / 'last'}" in result.stderr
     assert len(steps_of(tmp_path)) == 1
+
+
+def test_resume_needs_only_the_training_state_and_compares_the_options_of_the_model(shapes, small, tmp_path):
+    """Damaged or missing files beside the state; the same options again; other ones, each refused."""
+    output, weights = tmp_path / "run", ("--weights", small)
+    options = (*data_of(shapes, val=False), *SHORT, "--schedule", "constant", "--output", output)
+    assert run("train", *options, *weights, "--epochs", 1).exit_code == 0
+    damages = (
+        lambda: (output / "last" / "config.json").write_text(""),
+        lambda: os.truncate(output / "last" / "model.safetensors", 1000),
+        lambda: (output / "last" / "model.safetensors").unlink(),
+    )
+    for epochs, damage in enumerate(damages, start=2):
+        damage()
+        given = weights if epochs == 3 else ()
+        resumed = run("train", *options, *given, "--num-queries", 11, "--resume", "--epochs", epochs)
+        assert resumed.exit_code == 0, resumed.output
+        assert len(steps_of(output)) == 2 * epochs
+        ConditionalDETR.from_pretrained(output / "last")
+    (output / "last" / "model.safetensors").unlink()
+    finished = run("train", *options, "--resume", "--epochs", 4)
+    assert finished.exit_code == 0, finished.output
+    assert "the run is finished: all 4 epochs are done; nothing to train" in finished.stderr
+    ConditionalDETR.from_pretrained(output / "last")
+    other = ConditionalDETR.from_pretrained(small)
+    torch.nn.init.ones_(other.projection.weight)
+    other.save_pretrained(tmp_path / "other")
+    for arguments, message in (
+        (
+            ("--weights", tmp_path / "other"),
+            f"--weights: expected the weights that the run in {output} began with, got",
+        ),
+        (("--num-queries", 9), f"--num-queries: expected 11, as the run in {output} has, got 9"),
+        ((*weights, "--num-queries", 9), "got architecture.num_queries 9, not 11; only workers"),
+        (("--dropout", 0.25), "got architecture.dropout 0.25, not 0.1; only workers"),
+        (("--architecture", "width=8"), "--architecture: expected --weights none with it, got 'width=8' alone"),
+        (("--backbone-weights", "x.pth"), "--backbone-weights: expected --weights none with it, got 'x.pth' alone"),
+        (("--shortest-edge", 32), "got preprocessing.shortest_edge 32, not 64, preprocessing.longest_edge "),
+        (("--augmentation", "none"), "got augmentation 'Augmentation(horizontal_flip=0.0"),
+    ):
+        refused = run("train", *options, "--resume", "--epochs", 5, *arguments)
+        assert refused.exit_code == 2, refused.output
+        assert message in refused.stderr
+
+
+@pytest.mark.filterwarnings("default")
+def test_images_are_checked_unless_no_check_is_given(shapes, small, tmp_path):
+    content = json.loads((shapes / "instances_train.json").read_text())
+    content["images"][0]["height"] = 65
+    (tmp_path / "wrong.json").write_text(json.dumps(content))
+    options = ("--data", tmp_path / "wrong.json", "--images", shapes / "train", *SHORT, "--weights", small)
+    checked = run("train", *options, "--output", tmp_path / "a")
+    assert checked.exit_code == 2
+    assert "1 of the 8 images of" in checked.stderr
+    assert not (tmp_path / "a" / "log.jsonl").exists()
+    options += ("--no-check", "--max-bad-images", 1, "--epochs", 1)
+    skipped = run("train", *options, "--output", tmp_path / "b")
+    assert skipped.exit_code == 0, skipped.output
+    assert ", 1 of at most 1 such images" in skipped.stderr
 
 
 @pytest.mark.parametrize(

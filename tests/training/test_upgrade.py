@@ -43,13 +43,16 @@ def test_a_run_of_version_0_1_0_resumes_to_the_same_losses(tmp_path):
     model = ConditionalDETR(architecture, Metadata(("cell, red", "cell, white"), (1, 7), Preprocessing(64, 96)))
     rates = {"lr": 1e-3, "backbone_lr": 5e-4, "warmup": 0, "schedule": "constant"}
     config = TrainConfig(epochs=2, batch_size=2, **rates, ema=0.0, workers=0, save_every=100)
-    result = train(model, Rectangles(4), None, config, folder=tmp_path, resume=True, progress=False)
+    message = r"an earlier version wrote it, without preprocessing, .*, dtype: these could not be compared$"
+    with pytest.warns(UserWarning, match=message) as warned:
+        result = train(model, Rectangles(4), None, config, folder=tmp_path, resume=True, progress=False)
+    assert len(warned) == 1
     assert result.steps == 4
     assert [entry["step"] for entry in result.history] == [2, 4]
     losses = {entry["step"]: entry["loss"] for entry in steps_of(tmp_path)}
     assert losses == pytest.approx({3: 6.730323314666748, 4: 7.222823143005371}, rel=1e-4)
     state = torch.load(result.last / STATE, weights_only=True)
-    assert state["format"] == FORMAT == 2
+    assert state["format"] == FORMAT == 3
     assert state["settings"]["images"] == 4
 
 
@@ -63,12 +66,28 @@ def test_all_parts_of_an_old_state_are_upgraded(tmp_path):
     for part in ("model", "average"):
         state[part] = {name.replace("backbone.body.", "backbone.trunk."): value for name, value in state[part].items()}
         assert any("backbone.trunk." in name for name in state[part])
-    state["settings"]["pictures"] = state["settings"].pop("images")
+    settings = state["settings"]
+    settings["pictures"] = settings.pop("images")
+    settings["architecture"], settings["classes"] = repr(small_model().config), "('red', 'blue')"
+    for name in (
+        "preprocessing",
+        "augmentation",
+        "data_seed",
+        "annotations",
+        "validation",
+        "frozen_parameters",
+        "dtype",
+    ):
+        del settings[name]
     torch.save(state, tmp_path / "old" / "last" / STATE)
     models = [small_model(), small_model()]
     for model, which in zip(models, ("new", "old"), strict=True):
         longer = replace(config, epochs=2)
-        train(model, Rectangles(6), None, longer, folder=tmp_path / which, resume=True, progress=False)
+        with pytest.warns(UserWarning, match="epochs: got 2|could not be compared") as warned:
+            train(model, Rectangles(6), None, longer, folder=tmp_path / which, resume=True, progress=False)
+        messages = [str(warning.message) for warning in warned]
+        assert sum("an earlier version wrote it" in text for text in messages) == (which == "old")
+        assert "epochs: got 2, not 1 as before: the first 2 steps had other learning rates" in messages[-1]
     assert len(steps_of(tmp_path / "new")) == 4
     assert steps_of(tmp_path / "old") == steps_of(tmp_path / "new")
     assert_same(*models)
@@ -79,6 +98,6 @@ def test_other_settings_and_newer_formats_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"training_state\.pt: expected the settings .* images 6, not 4"):
         train(small_model(), Rectangles(6), None, TrainConfig(), folder=tmp_path, resume=True, progress=False)
     state = torch.load(LAST / STATE, weights_only=True)
-    torch.save({**state, "format": 3}, tmp_path / "last" / STATE)
-    with pytest.raises(ValueError, match=r"training_state\.pt: expected a training state of format 2, got format 3$"):
+    torch.save({**state, "format": 4}, tmp_path / "last" / STATE)
+    with pytest.raises(ValueError, match=r"training_state\.pt: expected a training state of format 3, got format 4$"):
         train(small_model(), Rectangles(4), None, TrainConfig(), folder=tmp_path, resume=True, progress=False)

@@ -1,0 +1,341 @@
+"""A training run: its steps, epochs, evaluations and checkpoints."""
+
+import contextlib
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conditional_detr.data.dataset import batches
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.set_prediction.losses import SetLoss
+from conditional_detr.system.atomic_files import remove_unfinished
+from conditional_detr.system.shutdown import ShutdownRequest
+from conditional_detr.training.checkpoints import (
+    BEST,
+    LAST,
+    Progress,
+    compare_settings,
+    read_training_state,
+    save_checkpoint,
+)
+from conditional_detr.training.config import TrainConfig
+from conditional_detr.training.consistency import check_images, parts_of
+from conditional_detr.training.first_epoch import FirstEpochReport, check_first_epoch
+from conditional_detr.training.loader import SampleDataset, load_batches
+from conditional_detr.training.logging import RunLogger
+from conditional_detr.training.optimizer import fit_warmup, rate_factor
+from conditional_detr.training.record import describe_run, digest_of_weights
+from conditional_detr.training.run_folder import check_folder, locked
+from conditional_detr.training.steps import Stepper
+from conditional_detr.training.surroundings import make_accelerator
+from conditional_detr.training.validation import measure
+
+_UNSAVED = 60.0  # seconds since the last checkpoint after which one is written before an evaluation
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Result of a training run.
+
+    Attributes:
+        folder: the folder of the run, with ``log.jsonl``, ``curves.png``, ``tensorboard``, ``last`` and ``best``.
+        last: checkpoint of the last step, with the training state to resume from.
+        best: checkpoint with the best AP; None without validation data.
+        best_ap: AP of ``best``.
+        steps: number of completed steps.
+        history: a dict an epoch: epoch, step, mean_loss, seconds and, if it was evaluated, COCO's twelve metrics.
+        first_epoch: the check after the first epoch; None if this process did not train the first epoch.
+        stopped_early: whether training stopped because AP had not improved for ``patience`` evaluations.
+    """
+
+    folder: Path
+    last: Path
+    best: Path | None
+    best_ap: float | None
+    steps: int
+    history: tuple[dict[str, Any], ...]
+    first_epoch: FirstEpochReport | None
+    stopped_early: bool
+
+
+class Run:
+    """A training run: model, data, progress and files."""
+
+    def __init__(
+        self,
+        model: ConditionalDETR,
+        train_data: SampleDataset,
+        val_data: SampleDataset | None,
+        config: TrainConfig,
+        folder: Path,
+        criterion: SetLoss,
+    ) -> None:
+        self.accelerator = make_accelerator()
+        self.train_data, self.val_data, self.config, self.folder = train_data, val_data, config, folder
+        self.steps_per_epoch = math.ceil(len(self._batches(0)) / config.accumulation)
+        fitted = fit_warmup(config, self.steps_per_epoch * config.epochs)
+        self.stepper = Stepper(model, fitted, criterion, self.accelerator, self._describe)
+        self.progress = Progress()
+        self.settings = describe_run(model, train_data, val_data, config, criterion, self.accelerator.num_processes)
+        self.initial_weights: str | None = None
+        self.first_epoch: FirstEpochReport | None = None
+        self.logger: RunLogger | None = None
+        self.saved_step: int | None = None
+        self.saved_at = self.epoch_began = time.monotonic()
+
+    def prepare(self, resume: bool, check: bool, stack: contextlib.ExitStack) -> None:
+        """Lock the folder, load the state of a resumed run, check the images and prepare distributed training.
+
+        Args:
+            resume: whether to resume from a checkpoint in the folder.
+            check: whether to check the images.
+            stack: releases the lock.
+        """
+
+        def open_folder() -> None:
+            check_folder(self.folder, resume=resume)
+            stack.enter_context(locked(self.folder))
+            check_folder(self.folder, resume=resume)  # again: another process may just have ended
+            for folder in (self.folder, self.folder / LAST, self.folder / BEST):
+                remove_unfinished(folder)
+
+        self._in_first_process(open_folder)
+        state = read_training_state(self.folder) if resume else None
+        if state is None:
+            self.initial_weights = digest_of_weights(self.stepper.model)
+        else:
+            self._load(state)
+        if check and not self.finished:
+            limit = self.config.max_bad_images
+            self._in_first_process(lambda: check_images(self.train_data, self.val_data, limit))
+        self.stepper.join_processes()
+
+    @contextlib.contextmanager
+    def logging(self, shown: bool) -> Iterator[None]:
+        """Log the run while the context is active, in the first process only."""
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        total = self.steps_per_epoch * self.config.epochs
+        done = {"step": self.progress.step, "epoch": self.progress.epoch}
+        with RunLogger(self.folder, **done, total=total, shown=shown) as self.logger:
+            if self.stepper.config.warmup != self.config.warmup:
+                fitted, wanted = self.stepper.config.warmup, self.config.warmup
+                self._report(f"warm-up of {fitted} steps instead of {wanted}: the whole run has {total} steps")
+            yield
+
+    def train_epochs(self, shutdown: ShutdownRequest) -> None:
+        """Train the remaining epochs; error messages have the checkpoint to resume from."""
+        if self.finished:
+            why = "AP stopped improving" if self.stopped_early else f"all {self.config.epochs} epochs are done"
+            self._report(f"the run is finished: {why}; nothing to train")
+            self._save()
+        try:
+            while not self.finished:
+                self._train_epoch(shutdown)
+                self._end_epoch()
+                self._stop_if_requested(shutdown)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(*error.args or (f"stopped at once; {self._last_checkpoint}",)) from None
+        except (OSError, ValueError) as error:
+            message = f"{error}; {self._last_checkpoint}"
+            raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
+        except Exception as error:  # of a dataset, a data worker or the device: the type stays
+            error.args = (f"{error}; {self._last_checkpoint}",)
+            raise
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.progress.epoch >= self.config.epochs or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether AP has not improved for ``patience`` evaluations."""
+        return 0 < self.config.patience <= self.progress.stale
+
+    def finish(self) -> TrainResult:
+        """Load the saved weights into the model, set eval mode and return the result."""
+        model, average, progress = self.stepper.model, self.stepper.average, self.progress
+        if average is not None:
+            model.load_state_dict(average.module.state_dict())
+        model.eval()
+        return TrainResult(
+            folder=self.folder,
+            last=self.folder / LAST,
+            best=None if progress.best is None else self.folder / BEST,
+            best_ap=progress.best,
+            steps=progress.step,
+            history=tuple(progress.history),
+            first_epoch=self.first_epoch,
+            stopped_early=self.stopped_early,
+        )
+
+    @property
+    def _last_checkpoint(self) -> str:
+        """The last good checkpoint, for messages."""
+        if self.saved_step is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.folder / LAST}, of step {self.saved_step}"
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Load a training state, after comparing its settings with those of this run."""
+        compare_settings(state, self.settings, self.folder)
+        try:
+            self.stepper.load_state_dict(state)
+            self.progress.load_state_dict(state)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:  # torch's errors for another set of tensors
+            raise ValueError(
+                f"{self.folder / LAST}: expected the training state of this model, got {error}"
+            ) from error
+        if self.accelerator.is_main_process:
+            self._warn_of_other_rates(state["settings"])
+        self.initial_weights = state.get("initial_weights")
+        if self.settings["validation"] is None:  # of an evaluation that may follow later
+            self.settings["validation"] = state["settings"].get("validation")
+        self.saved_step = self.progress.step
+
+    def _warn_of_other_rates(self, before: dict[str, Any]) -> None:
+        """Warn if the completed steps would have had other learning rates with this run's number of epochs."""
+        known = {field.name: before[field.name] for field in fields(TrainConfig) if field.name in before}
+        old = fit_warmup(TrainConfig(**known), self.steps_per_epoch * before["epochs"])
+        count = len(self._batches(0))
+        for step in range(self.progress.step):
+            epoch, within = divmod(step, self.steps_per_epoch)
+            epochs = epoch + within * self.config.accumulation / count
+            if rate_factor(old, step, epochs) != rate_factor(self.stepper.config, step, epochs):
+                warnings.warn(
+                    f"epochs: got {self.config.epochs}, not {before['epochs']} as before: the first"
+                    f" {self.progress.step} steps had other learning rates than those of a run of"
+                    f" {self.config.epochs} epochs, so the weights will differ from such a run's",
+                    stacklevel=5,
+                )
+                return
+
+    def _in_first_process(self, function: Callable[[], None]) -> None:
+        """Call a function in the first process only; all processes raise its OSError or ValueError."""
+        errors: list[Exception | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                function()
+            except (OSError, ValueError) as error:
+                errors = [error]
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(errors)
+        if errors[0] is not None:
+            raise errors[0]
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        """Return the sample indices of each batch of an epoch, for this process."""
+        sharing = {"rank": self.accelerator.process_index, "processes": self.accelerator.num_processes}
+        return batches(self.train_data, self.config.batch_size, seed=self.config.seed, epoch=epoch, **sharing)
+
+    def _train_epoch(self, shutdown: ShutdownRequest) -> None:
+        """Train the remaining steps of the current epoch."""
+        progress = self.progress
+        self.epoch_began = time.monotonic()
+        for part in parts_of(self.train_data):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(progress.epoch)
+        plan = self._batches(progress.epoch)
+        remaining = plan[progress.batch :]
+        options: dict[str, Any] = {"pin": self.accelerator.device.type == "cuda", "skip": self._skip_image}
+        loaded = load_batches(self.train_data, remaining, self.config, progress.epoch, **options)
+        while group := list(islice(loaded, self.config.accumulation)):
+            epochs = progress.epoch + progress.batch / len(plan)
+            numbers = self.stepper.train_step(group, step=progress.step, epochs=epochs)
+            progress.step, progress.batch = progress.step + 1, progress.batch + len(group)
+            progress.losses.append(numbers["loss"])
+            if self.logger is not None:
+                self.logger.log_step({"step": progress.step, "epoch": progress.epoch, **numbers})
+            if progress.step % self.config.save_every == 0:
+                self._save()
+            self._stop_if_requested(shutdown)
+
+    def _skip_image(self, index: int, error: Exception) -> None:
+        """Count an image that cannot be read, and warn of it; raise its error if there are too many."""
+        bad, limit = self.progress.bad_images, self.config.max_bad_images
+        if index in bad:
+            return
+        bad.append(index)
+        if len(bad) > limit:
+            raise (OSError if isinstance(error, OSError) else ValueError)(
+                f"{error}; expected at most {limit} such images (max_bad_images), got {len(bad)}"
+            )
+        warnings.warn(
+            f"{error}; skipped {self._describe(index)}, {len(bad)} of at most {limit} such images", stacklevel=3
+        )
+
+    def _stop_if_requested(self, shutdown: ShutdownRequest) -> None:
+        """Save and raise KeyboardInterrupt in all processes if any of them has a shutdown request."""
+        requested = torch.tensor(float(shutdown.requested), dtype=torch.float32, device=self.accelerator.device)
+        if self.accelerator.reduce(requested, reduction="mean").item() == 0:
+            return
+        if self.saved_step != self.progress.step:
+            self._save()
+        message = f"stopped after step {self.progress.step}; resume from {self.folder / LAST}"
+        self._report(message)
+        raise KeyboardInterrupt(message)
+
+    def _describe(self, index: int) -> str:
+        """Return the index of a training image and, if the dataset has it, its description."""
+        described = getattr(self.train_data, "describe", None)
+        return f"image {index}" if described is None else f"image {index}, {described(index)}"
+
+    def _end_epoch(self) -> None:
+        """Evaluate, check the first epoch, log and save."""
+        progress, number = self.progress, self.progress.epoch
+        entry: dict[str, Any] = {"step": progress.step, "epoch": number}
+        entry["mean_loss"] = math.fsum(progress.losses) / max(len(progress.losses), 1)
+        evaluate = (number + 1) % self.config.evaluate_every == 0 or number + 1 == self.config.epochs
+        better = False
+        if self.val_data is not None and evaluate:
+            if time.monotonic() - self.saved_at > _UNSAVED:
+                self._save()
+            entry |= measure(self.stepper.eval_model, self.val_data, self.config.batch_size)
+            better = progress.best is None or entry["AP"] > progress.best
+            progress.best, progress.stale = (entry["AP"], 0) if better else (progress.best, progress.stale + 1)
+        entry["seconds"] = time.monotonic() - self.epoch_began
+        progress.history.append(entry)
+        self._share_bad_images()
+        if number == 0 and self.accelerator.is_main_process:
+            matcher = self.stepper.criterion.matcher
+            self.first_epoch = check_first_epoch(
+                self.stepper.model, self.train_data, matcher, entry.get("AP"), bad_images=progress.bad_images
+            )
+            self._report(str(self.first_epoch))
+        if self.logger is not None:
+            self.logger.log_epoch(entry, epochs=self.config.epochs, best=progress.best)
+        progress.epoch, progress.batch, progress.losses = number + 1, 0, []
+        if better and self.accelerator.is_main_process:
+            save_checkpoint(self.stepper.eval_model, self.folder / BEST)
+        self._save()
+
+    def _share_bad_images(self) -> None:
+        """Merge the skipped images of all processes."""
+        if self.config.max_bad_images and self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            self.progress.bad_images = sorted(set(gather_object(self.progress.bad_images)))
+
+    def _save(self) -> None:
+        """Write the last checkpoint, in the first process only."""
+        if self.accelerator.is_main_process:
+            state = self.stepper.state_dict() | self.progress.state_dict()
+            state |= {"settings": self.settings, "initial_weights": self.initial_weights}
+            state["category_ids"] = list(self.stepper.model.metadata.category_ids)
+            save_checkpoint(self.stepper.eval_model, self.folder / LAST, state)
+        self.saved_step, self.saved_at = self.progress.step, time.monotonic()
+
+    def _report(self, text: str) -> None:
+        if self.logger is not None:
+            self.logger.report(text)

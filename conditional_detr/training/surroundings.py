@@ -1,0 +1,69 @@
+"""What surrounds a training run: packages, environment variables and torch's global settings."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+
+_SHARDED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
+_BACKEND = "MPLBACKEND"
+
+
+@contextmanager
+def plain_torch_settings() -> Iterator[None]:
+    """Enable gradients and use float32 and the CPU as torch's default dtype and device, while the context is active.
+
+    So a program's ``set_grad_enabled``, ``inference_mode``, ``set_default_dtype`` and ``set_default_device`` have no
+    effect on training.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    on_cpu = nullcontext() if device.type == "cpu" else torch.device("cpu")  # the context slows every call of torch
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), on_cpu:
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def make_accelerator() -> Any:
+    """Return an Accelerator, after checking that all packages for training are installed.
+
+    ``TrainConfig`` alone decides precision, accumulation and compilation, whatever ``ACCELERATE_*`` variables say.
+
+    Raises:
+        ModuleNotFoundError: a package is not installed.
+        ValueError: a variable asks for parameters that are split among processes.
+    """
+    try:
+        import_matplotlib()  # checked before training, because it is first used at the end
+        import tensorboard  # noqa: F401
+        from accelerate import Accelerator
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"training needs {error.name}, which is not installed: pip install 'conditional-detr[train]'"
+        ) from error
+    for name in _SHARDED:
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"{name}: expected no such variable, got {os.environ[name]!r}; each process trains the whole model"
+            )
+    return Accelerator(mixed_precision="no", dynamo_backend="no")
+
+
+def import_matplotlib() -> None:
+    """Import matplotlib whatever ``MPLBACKEND`` says; its import fails if that backend is not installed."""
+    if "matplotlib" in sys.modules or _BACKEND not in os.environ:
+        import matplotlib
+
+        return
+    backend = os.environ.pop(_BACKEND)
+    try:
+        import matplotlib
+    finally:
+        os.environ[_BACKEND] = backend
+    with suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend  # as its import does

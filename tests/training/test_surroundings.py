@@ -1,0 +1,183 @@
+"""What surrounds a run: torch's global settings, variables, another run in the folder, signals to all processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conditional_detr.training import run_folder
+from conditional_detr.training.checkpoints import STATE
+from conditional_detr.training.config import TrainConfig
+from conditional_detr.training.loop import train
+from conditional_detr.training.surroundings import import_matplotlib, make_accelerator
+from helpers.training_runs import Rectangles, small_model, steps_of
+
+ONE = TrainConfig(epochs=1, batch_size=4, workers=0, query_groups=2)
+
+
+def run(folder, data=None, config=ONE, val=None, **options):
+    data = Rectangles(8) if data is None else data
+    return train(small_model(), data, val, config, folder=folder, progress=False, **options)
+
+
+# ---- torch
+
+
+@contextmanager
+def default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("setting", [torch.no_grad, torch.inference_mode, default_dtype, lambda: torch.device("meta")])
+def test_global_settings_of_torch_have_no_effect(tmp_path, setting):
+    model, again = small_model(), small_model()
+    data, val = Rectangles(8), Rectangles(2, seed=1)
+    train(model, data, val, ONE, folder=tmp_path / "plain", progress=False)
+    with setting():
+        before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+        train(again, data, val, replace(ONE, workers=1), folder=tmp_path / "changed", progress=False)
+        assert (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()) == before
+    assert steps_of(tmp_path / "changed") == steps_of(tmp_path / "plain")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+# ---- variables
+
+
+def test_a_backend_that_is_not_installed(tmp_path):
+    """A notebook's MPLBACKEND; the variable itself is left alone."""
+    code = "import os; from conditional_detr.training.curves import plot_curves; import sys; from pathlib import Path;"
+    code += "plot_curves(Path(sys.argv[1]), Path(sys.argv[2])); print(os.environ['MPLBACKEND'])"
+    numbers = dict.fromkeys(("loss", "class", "l1", "giou", "norm", "lr"), 1.0)
+    (tmp_path / "log").write_text(json.dumps({"step": 1, "epoch": 0, **numbers}) + "\n")
+    name = "module://not_installed_inline.backend_inline"
+    for backend in (name, "module://matplotlib_inline.backend_inline"):
+        command = [sys.executable, "-c", code, tmp_path / "log", tmp_path / "curves.png"]
+        done = subprocess.run(command, env={**os.environ, "MPLBACKEND": backend}, capture_output=True, text=True)
+        assert (done.returncode, done.stdout.strip()) == (0, backend), done.stderr
+        assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_variables_of_accelerate(monkeypatch):
+    import_matplotlib()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    accelerator = make_accelerator()
+    assert accelerator.mixed_precision == "no"
+    model = torch.nn.Linear(1, 1)
+    assert accelerator.prepare_model(model) is model
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    message = "^ACCELERATE_USE_FSDP: expected no such variable, got 'true'; each process trains the whole model$"
+    with pytest.raises(ValueError, match=message):
+        make_accelerator()
+
+
+# ---- the folder
+
+
+def test_files_of_an_earlier_run_without_its_state_are_kept(tmp_path):
+    result = run(tmp_path, val=Rectangles(2))
+    (result.last / STATE).unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    message = (
+        r"expected a folder without files of a run, got best/model.safetensors, .*, log.jsonl, curves.png without"
+    )
+    with pytest.raises(FileExistsError, match=message):
+        run(tmp_path)
+    with pytest.raises(
+        FileExistsError, match=r"got best/model.safetensors, .* without last/training_state.pt to resume"
+    ):
+        run(tmp_path, resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for path in before:
+        if path.suffix in (".safetensors", ".json"):
+            path.unlink()
+    with pytest.raises(FileExistsError, match=r"got log.jsonl, curves.png without last/training_state.pt"):
+        run(tmp_path)
+    assert run(tmp_path, resume=True).steps == 2  # of a run that was killed before its first checkpoint
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "_PATIENCE", 0.1)
+
+    class Meets(Rectangles):
+        def __getitem__(self, index):
+            with pytest.raises(OSError, match=rf"got one that process {os.getpid()} on .* trains in$"):
+                run(tmp_path, resume=True)
+            return super().__getitem__(index)
+
+    assert run(tmp_path, Meets(1)).steps == 1
+
+
+# ---- processes
+
+
+class DiesAt7(Rectangles):
+    def __getitem__(self, index):
+        if index == 7 and self.epochs == [0, 1]:
+            os._exit(3)
+        return super().__getitem__(index)
+
+
+def test_the_message_of_a_dead_worker_has_the_checkpoint(tmp_path):
+    message = (
+        rf"DataLoader worker .* exited unexpectedly.*; the last good checkpoint is {tmp_path / 'last'}, of step 2$"
+    )
+    with pytest.raises(RuntimeError, match=f"(?s){message}"):
+        run(tmp_path, DiesAt7(8), replace(ONE, epochs=2, workers=1))
+
+
+def test_other_errors_of_a_dataset_keep_their_type_and_have_the_checkpoint(tmp_path):
+    class Broken(Rectangles):
+        def __getitem__(self, index):
+            raise ZeroDivisionError("no area")
+
+    with pytest.raises(ZeroDivisionError, match=r"^no area; there is no checkpoint yet$"):
+        run(tmp_path, Broken(4))
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_saves(tmp_path, which):
+    """A run with two workers in a process group of its own, as schedulers and terminals signal it."""
+    code = """
+import sys
+from pathlib import Path
+from dataclasses import replace
+from test_surroundings import ONE, run
+from helpers.training_runs import Rectangles
+try:
+    run(Path(sys.argv[1]), Rectangles(8), replace(ONE, epochs=2000, workers=2, save_every=10**6))
+except KeyboardInterrupt as error:
+    print(error)
+    sys.exit(130)
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    log, end = tmp_path / "log.jsonl", time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None and not (log.exists() and len(steps_of(tmp_path)) > 3):
+        time.sleep(0.05)
+    os.killpg(process.pid, which)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    done = steps_of(tmp_path)[-1]["step"]
+    assert output == f"stopped after step {done}; resume from {tmp_path / 'last'}\n"
+    assert torch.load(tmp_path / "last" / STATE, weights_only=True)["step"] == done
