@@ -5,6 +5,8 @@ import os
 import pty
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ COMMANDS = {  # arguments, exit code, what is shown
         1,
         (*SHOWN_NAMES, r"\x1b[2Jgone.png: no such file"),
     ),
+    "server": (["detect", "ADDRESS", "--weights", "weights", "--output", "p"], 1, [r"\x1b[2J\x1b[31mAll images fine"]),
     "evaluate": (
         ["evaluate", "--data", "data.json", "--images", "in", "--weights", "weights"],
         2,
@@ -68,11 +71,31 @@ def strangers(tmp_path_factory):
     return folder
 
 
+class Server(BaseHTTPRequestHandler):
+    """Answer with a reason phrase that has control characters."""
+
+    def do_GET(self):  # the name that http.server calls
+        self.wfile.write(b"HTTP/1.1 404 \x1b[2J\x1b[31mAll images fine\r\nContent-Length: 0\r\n\r\n")
+
+    def log_message(self, *arguments):
+        pass
+
+
 @pytest.fixture(scope="module")
-def terminal(strangers):
+def address():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/x.jpg"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def terminal(strangers, address):
     """Return exit code and output of each command on a pseudo-terminal."""
     main, side = pty.openpty()
-    commands = json.dumps([arguments for arguments, *_ in COMMANDS.values()])
+    commands = json.dumps([arguments for arguments, *_ in COMMANDS.values()]).replace("ADDRESS", address)
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, commands]
     process = subprocess.Popen(command, stdout=side, stderr=side, cwd=strangers, env=environment)
