@@ -198,7 +198,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def onnx_program(traced: Traced) -> torch.onnx.ONNXProgram:
     """Convert a traced model to ONNX."""
+    axes: dict[str, dict[int, str]] = {PIXELS: {0: "batch", 2: "height", 3: "width"}, SIZES: {}}  # one name each
     options: dict[str, Any] = {"dynamo": True, "verbose": False}
+    options["dynamic_shapes"] = tuple(axes[name] for name in traced.inputs)  # names for its dynamic axes
     program = torch.onnx.export(traced.program, input_names=traced.inputs, output_names=traced.outputs, **options)
     assert program is not None  # None only without dynamo
     return program

@@ -306,6 +306,15 @@ def test_other_programs_can_read_the_description(exports):
     }
 
 
+def test_axes_of_onnx_have_names(exports):
+    import onnx
+
+    graph = onnx.load(exports("tiny", ".onnx", top_k=TOP_K)[0]).graph
+    axes = {value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.input}
+    assert axes == {"pixels": ["batch", 3, "height", "width"], "sizes": ["batch", 2]}
+    assert all(value.type.tensor_type.shape.dim[0].dim_param == "batch" for value in graph.output)
+
+
 def test_top_k_is_at_most_the_number_of_scores(exports, plain):
     graph = module.Graph(plain, dtype=torch.float32, top_k=1000)
     *_, corners, scores, labels = graph(pixels_of(2, 64, 96), torch.tensor([[64, 96], [64, 96]]))
