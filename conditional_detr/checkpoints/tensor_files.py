@@ -138,16 +138,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Read a torch file; only tensors and ``argparse.Namespace`` may be unpickled."""
-    zipped = zipfile.is_zipfile(path)
+    with path.open("rb") as file:  # an OSError of torch may mean a damaged file
+        zipped = zipfile.is_zipfile(file)
     try:
         if zipped:
             with zipfile.ZipFile(path) as archive:
-                if any(file.compress_type != zipfile.ZIP_STORED for file in archive.infolist()):
+                if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
                     raise ValueError("its content is compressed, which torch does not do")
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except OSError:
-        raise
     except Exception as error:  # its type depends on where the file is damaged
         raise ValueError(
             f"{path}: truncated, not a torch file, or not safe to unpickle ({_first_line(error)});"
