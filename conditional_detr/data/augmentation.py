@@ -238,14 +238,14 @@ def make_scene(image: Image.Image | Tensor, boxes: Tensor, labels: Tensor) -> Sc
         labels: (T,) int64.
     """
     if isinstance(image, Tensor):
-        image = tv_tensors.Image(image)
+        image = tv_tensors.Image(image, device=image.device)
     height, width = F.get_size(image)
     return Scene(image, _boxes(boxes, (height, width)), labels)
 
 
 def _boxes(boxes: Tensor, size: tuple[int, int]) -> Boxes:
     """Return boxes (T, 4) as torchvision's type, which includes the size (height, width) of their image."""
-    return tv_tensors.BoundingBoxes(boxes.as_subclass(Tensor), format="XYXY", canvas_size=size)
+    return tv_tensors.BoundingBoxes(boxes.as_subclass(Tensor), format="XYXY", canvas_size=size, device=boxes.device)
 
 
 def _rotate_90(scene: Scene) -> Scene:

@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from conditional_detr import HungarianMatcher, Output, SetLoss
+from conditional_detr.data.augmentation import Augmentation
+from conditional_detr.data.dataset import CocoData, collate
+from conditional_detr.data.synthetic import write_shapes
 from conditional_detr.training import run_folder
 from conditional_detr.training.checkpoints import STATE
 from conditional_detr.training.config import TrainConfig
@@ -51,6 +55,28 @@ def test_global_settings_of_torch_have_no_effect(tmp_path, setting):
         assert (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()) == before
     assert steps_of(tmp_path / "changed") == steps_of(tmp_path / "plain")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("setting", [default_dtype, lambda: torch.device("meta")])
+def test_samples_and_losses_do_not_depend_on_torchs_defaults(tmp_path, setting):
+    """Outside of train(), as in a loop of one's own."""
+    annotations = write_shapes(tmp_path, 2, seed=0, split="train", size=(64, 80))
+
+    def samples_and_losses():
+        data = CocoData(annotations, tmp_path / "train", augmentation=Augmentation.small(quarter_turn=True))
+        pixels, _, targets = collate([data[0], data[1]])
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        plain = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+        output = Output(torch.randn(1, 2, 9, 6, **plain), torch.rand(1, 2, 9, 4, **plain))
+        pairs = HungarianMatcher()(output.logits[-1], output.boxes[-1], targets)
+        return [pixels, *(targets[i]["boxes"] for i in (0, 1)), SetLoss()(output, targets)["total"], *pairs[0]]
+
+    expected = samples_and_losses()
+    with setting():
+        got = samples_and_losses()
+    for a, b in zip(got, expected, strict=True):
+        assert (a.dtype, a.device) == (b.dtype, b.device)
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)  # torchvision computes sizes in the default dtype
 
 
 # ---- variables
