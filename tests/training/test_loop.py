@@ -460,7 +460,7 @@ def test_autocast(tmp_path):
 def test_early_stopping(tmp_path, monkeypatch):
     """AP does not improve for two evaluations: the third epoch after the best one is not trained."""
     aps = iter([0.1, 0.3, 0.2, 0.3, 0.9])
-    monkeypatch.setattr("conditional_detr.training.loop.measure", lambda *_: {"AP": next(aps), "AP50": 0.5})
+    monkeypatch.setattr("conditional_detr.training.run.measure", lambda *_: {"AP": next(aps), "AP50": 0.5})
     config = TrainConfig(epochs=5, batch_size=4, patience=2, workers=0)
     result = run(small_model(), Rectangles(4), Rectangles(2), config, folder=tmp_path)
     assert (result.best_ap, len(result.history), result.stopped_early) == (0.3, 4, True)
