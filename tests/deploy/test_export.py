@@ -310,7 +310,7 @@ def test_axes_of_onnx_have_names(exports):
     import onnx
 
     graph = onnx.load(exports("tiny", ".onnx", top_k=TOP_K)[0]).graph
-    axes = {value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.input}
+    axes = {one.name: [d.dim_param or d.dim_value for d in one.type.tensor_type.shape.dim] for one in graph.input}
     assert axes == {"pixels": ["batch", 3, "height", "width"], "sizes": ["batch", 2]}
     assert all(value.type.tensor_type.shape.dim[0].dim_param == "batch" for value in graph.output)
 
