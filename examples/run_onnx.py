@@ -11,13 +11,15 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 
-def resized_size(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
-    """Return the size with the given shorter side, or a smaller one where the longer side would exceed its limit."""
+def resized_size(height: int, width: int, settings: dict) -> tuple[int, int]:
+    """Return the height and width that an image is resized to."""
+    if settings.get("resizing", "edges") != "edges":  # "fit", "stretch" or "none"
+        largest = settings["size"] or (height, width)
+        scale = min(largest[0] / height, largest[1] / width)
+        return tuple(largest) if settings["resizing"] == "stretch" else (int(height * scale), int(width * scale))
     short, long = min(height, width), max(height, width)
-    target = min(shortest_edge, longest_edge * short / long)
-    if round(target) == short:
-        return height, width
-    resized = max(round(target), 1), int(target * long / short)
+    target = min(settings["shortest_edge"], settings["longest_edge"] * short / long)
+    resized = (short, long) if round(target) == short else (max(round(target), 1), int(target * long / short))
     return resized if height <= width else resized[::-1]
 
 
@@ -34,7 +36,7 @@ def main() -> None:
     names, settings = metadata["class_names"], metadata["preprocessing"]
 
     image = ImageOps.exif_transpose(Image.open(options.image)).convert("RGB")
-    height, width = resized_size(image.height, image.width, settings["shortest_edge"], settings["longest_edge"])
+    height, width = resized_size(image.height, image.width, settings)
     values = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32) / 255
     values = (values - np.float32(settings["mean"])) / np.float32(settings["std"])  # (H, W, 3)
     inputs = {"pixels": values.transpose(2, 0, 1)[None]}

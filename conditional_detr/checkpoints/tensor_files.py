@@ -138,9 +138,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Read a torch file; only tensors and ``argparse.Namespace`` may be unpickled."""
-    with path.open("rb") as file:  # an OSError of torch may mean a damaged file
-        zipped = zipfile.is_zipfile(file)
+    path.open("rb").close()  # a file that cannot be opened; any later error, also an OSError, means a damaged file
     try:
+        zipped = zipfile.is_zipfile(path)
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):

@@ -1,5 +1,6 @@
 """Every form of preprocessing that transformers writes gives transformers' own pixels and detections."""
 
+import importlib.util
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from conditional_detr import Config, Detector, Metadata, Preprocessing
 from conditional_detr.checkpoints.preprocessor_config import read_preprocessor, write_preprocessor
 from conditional_detr.inference.exported import Description
 from conditional_detr.inference.images import open_image, resized_size, to_pixels
+from helpers.models import ROOT
 
 SIZES = ((60, 80), (80, 60), (33, 100), (100, 7), (64, 64), (48, 48))
 
@@ -104,6 +106,18 @@ def test_detections_equal_those_of_transformers(form, tiny, tmp_path):
         torch.testing.assert_close(ours.boxes, boxes, rtol=0, atol=1e-2)
         assert ours.labels.tolist() == results[0]["labels"].tolist()
         assert torch.equal(saved.boxes, ours.boxes)
+
+
+def test_the_example_without_this_library_resizes_in_the_same_way():
+    from dataclasses import asdict
+
+    spec = importlib.util.spec_from_file_location("run_onnx", ROOT / "examples" / "run_onnx.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    for _, preprocessing in FORMS.values():
+        settings = json.loads(json.dumps(asdict(preprocessing)))
+        for size in SIZES:
+            assert example.resized_size(*size, settings) == resized_size(*size, preprocessing)
 
 
 def test_half_and_largest_sizes():
