@@ -1,14 +1,14 @@
 """``conditional-detr train``: train or fine-tune on a dataset in COCO format, in one process or several."""
 
-import json
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from conditional_detr.cli.console import INTERRUPTED, Precision, one_line_errors, out, print_line
+from conditional_detr.cli.train_model import make_model, resumed_model, with_dropout
 from conditional_detr.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from conditional_detr.modeling.conditional_detr import ConditionalDETR
     from conditional_detr.modeling.metadata import Preprocessing
     from conditional_detr.training.run import TrainResult
-
-UNTRAINED = "none"
-"""Value of ``--weights`` for a randomly initialised model."""
 
 _DATA, _MODEL, _IMAGES = "Data", "Model", "Image size and augmentation"
 _OPTIMIZER, _SPEED, _CHECKPOINTS = "Optimisation", "Speed and memory", "Evaluation and checkpoints"
@@ -215,10 +212,10 @@ def train(
         changes["autocast"] = None if autocast is Precision.FLOAT32 else autocast.value
         config = replace(getattr(TrainConfig, preset.value)(), **changes)
         start = (weights, architecture, backbone_weights, num_queries, seed)
-        model = _resumed_model(data, output, *start) if resume else None
-        model = model or _model(data, *start)
+        model = resumed_model(data, output, *start) if resume else None
+        model = model or make_model(data, *start)
         if dropout is not None:
-            model = _with_dropout(model, dropout)
+            model = with_dropout(model, dropout)
         edges = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
         preprocessing = _preprocessing(model.metadata.preprocessing, edges)
         chosen = _augmentation(augmentation, preset, vertical_flip, quarter_turn)
@@ -227,119 +224,6 @@ def train(
         result = _run(model, *datasets, config, output, resume, not no_check)
     if result is not None:
         _show(result)
-
-
-def _model(
-    data: Path,
-    weights: str | None,
-    architecture: str,
-    backbone_weights: Path | None,
-    num_queries: int | None,
-    seed: int,
-) -> "ConditionalDETR":
-    """Return the initial model: from weights, or randomly initialised."""
-    import torch
-
-    from conditional_detr.checkpoints.backbone_weights import load_backbone_weights
-    from conditional_detr.checkpoints.loading import from_pretrained
-    from conditional_detr.data.annotations import map_classes
-    from conditional_detr.data.coco import read_annotations
-    from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
-    from conditional_detr.modeling.metadata import Metadata
-
-    names, _ = map_classes(read_annotations(data), None)
-    torch.manual_seed(seed)
-    if weights is None:
-        raise ValueError(
-            "--weights: expected a checkpoint to start from: a folder, a file, a hub id, or none for random weights"
-        )
-    if weights != UNTRAINED:
-        for name, value in (("architecture", architecture), ("backbone-weights", backbone_weights)):
-            if value:
-                raise ValueError(f"--{name}: expected none with --weights {weights}, got {str(value)!r}")
-        return from_pretrained(weights, class_names=names, num_queries=num_queries)
-    queries = {} if num_queries is None else {"num_queries": num_queries}
-    config = Config(**{**_read_architecture(architecture), **queries, "num_classes": len(names)})
-    model = ConditionalDETR(config, Metadata(names))
-    if backbone_weights is not None:
-        report = load_backbone_weights(model, backbone_weights)
-        unused = f", and {len(report.unused)} tensors that it does not have" if report.unused else ""
-        print_line(f"{backbone_weights}: all {len(report.loaded)} tensors of the backbone{unused}")
-    return model
-
-
-def _resumed_model(
-    data: Path,
-    output: Path,
-    weights: str | None,
-    architecture: str,
-    backbone_weights: Path | None,
-    num_queries: int | None,
-    seed: int,
-) -> "ConditionalDETR | None":
-    """Return the model of a run to resume, which then gets the weights of its training state; None: no such run.
-
-    With --weights, that is the model that the run would begin with, so that train() compares its architecture.
-
-    Raises:
-        ValueError: --weights are not those that the run began with, or an option needs --weights.
-    """
-    from conditional_detr.checkpoints.loading import from_pretrained
-    from conditional_detr.training.checkpoints import LAST, STATE, read_training_state
-    from conditional_detr.training.record import digest_of_weights, initial_model
-
-    state = read_training_state(output, mmap=True)
-    if state is None:
-        return None
-    if weights is None:
-        for name, value in (("architecture", architecture), ("backbone-weights", backbone_weights)):
-            if value:
-                raise ValueError(f"--{name}: expected --weights {UNTRAINED} with it, got {str(value)!r} alone")
-        # a state of an earlier version does not have the metadata
-        model = initial_model(state) if "category_ids" in state else from_pretrained(output / LAST)
-        queries = model.config.num_queries
-        if num_queries not in (None, queries):
-            raise ValueError(f"--num-queries: expected {queries}, as the run in {output} has, got {num_queries}")
-        return model
-    model = _model(data, weights, architecture, backbone_weights, num_queries, seed)
-    settings, began = state["settings"], state.get("initial_weights")
-    shape = {**settings["architecture"], "dropout": model.config.dropout}
-    same_shape = shape == asdict(model.config) and tuple(settings["classes"]) == model.metadata.class_names
-    if began is None:
-        print_line(f"warning: {output / LAST / STATE}: does not record --weights, which could not be compared")
-    elif same_shape and settings["seed"] == seed and digest_of_weights(model) != began:
-        raise ValueError(
-            f"--weights: expected the weights that the run in {output} began with, got others in {weights}; without"
-            " --weights, --resume continues from its own"
-        )
-    return model
-
-
-def _with_dropout(model: "ConditionalDETR", dropout: float) -> "ConditionalDETR":
-    """Return a copy of the model with another dropout."""
-    from conditional_detr.modeling.conditional_detr import ConditionalDETR
-
-    other = ConditionalDETR(replace(model.config, dropout=dropout), model.metadata)
-    other.load_state_dict(model.state_dict())
-    other.load_report = model.load_report
-    return other
-
-
-def _read_architecture(text: str) -> dict[str, Any]:
-    """Read 'backbone=resnet18 num_queries=100'; values are JSON, or else text."""
-    from conditional_detr.modeling.conditional_detr import Config
-
-    found: dict[str, Any] = {}
-    known = [f.name for f in fields(Config) if f.name != "num_classes"]
-    for part in text.replace(",", " ").split():
-        name, equals, value = part.partition("=")
-        if name not in known or not equals:
-            raise ValueError(f"--architecture: expected name=value with a name of {', '.join(known)}, got {part!r}")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
 
 
 def _preprocessing(present: "Preprocessing", edges: dict[str, int | None]) -> "Preprocessing":

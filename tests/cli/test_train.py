@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from conditional_detr import ConditionalDETR, Detector
 from conditional_detr.cli import app
-from conditional_detr.cli.train import Augment, Preset, _augmentation, _with_dropout
+from conditional_detr.cli.train import Augment, Preset, _augmentation
+from conditional_detr.cli.train_model import with_dropout
 from conditional_detr.data.synthetic import CLASS_NAMES, write_shapes
 from conditional_detr.training.logging import RunLogger
 from helpers.models import assert_same
@@ -127,7 +128,7 @@ def test_vertical_flips_and_turns_come_on_top(wish, most):
 
 def test_another_dropout_and_the_same_weights(small):
     model = ConditionalDETR.from_pretrained(small)
-    other = _with_dropout(model, 0.25)
+    other = with_dropout(model, 0.25)
     assert (other.config.dropout, other.encoder.layers[0].dropout.p) == (0.25, 0.25)
     assert (other.decoder.layers[0].self_attention.dropout, other.metadata) == (0.25, model.metadata)
     assert_same(model, other)
