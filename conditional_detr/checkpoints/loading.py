@@ -4,8 +4,11 @@ Every tensor of the file is used exactly once and every parameter is filled; oth
 """
 
 import logging
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,7 +195,7 @@ def _fill(model: ConditionalDETR, checkpoint: Checkpoint, key_map: KeyMap, devic
     sources = {native: source_of(native, key_map) for native in slots}
     used = {source.name for source in sources.values()}
     unexpected = [key for key in tensors if key not in used and not key.endswith(_IGNORED)]
-    missing, wrong_shape, filled, sums = [], [], {}, []
+    missing, wrong_shape, fitting = [], [], {}
     for native, source in sources.items():
         if source.name not in tensors:
             missing.append(f"{source} (native name {native})")
@@ -202,11 +205,13 @@ def _fill(model: ConditionalDETR, checkpoint: Checkpoint, key_map: KeyMap, devic
             want, got = f"{tuple(expected)} floating point", f"{tuple(stored.shape)} {stored.dtype}"
             wrong_shape.append(f"{source} (native name {native}): expected {want}, got {got}")
             continue
-        copy, total = _copy(stored if source.third is None else stored.chunk(3)[source.third], device)
+        fitting[native] = stored if source.third is None else stored.chunk(3)[source.third]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # its threads end here: a fork is safe afterwards
+        copies = [*pool.map(partial(_copy, device=device), fitting.values())]
+    filled = {native: copy for native, (copy, _) in zip(fitting, copies, strict=True)}
+    for native, copy in filled.items():
         slots[native].fill(copy)
-        filled[native] = copy
-        sums.append(total)
-    infinite = [f"{sources[native]} (native name {native})" for native in not_finite(filled, sums)]
+    infinite = [f"{sources[name]} (native name {name})" for name in not_finite(filled, [total for _, total in copies])]
     problems = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong_shape, "not finite": infinite}
     if any(problems.values()):
         listed = "".join(f"\n  {problem}: {abbreviate(keys)}" for problem, keys in problems.items() if keys)

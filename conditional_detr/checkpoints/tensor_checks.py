@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from math import isfinite
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,16 +12,20 @@ _BLOCK = 2**15 - 1  # elements; torch starts its thread pool for more
 
 
 def copy_values(source: Tensor, target: Tensor) -> Tensor:
-    """Copy values to a tensor of the same shape on the CPU, and return their sum.
+    """Copy values to a float32 tensor of the same shape on the CPU, and return their sum.
 
-    It copies in blocks, and sums each block while it is in the processor's cache. Blocks are small enough that torch
-    does not start its thread pool: a process with one hangs when it is forked and the child computes.
+    numpy computes in one thread. torch would start its thread pool, and a process with one hangs when it is forked and
+    the child computes.
     """
-    sums = []
-    for part, copy in zip(_blocks(source), _blocks(target), strict=True):
-        copy.copy_(part)
-        sums.append(copy.sum())
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    copy = target.numpy()
+    if source.dtype == torch.bfloat16:  # numpy does not have it
+        for part, block in zip(_blocks(source), _blocks(target), strict=True):
+            block.copy_(part)
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32; not_finite() reports it
+            np.copyto(copy, source.detach().numpy(), casting="same_kind")
+    with np.errstate(over="ignore", invalid="ignore"):
+        return torch.tensor(copy.sum(), dtype=torch.float32, device="cpu")
 
 
 def not_finite(tensors: dict[str, Tensor], sums: Sequence[Tensor]) -> list[str]:

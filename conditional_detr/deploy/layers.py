@@ -106,13 +106,13 @@ class FastCrossAttention(CrossAttention):
         for name in ("content_query", "spatial_query", "output"):
             setattr(self, name, join_linears(computation, getattr(plain, name)))
 
-    def gather(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
         """Return attention (B, N, D) of queries (B, N, 2D) over keys (B, S, 2D) and values (B, S, D)."""
         v = v.unflatten(-1, (self.heads, -1))
         width = v.shape[-1]
         v = F.pad(v, (0, k.shape[-1] // self.heads - width)).flatten(-2)
-        gathered = attend(q, k, v, self.heads, padding=padding).unflatten(-1, (self.heads, -1))
-        return self.output(gathered[..., :width].flatten(-2))
+        attended = attend(q, k, v, self.heads, padding=padding).unflatten(-1, (self.heads, -1))
+        return self.output(attended[..., :width].flatten(-2))
 
 
 class FastDecoder(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from conditional_detr import ConditionalDETR, Config, Detector, optimize
+from conditional_detr.deploy import layers
 from conditional_detr.deploy.backbone import FastBackbone
 from conditional_detr.deploy.kernels import Computation
 from conditional_detr.deploy.summary import summarise
@@ -186,3 +187,13 @@ def test_errors_of_the_optimised_copy(plain, tmp_path):
         with pytest.raises(error, match=message):
             do()
     fast.eval()
+
+
+@pytest.mark.parametrize("name", ["FastTokenAttention", "FastQueryAttention", "FastCrossAttention", "FastFeedForward"])
+def test_methods_of_fast_layers_replace_those_of_the_plain_ones(name):
+    """A method under another name would never be called, and nobody would notice but by the time it takes."""
+    fast = getattr(layers, name)
+    (plain,) = fast.__bases__
+    own = {attribute for attribute, value in vars(fast).items() if callable(value) and not attribute.startswith("__")}
+    assert own
+    assert own <= set(vars(plain))
