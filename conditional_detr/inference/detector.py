@@ -275,10 +275,13 @@ class Detector:
         for index, image in enumerate(images):
             name = source_name(image, f"images[{index}]")
             in_memory = isinstance(image, Image.Image | np.ndarray | Tensor)
-            try:
-                yield (snapshot(image, name) if snapshots or not in_memory else image), name
-            except IMAGE_ERRORS as error:
-                yield error, name
+            item: ImageSource | Exception = image
+            if snapshots or not in_memory:
+                try:
+                    item = snapshot(image, name)
+                except IMAGE_ERRORS as error:
+                    item = error
+            yield item, name
 
     def _prepare(self, item: _Item, *, keep: bool) -> _Prepared | Exception:
         """Open and resize an image, or return the error that this raises."""

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 _UNFINISHED = ".unfinished"
@@ -47,8 +47,11 @@ def write_atomically(writers: Mapping[Path, Callable[[Path], object]]) -> None:
             _flush(journal)
             journal.replace(folder / _JOURNAL)
             del renames[folder / _JOURNAL]
+        # with a journal, a reader may have renamed some of them already
+        renamed_before = suppress(FileNotFoundError) if len(renames) > 1 else nullcontext()
         for path, temporary in renames.items():
-            temporary.replace(path)
+            with renamed_before:
+                temporary.replace(path)
         _flush(folder)
         if len(renames) > 1:
             (folder / _JOURNAL).unlink(missing_ok=True)

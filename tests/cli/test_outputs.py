@@ -98,8 +98,7 @@ INPUTS = [
     ("check-data", ["--data", "data.json", "--images", "images", "--sheet", "linked/11.png"], "images/11.png"),
     ("evaluate", ["--data", "data.json", "--results", "results.json", "--json", "results.json"], "results.json"),
     ("evaluate", ["--data", "data.json", "--images", "images", "--json", "hard.json"], "data.json"),
-    ("attention", ["photo-attention-1.png", "--output", "."], "photo-attention-1.png"),
-    ("detect", ["images", "--output", "linked", "--no-resume"], "images/10.png"),
+    ("detect", ["images", "--output", "linked"], "images/10.png"),
     ("detect", ["photo.png", "--output", "."], "photo.png"),
     ("convert", ["weights", "weights"], "weights/config.json"),
     ("convert", ["weights", "weights/model.safetensors", "--to", "original"], "weights/model.safetensors"),
@@ -113,15 +112,10 @@ def test_an_input_is_never_written_also_when_asked(folder, small, command, optio
     Path("linked").symlink_to("images")
     os.link("data.json", "hard.json")
     Path("results.json").write_text("[]")
-    shutil.copy("photo.png", "photo-attention-1.png")
     before = Path(file).read_bytes()
-    options = [option for option in options if option != "--no-resume"]
-    if command in ("attention", "detect") or (command == "evaluate" and "--images" in options):
-        options += ["--weights", "weights"]
+    if command == "detect" or (command == "evaluate" and "--images" in options):
+        options = [*options, "--weights", "weights"]
     result = CliRunner().invoke(app, [command, *options, "--overwrite"])
-    if command == "attention":  # the drawing has another name than its input: nothing is to be refused
-        assert Path(file).read_bytes() == before
-        return
     assert result.exit_code == 2, result.output
     assert Path(file).read_bytes() == before
 

@@ -118,3 +118,22 @@ def test_an_error_names_the_file_and_leaves_nothing(tmp_path):
         write_atomically({tmp_path / "a": lambda path: path.write_bytes(b"new"), tmp_path / "b": fail})
     assert caught.value.errno == 28
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_reader_between_the_renames_disturbs_no_writer(tmp_path, monkeypatch, at):
+    """The reader completes the renames, since it cannot see that the writer is alive."""
+    replaced, plain = [], Path.replace
+
+    def replace(self, target):
+        result = plain(self, target)
+        replaced.append(target)
+        if len(replaced) == at:
+            recover(tmp_path)
+        return result
+
+    monkeypatch.setattr(Path, "replace", replace)
+    write_atomically({tmp_path / name: lambda path: path.write_bytes(b"new") for name in NAMES})
+    assert {(tmp_path / name).read_bytes() for name in NAMES} == {b"new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
+    assert replaced[0].name == ".conditional_detr.journal"
