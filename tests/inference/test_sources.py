@@ -4,6 +4,7 @@ import base64
 import http.server
 import io
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from conditional_detr.inference.images import open_image
-from conditional_detr.inference.sources import Limits, resolve_source, source_name
+from conditional_detr.inference.sources import DOWNLOAD, Limits, resolve_source, source_name
 
 RGB = np.random.default_rng(2).integers(0, 255, (24, 32, 3), dtype=np.uint8)
 
@@ -109,6 +110,51 @@ def test_url_without_an_image(server, path, limits, error, message):
         open_image(server + path, "image", limits)
     assert str(caught.value).startswith(server + path)
     assert time.monotonic() - start < 1.5
+    assert_downloads_end()
+
+
+def assert_downloads_end():
+    """A server that goes on sending holds no thread, and so no connection, beyond the deadline."""
+    end = time.monotonic() + 0.5  # seconds; the slow answers take at least 2
+    while any(thread.name == DOWNLOAD for thread in threading.enumerate()):
+        assert time.monotonic() < end, "a download goes on"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("url", "first"),
+    [
+        ("http://{}/a.png", b"HTTP/1.1 200 OK\r\n"),
+        ("https://{}/a.png", b"\x16\x03\x03\x40\x00"),  # TLS: a record of the handshake with 16 KiB
+        ("https://host.invalid/a.png", b"HTTP/1.1 200 OK\r\n"),  # the answer of a proxy
+    ],
+    ids=["headers", "handshake", "proxy"],
+)
+def test_the_deadline_closes_the_connection(url, first, monkeypatch):
+    ended = threading.Event()
+
+    def answer(listening):
+        client, _ = listening.accept()
+        with client:
+            try:
+                client.recv(1 << 16)
+                client.sendall(first)
+                for _ in range(100):
+                    client.sendall(b"X")
+                    time.sleep(0.05)
+            except OSError:  # closed by the client
+                ended.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        monkeypatch.setenv("https_proxy", f"http://{address}" if "host" in url else "")
+        monkeypatch.setenv("no_proxy", "" if "host" in url else "*")
+        thread = threading.Thread(target=answer, args=(listening,), daemon=True)
+        thread.start()
+        with pytest.raises(OSError, match=r"a\.png: the URL cannot be fetched: timed out"):
+            resolve_source(url.format(address), "image", Limits(timeout=0.3))
+        assert_downloads_end()
+        assert ended.wait(2)
 
 
 def test_refused_connection():
