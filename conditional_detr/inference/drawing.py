@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from conditional_detr.inference.label_placement import MIN_FONT_SIZE, Rectangle, arrange_labels, shorten
 from conditional_detr.system.console import printable
 
 Colour: TypeAlias = tuple[int, int, int]
-Rectangle: TypeAlias = tuple[int, int, int, int]  # x0 y0 x1 y1 in whole pixels; x1 and y1 are exclusive
 Font: TypeAlias = ImageFont.FreeTypeFont
 
 HALO_OPACITY = 150  # 0..255, of the thin contrasting line around boxes and labels
-MIN_FONT_SIZE = 11  # pixels: the smallest size that is easy to read
 # One hexadecimal digit each of red, green and blue, for the 91 classes of the published checkpoint. The first seven
 # differ in hue. Each of the others is the saturated colour with the largest distance (in OKLab, which models human
 # vision) to all earlier colours, above all to the previous six.
@@ -71,7 +70,7 @@ def draw_boxes(
     drawn = image.convert("RGB")
     line = math.ceil(math.sqrt(drawn.width * drawn.height) / 350)
     frames = [_frame(box, line, drawn.size) for box in boxes]
-    tags = _arrange_labels(frames, list(zip(names, scored, strict=True)), drawn.size, font_at)
+    tags = arrange_labels(frames, list(zip(names, scored, strict=True)), drawn.size, font_at)
     colours = [class_colour(label) for label in labels]
     canvas = ImageDraw.Draw(drawn, "RGBA")
     for frame, colour in reversed(list(zip(frames, colours, strict=True))):
@@ -88,54 +87,6 @@ def class_colour(label: int) -> Colour:
     """Return the colour of a class index, modulo 91. All 91 differ, those of near indices the most."""
     red, green, blue = (17 * int(digit, 16) for digit in COLOURS.split()[label % 91])
     return red, green, blue
-
-
-def fit_label(
-    name: str, score: float | None, max_width: float, size: int, measure: Callable[[str, int], float]
-) -> tuple[str, int]:
-    """Return the text and font size of a label that fits into a width.
-
-    If the label is too wide, first the font size decreases to ``MIN_FONT_SIZE``, then the score is dropped, then the
-    name is shortened, if necessary to nothing.
-
-    Args:
-        name: class name.
-        score: score; None: only the name.
-        max_width: largest width in pixels.
-        size: largest font size in pixels.
-        measure: returns the width of a text at a font size.
-    """
-    name = printable(" ".join(name.split()))
-    text = name if score is None else f"{name} {score:.2f}".strip()
-    for smaller in range(size, MIN_FONT_SIZE - 1, -1):
-        if measure(text, smaller) <= max_width:
-            return text, smaller
-    return _shorten(name, max_width, lambda part: measure(part, MIN_FONT_SIZE)), MIN_FONT_SIZE
-
-
-def place_labels(
-    boxes: Sequence[Rectangle], sizes: Sequence[tuple[int, int]], image: tuple[int, int]
-) -> list[Rectangle]:
-    """Return a rectangle for the label of each box; the first boxes are placed first.
-
-    Each rectangle is next to or inside its box, and inside the image. Of the candidates, those that cover the least
-    area of earlier labels remain; of these, the one that covers the smallest shares of all boxes is used.
-
-    Args:
-        boxes: K boxes.
-        sizes: K label sizes (width, height).
-        image: (width, height) of the image.
-    """
-    count = len(boxes)
-    taken = np.array([*boxes, *boxes]).reshape(-1, 4)  # the boxes, then the labels that are placed
-    areas = (taken[:count, 2:] - taken[:count, :2]).prod(1).clip(min=1)
-    for i, (box, size) in enumerate(zip(boxes, sizes, strict=True)):
-        candidates = _candidates(box, size, image)
-        shared = _overlap(candidates, taken[: count + i])
-        # shares, not pixels: a label easily hides a small object; later candidates have a small penalty
-        hidden = (shared[:, :count] / areas).sum(1) + 0.05 * np.arange(len(candidates))
-        taken[count + i] = candidates[np.lexsort((hidden, shared[:, count:].sum(1)))[0]]
-    return [(x0, y0, x1, y1) for x0, y0, x1, y1 in taken[count:].tolist()]
 
 
 def draw_attention(
@@ -230,62 +181,6 @@ def _outline(canvas: ImageDraw.ImageDraw, frame: Rectangle, colour: Colour, line
     canvas.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=line)
 
 
-def _arrange_labels(
-    frames: Sequence[Rectangle],
-    scored_names: Sequence[tuple[str, float | None]],
-    image: tuple[int, int],
-    font_at: Callable[[int], Font],
-) -> list[tuple[str, int, Rectangle]]:
-    """Return the text, font size and rectangle of each label; if labels overlap, use a smaller font size for all."""
-
-    def width(text: str, size: int) -> int:
-        return math.ceil(font_at(size).getlength(text)) + 2 * (size // 3)
-
-    def height(size: int) -> int:
-        return sum(font_at(size).getmetrics()) + 2
-
-    largest = max(round(math.sqrt(image[0] * image[1]) / 44), MIN_FONT_SIZE + 1)
-    for size in (max(round(share * largest), MIN_FONT_SIZE) for share in (1, 0.85, 0.7)):
-        labels = [fit_label(name, score, image[0], size, width) for name, score in scored_names]
-        labels = [(text if height(fitted) <= image[1] else "", fitted) for text, fitted in labels]
-        sizes = [(width(text, fitted), height(fitted)) if text else (0, 0) for text, fitted in labels]
-        rectangles = place_labels(frames, sizes, image)
-        corners = np.array(rectangles).reshape(-1, 4)
-        if _overlap(corners, corners).sum() == sum(math.prod(size) for size in sizes):
-            break  # each label overlaps only itself
-    return [(text, fitted, rectangle) for (text, fitted), rectangle in zip(labels, rectangles, strict=True)]
-
-
-def _candidates(box: Rectangle, size: tuple[int, int], image: tuple[int, int]) -> np.ndarray:
-    """Return rectangles (P, 4) for a label inside the image, the best first."""
-    (x0, y0, x1, y1), (width, height) = box, size
-    last_x, last_y = image[0] - width, image[1] - height
-    left, right, middle = (min(max(x, 0), last_x) for x in (x0, x1 - width, (x0 + x1 - width) // 2))
-    above, inside, low, below = y0 - height, y0, y1 - height, y1
-    positions = [(left, above), (left, inside), (right, above), (left, below), (right, below)]
-    positions += [(x, y) for x in (x1, x0 - width) for y in (inside, low)]
-    positions += [(middle, above), (middle, below), (right, inside), (left, low), (right, low), (middle, inside)]
-    inner = [(x, y) for x, y in positions if 0 <= x <= last_x and 0 <= y <= last_y]
-    corners = np.array([*inner, (left, min(inside, last_y))])
-    return np.concatenate([corners, corners + np.array(size)], axis=1)
-
-
-def _overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the intersection areas (A, B) of rectangles (A, 4) and (B, 4)."""
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    return (high - low).clip(min=0).prod(-1)
-
-
-def _shorten(text: str, max_width: float, measure: Callable[[str], float]) -> str:
-    """Shorten a text with an ellipsis to a width; return an empty string if not even the ellipsis fits."""
-    if measure(text) <= max_width:
-        return text
-    most = min(len(text) - 1, int(max_width))  # a character is about a pixel wide at least
-    parts = (text[:end].rstrip() + "\N{HORIZONTAL ELLIPSIS}" for end in range(most, -1, -1))
-    return next((part for part in parts if measure(part) <= max_width), "")
-
-
 def _contrast(colour: Colour) -> Colour:
     """Return black or white, the one with more contrast: by WCAG both are equal at a luminance of 0.179."""
     red, green, blue = ((value / 255) ** 2.2 for value in colour)
@@ -307,7 +202,7 @@ def _compose_sheet(cells: dict[str, list[Image.Image]], title: str, font: Font) 
     drawn = Image.new("RGB", (left + width, bottom + text + GAP), "white")
     canvas = ImageDraw.Draw(drawn)
     canvas.text(
-        (left, top - GAP), _shorten(printable(" ".join(title.split())), width, font.getlength), "black", font, "ld"
+        (left, top - GAP), shorten(printable(" ".join(title.split())), width, font.getlength), "black", font, "ld"
     )
     for row, (name, images) in enumerate(cells.items()):
         for head, image in enumerate(images):
