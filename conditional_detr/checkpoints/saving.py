@@ -23,32 +23,42 @@ from conditional_detr.checkpoints.preprocessor_config import write_preprocessor
 from conditional_detr.checkpoints.tensor_checks import abbreviate, not_finite
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
 from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.system.outputs import check_output
 
 _log = logging.getLogger(__name__)
 _AUTHORS_SUFFIX = ".pth"
+_MARK = {"writer": "conditional_detr"}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", _AUTHORS_SUFFIX}
 
 
-def save_pretrained(model: ConditionalDETR, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def save_pretrained(
+    model: ConditionalDETR, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+) -> None:
     """Save a model in the published format, which transformers and ``from_pretrained`` read.
 
     Write ``config.json``, ``preprocessor_config.json`` and ``model.safetensors``, all of them or none.
 
     Args:
         model: the model.
-        folder: created if missing; these three files in it are replaced, other files stay.
+        folder: created if missing. Files of an earlier call are replaced; other files stay.
         dtype: precision on disk, such as ``torch.float16``; default: the model's own. Loading gives float32 again.
+        overwrite: replace these three files also if another program wrote them.
 
     Raises:
-        OSError: the folder cannot be created or written.
+        OSError: the folder cannot be created or written, or has such a file of another program.
         ValueError: the format has no name for a parameter, or a parameter does not fit the config or is not finite in
             ``dtype``.
     """
-    save_as(model, folder, "published", dtype=dtype)
+    save_as(model, folder, "published", dtype=dtype, overwrite=overwrite)
 
 
 def save_as(
-    model: ConditionalDETR, target: str | Path, name_format: NameFormat, *, dtype: torch.dtype | None = None
+    model: ConditionalDETR,
+    target: str | Path,
+    name_format: NameFormat,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> tuple[Path, ...]:
     """Save a model in a name format; ``from_pretrained`` reads each of them.
 
@@ -59,15 +69,16 @@ def save_as(
 
     Args:
         model: the model.
-        target: the folder, created if missing, or the ``.pth`` file; existing files are replaced.
+        target: the folder, created if missing, or the ``.pth`` file.
         name_format: "published", "transformers5" or "original".
         dtype: precision on disk, such as ``torch.float16``; default: the model's own. Loading gives float32 again.
+        overwrite: replace existing files; in a folder, those of an earlier call are always replaced.
 
     Returns:
         The files that were written, the weights first.
 
     Raises:
-        OSError: the target cannot be written.
+        OSError: the target cannot be written, or exists.
         ValueError: an unknown name format; the target is a file instead of a folder, or a folder instead of a file; a
             parameter does not fit the config, or is not finite in ``dtype``; "original": the authors' code does not
             build this backbone.
@@ -75,6 +86,9 @@ def save_as(
     writers = writers_of(model, target, name_format, dtype=dtype)
     files = tuple(writers)
     files[0].parent.mkdir(parents=True, exist_ok=True)
+    ours = _is_ours(files[0])
+    for file in files:
+        check_output(file, overwrite=overwrite, ours=ours)
     write_tensors(writers)
     if name_format == "original":
         _warn_of_lost_metadata(model, files[0])
@@ -218,7 +232,18 @@ def write_tensors(writers: Mapping[Path, Callable[[Path], object]]) -> None:
 def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata={"format": "pt", **_MARK})
+
+
+def _is_ours(weights: Path) -> bool:
+    """Return whether this library wrote a safetensors file; another program that saves it again drops the mark."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(weights, "pt") as file:
+            return _MARK.items() <= (file.metadata() or {}).items()
+    except Exception:  # no file, or another format: the type of the error depends on the content
+        return False
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:

@@ -52,7 +52,7 @@ def convert(
             if file.parent.is_dir():  # otherwise it is made
                 check_output(file, inputs=[source], overwrite=overwrite)
         model = from_pretrained(source, revision=revision)
-        weights, *_ = save_as(model, target, name_format, dtype=getattr(torch, dtype.value))
+        weights, *_ = save_as(model, target, name_format, dtype=getattr(torch, dtype.value), overwrite=overwrite)
     report = model.load_report
     assert report is not None  # a loaded model has one
     written = f"{weights} ({name_format} names, {dtype.value}, {megabytes(weights.stat().st_size)})"

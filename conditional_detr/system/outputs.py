@@ -32,7 +32,7 @@ def check_output(
         if is_same_file(path, entry) or (Path(entry).is_dir() and _is_below(path, Path(entry))):
             raise ValueError(f"{path}: expected a file to write, got an input")
     if not (overwrite or ours):
-        raise FileExistsError(f"{path}: already exists; --overwrite replaces it")
+        raise FileExistsError(f"{path}: already exists; set overwrite to replace it")
 
 
 def is_same_file(first: str | Path, second: str | Path) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForObjectDetection
 
 from conditional_detr import ConditionalDETR, Config, Metadata, Preprocessing
 from conditional_detr.checkpoints.files import open_checkpoint
@@ -294,9 +295,9 @@ def test_interrupted_saving_leaves_the_old_files(small, tmp_path, monkeypatch, n
     with monkeypatch.context() as patched:
         patched.setattr(writer, full)
         with pytest.raises(OSError, match="No space left"):
-            save_as(changed, target, name_format)
+            save_as(changed, target, name_format, overwrite=True)
     assert contents(weights.parent) == before
-    save_as(changed, target, name_format)
+    save_as(changed, target, name_format, overwrite=True)
     assert contents(weights.parent) != before
     assert contents(weights.parent).keys() == before.keys()
 
@@ -314,10 +315,30 @@ def test_a_full_disk_is_an_oserror(small, tmp_path, name_format):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
         with pytest.raises(OSError, match=rf"{weights.name}: cannot be written; check disk space and permissions \("):
-            save_as(small, target, name_format)
+            save_as(small, target, name_format, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(weights.parent) == before
+
+
+def test_only_files_of_an_earlier_call_are_replaced(tiny, small, tmp_path):
+    """A checkpoint that transformers has saved stays, also if it is one that this library wrote before."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for _ in range(2):
+        small.save_pretrained(ours)
+    AutoModelForObjectDetection.from_pretrained(ours).save_pretrained(theirs)
+    for folder in (theirs, tiny.folder):
+        before = contents(folder)
+        with pytest.raises(FileExistsError, match=r"already exists; set overwrite to replace it"):
+            small.save_pretrained(folder)
+        assert contents(folder) == before
+    small.save_pretrained(theirs, overwrite=True)
+    assert contents(theirs) | contents(ours) == contents(theirs)
+    path, *_ = save_as(small, tmp_path / "authors.pth", "original")
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match=r"authors\.pth: already exists"):
+        save_as(small, path, "original")
+    assert path.read_bytes() == before
 
 
 def test_files_have_the_users_default_permissions(tiny, tmp_path):

@@ -150,3 +150,20 @@ def test_written_images_equal_drawn_ones(tmp_path):
         assert np.abs(np.asarray(saved).astype(int) - np.asarray(image)).mean() < 8  # jpeg
     far = {image_index(split, i) for split in ("train", "val", "demo") for i in (0, 10**6)}
     assert len(far) == 6
+
+
+def test_only_files_of_an_earlier_call_are_replaced(tmp_path):
+    for seed in (0, 1):
+        path = write_shapes(tmp_path, 2, seed=seed, split="train", size=(64, 64))
+    before = path.read_bytes()
+    mine = tmp_path / "val" / "000001.jpg"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=r"000001\.jpg: already exists; set overwrite to replace it"):
+        write_shapes(tmp_path, 2, seed=0, split="val", size=(64, 64))
+    assert [file.name for file in mine.parent.iterdir()] == [mine.name]
+    assert mine.read_bytes() == b"mine"
+    path.write_text('{"images": [], "annotations": [], "categories": []}')
+    with pytest.raises(FileExistsError, match=r"instances_train\.json: already exists"):
+        write_shapes(tmp_path, 2, seed=1, split="train", size=(64, 64))
+    assert write_shapes(tmp_path, 2, seed=1, split="train", size=(64, 64), overwrite=True).read_bytes() == before
