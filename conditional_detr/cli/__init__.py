@@ -3,10 +3,13 @@
 The files import what a command needs when it runs: ``--help`` and shell completion load neither torch nor torchvision.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version as version_of
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from conditional_detr.cli.attention import attention
 from conditional_detr.cli.benchmark import benchmark
@@ -19,8 +22,33 @@ from conditional_detr.cli.export import export
 from conditional_detr.cli.info import info
 from conditional_detr.cli.quantize import quantize
 from conditional_detr.cli.train import train
+from conditional_detr.system.console import printable
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+@contextmanager
+def _printable_usage_errors() -> Iterator[None]:
+    """Escape control characters of arguments in typer's own messages."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str):  # the class of usage errors is not public
+            error.message = "\n".join(map(printable, message.split("\n")))  # type: ignore[attr-defined]
+        raise
+
+
+class _Commands(TyperGroup):
+    """The commands, with printable usage errors."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _printable_usage_errors():
+            return super().make_context(*args, **options)
+
+    def invoke(self, *args: Any) -> Any:
+        with _printable_usage_errors():
+            return super().invoke(*args)
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 _PANELS = {
     "Detect": (detect, attention),

@@ -276,7 +276,7 @@ class _Run:
             out.print(self._classes_table())
         finished = self.done - len(self.failures)
         counts = ", ".join(_count(*numbers) for numbers in ((finished, "image"), (self.objects.total(), "object")))
-        print_line(f"{counts}; written to {', '.join(map(str, files))}", to=out)
+        print_line(counts + (f"; written to {', '.join(map(str, files))}" if finished else ""), to=out)
         if self.failures:
             print_line(f"{len(self.failures)} of {self.done} images failed:", style="red")
             for failure in self.failures[:_MOST_FAILURES]:

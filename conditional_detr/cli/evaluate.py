@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from conditional_detr.cli.console import AUTO, err, one_line_errors, out, print_line
-from conditional_detr.cli.options import DEVICE, OVERWRITE, WEIGHTS, open_detector
+from conditional_detr.cli.options import DEVICE, OVERWRITE, ROTATED, WEIGHTS, RotatedBoxes, open_detector
 from conditional_detr.inference.processes import join_processes
 from conditional_detr.modeling.metadata import PUBLISHED
 from conditional_detr.system.atomic_files import write_atomically
@@ -38,6 +38,7 @@ def evaluate(
     images: Annotated[Path | None, typer.Option(help="Image folder of the dataset, to detect on.")] = None,
     weights: Annotated[str | None, typer.Option(help=WEIGHTS, show_default=PUBLISHED, rich_help_panel="Model")] = None,
     results: Annotated[Path | None, typer.Option(help="COCO results file, to measure instead of --images.")] = None,
+    rotated: Annotated[RotatedBoxes, typer.Option(help=ROTATED)] = RotatedBoxes.BOX,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
     device: Annotated[str, typer.Option(help=DEVICE, rich_help_panel="Model")] = AUTO,
@@ -61,9 +62,10 @@ def evaluate(
             if results is not None:
                 from conditional_detr.evaluation.coco import evaluate_detections
 
-                result = evaluate_detections(data, results)
+                result = evaluate_detections(data, results, rotated=rotated.value)
             else:
-                result = _detect_and_evaluate(data, Path(images or ""), weights or PUBLISHED, device, batch_size, rank)
+                options: dict[str, Any] = {"batch_size": batch_size, "rotated": rotated.value, "shown": rank == 0}
+                result = _detect_and_evaluate(data, Path(images or ""), weights or PUBLISHED, device, **options)
         if rank == 0 and json_file is not None:
             text = json.dumps(result.to_dict(), indent=2) + "\n"
             write_atomically({json_file: lambda path: path.write_text(text, encoding="utf-8")})
@@ -74,21 +76,21 @@ def evaluate(
 
 
 def _detect_and_evaluate(
-    data: Path, images: Path, weights: str, device: str, batch_size: int, rank: int
+    data: Path, images: Path, weights: str, device: str, *, shown: bool, **options: Any
 ) -> "CocoResult":
-    """Load the model, detect and measure, with a progress bar in the first process."""
+    """Load the model, detect and measure; show a progress bar in the first process."""
+    from conditional_detr.data.coco import check_image_folder
     from conditional_detr.evaluation.coco import evaluate
 
+    check_image_folder(images)  # before the model is loaded
     detector = open_detector(weights, device)
-    with progress_bar(err, shown=rank == 0) as bar:
+    with progress_bar(err, shown=shown) as bar:
         task = bar.add_task("detecting", total=None)
-        return evaluate(
-            detector,
-            data,
-            images,
-            batch_size=batch_size,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return evaluate(detector, data, images, progress=show, **options)
 
 
 def _show(result: "CocoResult") -> None:

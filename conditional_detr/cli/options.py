@@ -1,5 +1,6 @@
 """Help texts that several commands share, and the detector that ``--weights`` and ``--device`` load."""
 
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from conditional_detr.cli.console import AUTO, pick_device
@@ -12,7 +13,15 @@ SOURCE = "Checkpoint: a folder, a file, the name of shipped weights, or a hub id
 REVISION = "Branch, tag or commit on the hub."
 TOP_K = "Include post-processing that keeps this many detections per image."
 OVERWRITE = "Replace existing files."
+ROTATED = "Where attributes rotate a box: 'box' before the rotation, or the upright 'hull' around the rotated one."
 DEVICE = "cpu, cuda, cuda:1 or mps. With 'auto', exported models run on the CPU."
+
+
+class RotatedBoxes(str, Enum):
+    """Boxes to use of annotations whose attributes rotate them."""
+
+    BOX = "box"
+    HULL = "hull"
 
 
 def open_detector(weights: str, device: str) -> "Detector":

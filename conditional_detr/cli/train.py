@@ -3,11 +3,12 @@
 from dataclasses import fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from conditional_detr.cli.console import INTERRUPTED, Precision, one_line_errors, out, print_line
+from conditional_detr.cli.options import ROTATED, RotatedBoxes
 from conditional_detr.cli.train_model import make_model, resumed_model, with_dropout
 from conditional_detr.training.config import TrainConfig
 
@@ -59,6 +60,7 @@ def train(
         Path | None,
         typer.Option(help="Image folder of --val-data.", show_default="--images", rich_help_panel=_DATA),
     ] = None,
+    rotated: Annotated[RotatedBoxes, typer.Option(help=ROTATED, rich_help_panel=_DATA)] = RotatedBoxes.BOX,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -205,12 +207,17 @@ def train(
     """
     given = dict(locals())
     with one_line_errors():
+        from conditional_detr.data.coco import check_image_folder
+
         if val_images is not None and val_data is None:
             raise ValueError(f"--val-images: expected --val-data with it, got {val_images} alone")
         names = [f.name for f in fields(TrainConfig) if given.get(f.name) is not None]
         changes = {name: value.value if isinstance(value := given[name], Enum) else value for name in names}
         changes["autocast"] = None if autocast is Precision.FLOAT32 else autocast.value
         config = replace(getattr(TrainConfig, preset.value)(), **changes)
+        for folder in (images, val_images):
+            if folder is not None:
+                check_image_folder(folder)  # before the model is loaded
         start = (weights, architecture, backbone_weights, num_queries, seed)
         model = resumed_model(data, output, *start) if resume else None
         model = model or make_model(data, *start)
@@ -219,7 +226,8 @@ def train(
         edges = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
         preprocessing = _preprocessing(model.metadata.preprocessing, edges)
         chosen = _augmentation(augmentation, preset, vertical_flip, quarter_turn)
-        datasets = _datasets(data, images, val_data, val_images, chosen, preprocessing, seed)
+        options: dict[str, Any] = {"preprocessing": preprocessing, "rotated": rotated.value}
+        datasets = _datasets(data, images, val_data, val_images, chosen, seed, **options)
         model.metadata = datasets[0].metadata
         result = _run(model, *datasets, config, output, resume, not no_check)
     if result is not None:
@@ -259,17 +267,17 @@ def _datasets(
     val_data: Path | None,
     val_images: Path | None,
     augmentation: "Augmentation | None",
-    preprocessing: "Preprocessing",
     seed: int,
+    **options: Any,
 ) -> "tuple[CocoData, CocoData | None]":
     """Return the datasets for training and validation."""
     from conditional_detr.data.dataset import CocoData
 
-    training = CocoData(data, images, augmentation=augmentation, preprocessing=preprocessing, seed=seed)
+    training = CocoData(data, images, augmentation=augmentation, seed=seed, **options)
     if val_data is None:
         return training, None
     names = training.class_names
-    return training, CocoData(val_data, val_images or images, preprocessing=preprocessing, class_names=names)
+    return training, CocoData(val_data, val_images or images, class_names=names, **options)
 
 
 def _run(

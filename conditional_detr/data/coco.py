@@ -25,6 +25,9 @@ from conditional_detr.data.json_values import (
 from conditional_detr.data.rotated_boxes import rotation_of
 
 MAX_SIDE = 2**31 - 1  # pixels
+_YOLO = "; this may be a dataset in YOLO format: export or convert it to COCO format"
+_VOC = "; this may be a file in Pascal VOC format: export or convert the dataset to COCO format"
+_OTHER_FORMATS = {".yaml": _YOLO, ".yml": _YOLO, ".txt": _YOLO, ".xml": _VOC}
 MAX_COORDINATE = 1e15  # pixels: areas stay exact enough, and sums finite
 
 
@@ -221,11 +224,14 @@ def _read(source: Any, name: str) -> tuple[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if path.is_dir():
-        raise IsADirectoryError(f"{path}: expected a JSON file, got a folder")
+        jsons = shorten_list(sorted(str(child) for child in path.glob("*.json")), 3)
+        hint = f"; JSON files in it: {jsons}" if jsons else ""
+        raise IsADirectoryError(f"{path}: expected a JSON file, got a folder{hint}")
     try:
         return str(path), json.loads(path.read_bytes())  # of bytes, json also reads UTF-16 and a byte-order mark
     except (ValueError, RecursionError) as error:  # also raised for bytes that are not UTF-8
-        raise ValueError(f"{path}: expected JSON, got something else: {error}") from error
+        hint = _OTHER_FORMATS.get(path.suffix.lower(), "")
+        raise ValueError(f"{path}: expected JSON, got something else: {error}{hint}") from error
     except OSError as error:
         raise OSError(f"{path}: cannot be read: {error}") from error
 

@@ -9,8 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from conditional_detr.data.coco import Annotations
 from conditional_detr.data.json_values import Id
-from conditional_detr.inference.drawing import MIN_FONT_SIZE, draw_boxes
+from conditional_detr.inference.drawing import draw_boxes
 from conditional_detr.inference.images import open_image, to_pil
+from conditional_detr.inference.label_placement import MIN_FONT_SIZE
 from conditional_detr.system.console import printable
 
 CELL_SIZE = (400, 300)  # the maximum width and height of an image

@@ -6,7 +6,7 @@ in ``set_prediction/targets.py``.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from conditional_detr.data.augmentation import Augmentation as Augmentation
 from conditional_detr.data.augmentation import make_scene
 from conditional_detr.data.coco import check_size, image_paths, read_annotations, stated_size
 from conditional_detr.data.json_values import Id
-from conditional_detr.data.rotated_boxes import ROTATED, rotated_indices, use_hulls
+from conditional_detr.data.rotated_boxes import ROTATED, Rotated, choose_boxes, rotated_indices
 from conditional_detr.data.seeds import derive_seed
 from conditional_detr.inference.images import normalise, open_image, resized_size, size_of, size_of_file
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
@@ -69,7 +69,7 @@ class CocoData(Dataset[Sample]):
         preprocessing: Preprocessing = Preprocessing(),  # noqa: B008  # frozen
         class_names: Sequence[str | None] | None = None,
         seed: int = 0,
-        rotated: Literal["box", "hull"] = "box",
+        rotated: Rotated = "box",
     ) -> None:
         """Read the annotations and check that the image files exist, without decoding them.
 
@@ -89,13 +89,11 @@ class CocoData(Dataset[Sample]):
             ValueError: the annotations are invalid, have nothing to train on, or have boxes that seem to be in another
                 format; class_names lacks a category; seed is negative; rotated is unknown.
         """
-        if rotated not in ("box", "hull"):
-            raise ValueError(f"rotated: expected 'box' or 'hull', got {rotated!r}")
         if seed < 0:
             raise ValueError(f"seed: expected at least 0, got {seed}")
         data = read_annotations(annotations)
         warn_of_left_out_categories(data)
-        self.annotations = use_hulls(data) if rotated == "hull" else data
+        self.annotations = choose_boxes(data, rotated)
         self.images = Path(images)
         self.augmentation = augmentation or Augmentation()
         self.preprocessing = preprocessing

@@ -3,12 +3,16 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from conditional_detr.data.json_values import to_plain
 
 if TYPE_CHECKING:
     from conditional_detr.data.coco import Annotations
+
+Rotated: TypeAlias = Literal["box", "hull"]
+"""What to use of an annotation whose attributes rotate its box: the box before the rotation, or the upright box around
+the rotated one."""
 
 ROTATED = "are rotated by their attributes, and bbox is their box before the rotation"
 
@@ -34,11 +38,21 @@ def rotated_indices(data: "Annotations") -> list[int]:
     return [i for i, annotation in enumerate(data.annotations) if "rotation" in annotation]
 
 
-def use_hulls(data: "Annotations") -> "Annotations":
-    """Return annotations in which a rotated box is replaced by the smallest upright box around it.
+def choose_boxes(data: "Annotations", rotated: Rotated) -> "Annotations":
+    """Return annotations with the chosen box where attributes rotate one.
 
-    A box turns about its centre. Its area stays that of the rotated box.
+    Args:
+        data: the annotations.
+        rotated: "box", the box before the rotation; or "hull", the smallest upright box around the rotated one. A box
+            turns about its centre. Its area stays that of the rotated box.
+
+    Raises:
+        ValueError: rotated is unknown.
     """
+    if rotated not in get_args(Rotated):
+        raise ValueError(f"rotated: expected 'box' or 'hull', got {rotated!r}")
+    if rotated == "box":
+        return data
     annotations = []
     for annotation in data.annotations:
         upright = {key: value for key, value in annotation.items() if key != "rotation"}

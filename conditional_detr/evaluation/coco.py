@@ -26,7 +26,7 @@ from conditional_detr.data.coco import (
     read_results,
 )
 from conditional_detr.data.json_values import Id, shorten_list
-from conditional_detr.data.rotated_boxes import ROTATED, rotated_indices
+from conditional_detr.data.rotated_boxes import ROTATED, Rotated, choose_boxes, rotated_indices
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.detector import Detector
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
@@ -62,6 +62,7 @@ def evaluate(
     images: str | Path,
     *,
     batch_size: int = 8,
+    rotated: Rotated = "box",
     progress: Callable[[int, int], None] | None = None,
 ) -> CocoResult:
     """Run a detector on the images of a dataset and evaluate the detections.
@@ -72,6 +73,8 @@ def evaluate(
         annotations: a COCO JSON file, or its content, or annotations that are already read.
         images: the folder of the images.
         batch_size: the maximum number of images that run together.
+        rotated: which box to use of an annotation whose attributes rotate its box, as CVAT writes them: "box", its box
+            before the rotation, with a warning; or "hull", the smallest upright box around the rotated one.
         progress: called with the number of processed images, and the total, both of this process.
 
     Returns:
@@ -84,7 +87,7 @@ def evaluate(
             not of the size in the annotations.
     """
     detector = detector if isinstance(detector, Detector) else Detector(detector)
-    data = _read(annotations)
+    data = _read(annotations, rotated)
     check_classes(detector, data)
     paths = image_paths(data, images)
     rank, processes = _process()
@@ -97,7 +100,10 @@ def evaluate(
 
 
 def evaluate_detections(
-    annotations: str | Path | Mapping[str, Any], results: str | Path | Sequence[Mapping[str, Any]]
+    annotations: str | Path | Mapping[str, Any],
+    results: str | Path | Sequence[Mapping[str, Any]],
+    *,
+    rotated: Rotated = "box",
 ) -> CocoResult:
     """Evaluate given detections.
 
@@ -105,6 +111,7 @@ def evaluate_detections(
         annotations: a COCO JSON file, or its content.
         results: a JSON file in COCO's results format, or its content. Under torch.distributed, the results of this
             process; if several processes have results of one image, those of the lowest rank are used.
+        rotated: as in :func:`evaluate`.
 
     Returns:
         The metrics, the same in all processes.
@@ -113,7 +120,7 @@ def evaluate_detections(
         OSError: a file cannot be read.
         ValueError: the annotations or results are invalid; the message has the file and the position in it.
     """
-    data = _read(annotations)
+    data = _read(annotations, rotated)
 
     def read() -> ImageDetections:
         indices = {category_id: index for index, category_id in enumerate(data.categories)}
@@ -126,10 +133,11 @@ def evaluate_detections(
     return _gather(read, lambda parts: _compute_metrics(data, parts))
 
 
-def _read(source: str | Path | Mapping[str, Any] | Annotations) -> Annotations:
+def _read(source: str | Path | Mapping[str, Any] | Annotations, rotated: Rotated) -> Annotations:
     """Read annotations and warn of what may be unintended; those that are already read are returned unchanged."""
-    data = read_annotations(source)
-    if data is not source:
+    read = read_annotations(source)
+    data = choose_boxes(read, rotated)
+    if read is not source:
         warn_of_left_out_categories(data, stacklevel=4)
         warn_of_problems(data, {ROTATED: rotated_indices(data)})
         if all(annotation["iscrowd"] for annotation in data.annotations):

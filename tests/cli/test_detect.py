@@ -156,6 +156,10 @@ def test_a_bad_image_stops_nothing_and_is_listed(detect, folder, tmp_path):
     assert f"  {folder / 'broken.jpg'}: the image cannot be read" in result.stderr
     assert "  missing.png: no such file" in result.stderr
     assert "4 images, " in result.stdout
+    assert f"; written to {tmp_path / 'out'}" in result.stdout
+    nothing = detect("missing.png", output=tmp_path / "none")
+    assert nothing.exit_code == 1
+    assert "written" not in nothing.output
 
 
 @pytest.mark.parametrize(

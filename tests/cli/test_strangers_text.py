@@ -156,3 +156,15 @@ def _escaped(data, folder: Path):
     data["images"][0]["file_name"] = r"a\nb.png"
     (folder / "a\nb.png").rename(folder / r"a\nb.png")
     return read_annotations(data)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[EVIL], [f"--{EVIL}"], ["detect", f"--{EVIL}"], ["detect", "--format", EVIL], ["info", "a", EVIL]],
+    ids=["command", "option", "option of a command", "value", "argument"],
+)
+def test_usage_errors(arguments):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "\x1b" not in result.output
+    assert r"\x1b]0;owned\x07" in result.output

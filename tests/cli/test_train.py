@@ -231,6 +231,10 @@ def test_images_are_checked_unless_no_check_is_given(shapes, small, tmp_path):
         (("--weights", "none", "--epochs", "0"), "epochs: expected at least 1, got 0"),
         (("--weights", "none", "--val-images", "x"), "--val-images: expected --val-data with it, got x alone"),
         (("--weights", "nowhere/at-all"), "nowhere/at-all"),
+        (  # before weights are looked for
+            ("--weights", "nowhere/at-all", "--images", "gone"),
+            "gone: expected the folder of the images, got a path that does not exist",
+        ),
     ],
 )
 def test_what_cannot_begin_is_one_line(shapes, small, tmp_path, arguments, message):

@@ -15,7 +15,6 @@ from conditional_detr.cli import app
 from conditional_detr.data.coco import read_annotations, read_results
 from conditional_detr.data.dataset import CocoData
 from conditional_detr.data.report import check_data
-from conditional_detr.data.rotated_boxes import use_hulls
 from conditional_detr.evaluation.coco import evaluate, evaluate_detections
 from conditional_detr.inference.listing import list_images
 from helpers import coco
@@ -195,12 +194,37 @@ def test_attributes_that_are_no_object(square):
 def test_hulls_are_measured():
     """A detection of the hull has an IoU of 1 with it, and one below 0.1 with the box before the rotation."""
     found = [{"image_id": 1, "category_id": 1, "bbox": [100, 190, 200, 20], "score": 0.9}]
-    assert evaluate_detections(use_hulls(read_annotations(rotated(90))), found).metrics["AP"] == pytest.approx(1.0)
+    for data in (rotated(90), read_annotations(rotated(90))):
+        assert evaluate_detections(data, found, rotated="hull").metrics["AP"] == pytest.approx(1.0)
     with pytest.warns(UserWarning, match=ROTATED):
         assert evaluate_detections(rotated(90), found).metrics["AP"] == 0
 
 
+@pytest.mark.filterwarnings("default")
+def test_hulls_in_commands(square, small, tmp_path):
+    """Another choice is other annotations, so a run does not resume with it."""
+    data, output, found = tmp_path / "data.json", tmp_path / "run", tmp_path / "found.json"
+    data.write_text(json.dumps(rotated(90)))
+    found.write_text(json.dumps([{"image_id": 1, "category_id": 1, "bbox": [100, 190, 200, 20], "score": 0.9}]))
+
+    def run(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    for choice, ap in (("hull", 1.0), ("box", 0.0)):
+        file = tmp_path / f"{choice}.json"
+        assert run("evaluate", "--data", data, "--results", found, "--rotated", choice, "--json", file).exit_code == 0
+        assert json.loads(file.read_text())["AP"] == pytest.approx(ap)
+    options = ("--data", data, "--images", square, "--output", output, "--shortest-edge", 64, "--workers", 0)
+    trained = run("train", *options, "--weights", small, "--epochs", 1, "--rotated", "hull")
+    assert trained.exit_code == 0, trained.output
+    resumed = run("train", *options, "--epochs", 2, "--resume")
+    assert resumed.exit_code == 2
+    assert "annotations" in resumed.stderr
+
+
 def test_unknown_choice(square):
+    with pytest.raises(ValueError, match="rotated: expected 'box' or 'hull', got 'corners'"):
+        evaluate_detections(rotated(90), [], rotated="corners")
     with pytest.raises(ValueError, match="rotated: expected 'box' or 'hull', got 'corners'"):
         CocoData(rotated(90), square, rotated="corners")
 

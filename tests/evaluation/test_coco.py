@@ -382,6 +382,10 @@ def test_evaluate_results(coco_eval, tmp_path):
             "error: {data}: expected a list of detections, got an object with",
         ),
         (("--data", "{data}", "--images", "{data}"), "error: {data}: expected the folder of the images, got a file"),
+        (
+            ("--data", "{data}", "--images", "{data}", "--device", "abacus"),  # before a model is loaded
+            "error: {data}: expected the folder of the images, got a file",
+        ),
         (("--data", "{data}", "--images", "{images}", "--device", "abacus"), "error: device: expected one that"),
         (
             ("--data", "{data}", "--images", "{images}", "--json", "no/o.json"),
@@ -532,4 +536,21 @@ def test_invalid_files(tmp_path, content, error, message):
     with pytest.raises(error, match=message):
         evaluate_detections(path, [])
     with pytest.raises(IsADirectoryError, match="expected a JSON file, got a folder"):
+        evaluate_detections(tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("data.yaml", "YOLO format"), ("000001.txt", "YOLO format"), ("000001.XML", "Pascal VOC format")],
+)
+def test_files_of_other_formats(tmp_path, name, hint):
+    (tmp_path / name).write_text("train: images/train\nnames: [dog]\n")
+    with pytest.raises(ValueError, match=f"{name}: expected JSON, .*{hint}: export or convert"):
+        evaluate_detections(tmp_path / name, [])
+
+
+def test_a_folder_that_has_annotations(tmp_path):
+    """A downloaded dataset is often given as its folder."""
+    (tmp_path / "instances_val.json").write_text("{}")
+    with pytest.raises(IsADirectoryError, match=r"got a folder; JSON files in it: .*instances_val\.json"):
         evaluate_detections(tmp_path, [])
