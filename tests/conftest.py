@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.models import TINY, Published
+from helpers.models import LEAST, TINY, Published
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants a hub makes its own
 
@@ -37,6 +37,29 @@ def small(tiny, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def least(tmp_path_factory) -> Path:
+    """A checkpoint with one layer of each kind, for images that are resized to little: what is soon exported."""
+    from conditional_detr import ConditionalDETR, Metadata, Preprocessing
+
+    model = ConditionalDETR.from_pretrained(Published(tmp_path_factory.mktemp("published"), **LEAST).folder)
+    model.metadata = Metadata(model.metadata.class_names, preprocessing=Preprocessing(96, 160))
+    folder = tmp_path_factory.mktemp("least")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes_onnx(tmp_path_factory) -> Path:
+    """The checkpoint "shapes" exported to ONNX in float32, without post-processing."""
+    from conditional_detr import ConditionalDETR
+    from conditional_detr.deploy.export import export
+
+    path = tmp_path_factory.mktemp("shapes") / "shapes.onnx"
+    export(ConditionalDETR.from_pretrained("shapes"), path)
+    return path
 
 
 @pytest.fixture(scope="session")

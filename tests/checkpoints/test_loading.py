@@ -4,8 +4,6 @@ import argparse
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from conditional_detr.checkpoints.files import open_checkpoint
 from conditional_detr.checkpoints.hf_config import read_config, read_metadata
 from conditional_detr.checkpoints.labels import COCO_IDS, COCO_NAMES
 from conditional_detr.checkpoints.loading import from_pretrained
-from helpers.models import TINY, TINY_CONFIG, assert_same, randomise, two_images
+from helpers.models import TINY, TINY_CONFIG, assert_same, randomise, run_forks, two_images
 from helpers.name_formats import to_original
 from helpers.reference import distance, rounding, transformers_output
 
@@ -653,20 +651,19 @@ def test_loading_makes_no_second_copy(tiny, r50, tmp_path, file):
         torch.save(load_file(r50.folder / "model.safetensors"), path)
     else:
         shutil.copy(r50.folder / file, tmp_path)
-    code = f"""
-import resource
-from pathlib import Path
-from conditional_detr.checkpoints.loading import from_pretrained
-from_pretrained({str(tiny.folder)!r})  # imports and threads are there now
+    program = f"""
+from_pretrained({str(tiny.folder)!r})  # threads are there now
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 used = int(status["VmData"].split()[0]) * 1024
 size = Path({str(path)!r}).stat().st_size
 resource.setrlimit(resource.RLIMIT_DATA, (used + int(ROOM * size),) * 2)
 from_pretrained({str(tmp_path)!r})
 """
-    enough = subprocess.run([sys.executable, "-c", code.replace("ROOM", "2.4")], capture_output=True, text=True)
+    imports = (
+        "import resource\nfrom pathlib import Path\nfrom conditional_detr.checkpoints.loading import from_pretrained"
+    )
+    enough, scarce = run_forks(imports, *(program.replace("ROOM", room) for room in ("2.4", "1.8")))
     assert enough.returncode == 0, enough.stderr
-    scarce = subprocess.run([sys.executable, "-c", code.replace("ROOM", "1.8")], capture_output=True, text=True)
     assert scarce.returncode != 0, "the limit must bite, or nothing was tested"
 
 
@@ -694,20 +691,11 @@ def test_an_unsupported_dtype_is_an_error(tiny, tmp_path):
 
 def test_loading_takes_at_most_twice_the_reading(r50):
     """Including building the model; each in its own process, as in a script that loads a model."""
-    code = """
-import time, timm, conditional_detr.checkpoints.loading
-from safetensors.torch import load_file
-start = time.perf_counter()
-WORK
-print(time.perf_counter() - start)
-"""
+    imports = "import time, timm, conditional_detr.checkpoints.loading\nfrom safetensors.torch import load_file"
     read = f"{{k: v.clone() for k, v in load_file({str(r50.folder / 'model.safetensors')!r}).items()}}"
     load = f"conditional_detr.checkpoints.loading.from_pretrained({str(r50.folder)!r})"
-
-    def seconds(work):
-        run = subprocess.run([sys.executable, "-c", code.replace("WORK", work)], capture_output=True, text=True)
-        return float(run.stdout)
-
-    ours, theirs = zip(*[(seconds(load), seconds(read)) for _ in range(5)], strict=True)
+    timed = [f"start = time.perf_counter()\n{work}\nprint(time.perf_counter() - start)" for work in (load, read)]
+    seconds = [float(run.stdout) for run in run_forks(imports, *timed * 5)]
+    ours, theirs = seconds[::2], seconds[1::2]
     # the minimum of each: other work on the machine can only slow a run down
     assert min(ours) < 2 * min(theirs), (ours, theirs)

@@ -1,8 +1,10 @@
 """Models, inputs and comparisons shared by the tests."""
 
+import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -93,6 +95,11 @@ TINY_CONFIG = Config(
     backbone_stage=3,
 )
 
+# One layer of each kind: the decoder's first has positions in its queries, and the later ones λ_q. For exporters,
+# which take a fixed time for each operation
+LEAST = {**TINY, "encoder_layers": 1, "decoder_layers": 2}
+LEAST_CONFIG = replace(TINY_CONFIG, encoder_layers=1, decoder_layers=2)
+
 
 def assert_same(a: nn.Module, b: nn.Module) -> None:
     """Assert that all parameters and buffers are bitwise equal."""
@@ -119,6 +126,44 @@ def run_example(name, *arguments, folder, python=(sys.executable,)) -> list[str]
     """Run one of the examples in a folder and return the lines that it prints."""
     script = [*python, ROOT / "examples" / f"{name}.py", *arguments]
     return subprocess.run(script, capture_output=True, text=True, check=True, cwd=folder).stdout.splitlines()
+
+
+_FORKS = """
+import json, os, sys, tempfile, traceback
+imports, programs = json.loads(sys.argv[1])
+exec(imports)
+ended = []
+for program in programs:
+    files = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+    child = os.fork()
+    if not child:
+        for descriptor, file in enumerate(files, 1):
+            os.dup2(file.fileno(), descriptor)
+        code = 1
+        try:
+            exec(program)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for file in files:
+        file.seek(0)
+    ended.append((code, *(file.read() for file in files)))
+print(json.dumps(ended))
+"""
+
+
+def run_forks(imports: str, *programs: str) -> list[subprocess.CompletedProcess]:
+    """Run programs one after another, each in its own process: a fork of one that has only executed the imports."""
+    command = [sys.executable, "-c", _FORKS, json.dumps((imports, programs))]
+    *_, line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [
+        subprocess.CompletedProcess(program, *one) for program, one in zip(programs, json.loads(line), strict=True)
+    ]
 
 
 class Published:
