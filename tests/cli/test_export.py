@@ -12,7 +12,7 @@ from conditional_detr.cli import app
 from conditional_detr.data.synthetic import write_shapes
 from conditional_detr.evaluation.coco import evaluate
 from conditional_detr.inference.exported import ExportedModel
-from helpers.models import TINY_CONFIG
+from helpers.models import LEAST_CONFIG
 
 
 def run(*arguments):
@@ -20,10 +20,10 @@ def run(*arguments):
 
 
 @pytest.fixture(scope="module")
-def written(small, photograph, tmp_path_factory):
+def written(least, photograph, tmp_path_factory):
     """A file with post-processing, and what the command said."""
     path = tmp_path_factory.mktemp("exported") / "small.onnx"
-    return path, run("export", small, path, "--top-k", 5, "--image", photograph)
+    return path, run("export", least, path, "--top-k", 5, "--image", photograph)
 
 
 def test_export_says_what_it_wrote(written, photograph):
@@ -41,19 +41,19 @@ def test_export_says_what_it_wrote(written, photograph):
     assert [(one.height, one.width) for one in description.parity] == [(96, 128), (49, 65)]
 
 
-def test_nothing_is_overwritten_unasked(written, small, tmp_path):
+def test_nothing_is_overwritten_unasked(written, least, tmp_path):
     path, _ = written
     before = path.read_bytes()
-    refused = run("export", small, path)
+    refused = run("export", least, path)
     assert refused.exit_code == 2
     assert "small.onnx: already exists; set overwrite to replace it" in refused.stderr
     assert path.read_bytes() == before
     (tmp_path / "x.bin").touch()
-    refused = run("export", small, tmp_path / "x.xml")
+    refused = run("export", least, tmp_path / "x.xml")
     assert "x.bin: already exists; set overwrite to replace it" in refused.stderr
-    refused = run("export", small, tmp_path / "x.XML")
+    refused = run("export", least, tmp_path / "x.XML")
     assert "x.bin: already exists; set overwrite to replace it" in refused.stderr
-    half = run("export", small, tmp_path / "x.xml", "--half", "--overwrite")
+    half = run("export", least, tmp_path / "x.xml", "--half", "--overwrite")
     assert half.exit_code == 0, half.output
     assert (tmp_path / "x.bin").stat().st_size > 0
     assert ExportedModel(tmp_path / "x.xml").description.precision == "float16"
@@ -76,9 +76,9 @@ def test_export_refuses(small, tmp_path, monkeypatch, arguments, message):
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_detect_takes_the_file(written, small, photograph, tmp_path):
+def test_detect_takes_the_file(written, least, photograph, tmp_path):
     path, _ = written
-    for name, weights in (("file", path), ("model", small)):
+    for name, weights in (("file", path), ("model", least)):
         done = run("detect", photograph, "--weights", weights, "--threshold", 0.1, "--output", tmp_path / name)
         assert done.exit_code == 0, done.output
     found, expected = (json.loads((tmp_path / name / "photograph.json").read_text()) for name in ("file", "model"))
@@ -88,12 +88,11 @@ def test_detect_takes_the_file(written, small, photograph, tmp_path):
     torch.testing.assert_close(boxes, theirs, atol=1e-2, rtol=0)
 
 
-def test_evaluate_takes_the_file(tmp_path):
+def test_evaluate_takes_the_file(shapes_onnx, tmp_path):
     data = write_shapes(tmp_path / "data", 4, seed=3, split="val")
     images = tmp_path / "data" / "val"
-    assert run("export", "shapes", tmp_path / "shapes.onnx").exit_code == 0
     options = ("--data", data, "--images", images, "--json", tmp_path / "numbers.json")
-    done = run("evaluate", *options, "--weights", tmp_path / "shapes.onnx")
+    done = run("evaluate", *options, "--weights", shapes_onnx)
     assert done.exit_code == 0, done.output
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     expected = evaluate(Detector.from_pretrained("shapes"), data, images).metrics
@@ -106,7 +105,7 @@ def test_info_tells_what_stands_in_the_file(written, tmp_path):
     told = run("info", path)
     assert told.exit_code == 0, told.output
     assert "float32, post-processing to at most 5 detections" in told.stdout
-    assert f"{TINY_CONFIG.encoder_layers} layers, width {TINY_CONFIG.width}" in told.stdout
+    assert f"{LEAST_CONFIG.encoder_layers} layers, width {LEAST_CONFIG.width}" in told.stdout
     assert "shortest edge 96, longest 160" in told.stdout
     assert json.loads(run("info", path, "--json").stdout) == json.loads(ExportedModel(path).description.to_json())
     (tmp_path / "x.onnx").write_text("x")

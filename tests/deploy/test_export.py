@@ -44,9 +44,10 @@ def differences(exported, plain, size):
 
 
 @pytest.fixture(scope="module")
-def plain(tiny):
+def plain(least):
     """A model whose parts differ, with an unused row in its class head and no default preprocessing."""
-    model = ConditionalDETR.from_pretrained(tiny.folder)
+    model = ConditionalDETR.from_pretrained(least)
+    model.class_head.bias.data[0] += 3  # so that the unused row has high scores
     preprocessing = Preprocessing(96, 160, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
     model.metadata = Metadata(NAMES, (0, 3, 5, 7, 9, 11, 13), preprocessing)
     return model
@@ -60,9 +61,9 @@ def shapes():
 class Exports:
     """Exported models that several tests share, each exported on first use, with their descriptions."""
 
-    def __init__(self, folder, models, photograph):
+    def __init__(self, folder, models, photograph, written):
         self.folder, self.models, self.photograph = folder, models, photograph
-        self.written = {}
+        self.written = {(*key, None, torch.float32): (path, None) for key, path in written.items()}
 
     def __call__(self, name, suffix, *, top_k=None, dtype=torch.float32):
         key = (name, suffix, top_k, dtype)
@@ -75,8 +76,9 @@ class Exports:
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory, plain, shapes, photograph):
-    return Exports(tmp_path_factory.mktemp("exports"), {"tiny": plain, "shapes": shapes}, photograph)
+def exports(tmp_path_factory, plain, shapes, photograph, shapes_onnx):
+    models, written = {"tiny": plain, "shapes": shapes}, {("shapes", ".onnx"): shapes_onnx}
+    return Exports(tmp_path_factory.mktemp("exports"), models, photograph, written)
 
 
 @pytest.fixture(scope="module", params=FORMATS)
