@@ -1,8 +1,10 @@
 """The code blocks of README.md and docs/ run and print what they show; the examples run."""
 
 import re
+import runpy
 import shlex
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -67,14 +69,14 @@ def hub(tmp_path_factory):
     names = [f"class {i}" for i in range(91)]
     names[1], names[17], names[18] = "person", "cat", "dog"
     model.metadata = Metadata(tuple(names), preprocessing=Preprocessing(96, 160))
-    model.save_pretrained(snapshot)
+    model.save_pretrained(snapshot, overwrite=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     return repository.parent
 
 
 @pytest.fixture
-def folder(hub, small, tmp_path, monkeypatch):
+def folder(hub, least, tmp_path, monkeypatch):
     """The working folder of a page: photo.jpg, photos/, train.json, train/, val.json, val/, my-detector/."""
     from huggingface_hub import constants
 
@@ -88,7 +90,7 @@ def folder(hub, small, tmp_path, monkeypatch):
         write_shapes("drawn", images, seed=0, split=split).rename(f"{split}.json")
         Path("drawn", split).rename(split)
     Path("drawn").rmdir()
-    shutil.copytree(small, "my-detector")
+    shutil.copytree(least, "my-detector")
     return tmp_path
 
 
@@ -195,24 +197,39 @@ def test_every_example_is_run():
     assert {str(path.relative_to(ROOT / "examples").with_suffix("")) for path in examples} == set(tested)
 
 
-def test_example_detect(photograph, small, tmp_path):
+@pytest.fixture
+def run_again(tmp_path, monkeypatch, capsys):
+    """Function that runs an example in this process: one that has also run in its own, as a user runs it."""
+
+    def run(name, *arguments):
+        script = str(ROOT / "examples" / f"{name}.py")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_example_detect(photograph, small, tmp_path, run_again):
     first, *objects, last = run_example("detect", folder=tmp_path)
     assert first == f"{len(objects)} detections in a synthetic image, 256 x 192 pixels"
     _, _, drawn = draw_image(0, image_index("demo", 0))
     assert sorted(line.split()[0] for line in objects) == sorted(CLASS_NAMES[label] for label in drawn)
     assert last == "drawn in detections.png"
     assert (tmp_path / "detections.png").stat().st_size > 0
-    others = run_example("detect", photograph, "--weights", small, "--output", "mine.png", folder=tmp_path)
+    others = run_again("detect", photograph, "--weights", small, "--output", "mine.png")
     assert others[0].endswith(f"detections in {photograph}, 128 x 96 pixels")
     assert (tmp_path / "mine.png").stat().st_size > 0
 
 
-def test_example_embed(small, tmp_path):
+def test_example_embed(small, tmp_path, run_again):
     boxes, losses = run_example("embed", folder=tmp_path)
     assert boxes == "boxes (6, 2, 50, 4), counts (2, 3)"
     before, after = (float(number) for number in re.findall(r"\d+\.\d+", losses))
     assert after < before
-    assert run_example("embed", "--weights", small, folder=tmp_path)[0] == "boxes (3, 2, 11, 4), counts (2, 7)"
+    assert run_again("embed", "--weights", small)[0] == "boxes (3, 2, 11, 4), counts (2, 7)"
 
 
 def test_example_attention_maps(photograph, small, tmp_path):
@@ -231,12 +248,12 @@ def test_example_replace_head(tmp_path):
     ]
 
 
-def test_example_plain_loop(tmp_path):
+def test_example_plain_loop(tmp_path, run_again):
     *epochs, saved = run_example("plain_loop", "--epochs", "3", "--images", "32", folder=tmp_path)
     losses = [float(line.split()[-1]) for line in epochs]
     assert losses[2] < losses[0]
     assert saved == "saved in plain"
-    again = run_example("plain_loop", "--epochs", "1", "--images", "8", "--weights", "plain", folder=tmp_path)
+    again = run_again("plain_loop", "--epochs", "1", "--images", "8", "--weights", "plain")
     assert float(again[0].split()[-1]) < losses[0]
     lines = (ROOT / "examples" / "plain_loop.py").read_text().splitlines()
     assert len(lines) <= 90
