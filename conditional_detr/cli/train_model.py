@@ -81,7 +81,10 @@ def resumed_model(
             if value:
                 raise ValueError(f"--{name}: expected --weights {UNTRAINED} with it, got {str(value)!r} alone")
         # a state of an earlier version does not have the metadata
-        model = initial_model(state) if "category_ids" in state else from_pretrained(output / LAST)
+        try:
+            model = initial_model(state) if "category_ids" in state else from_pretrained(output / LAST)
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # ValueErrors have the name that is wrong
+            raise ValueError(f"{output / LAST / STATE}: expected a training state, got {error!r}") from error
         queries = model.config.num_queries
         if num_queries not in (None, queries):
             raise ValueError(f"--num-queries: expected {queries}, as the run in {output} has, got {num_queries}")

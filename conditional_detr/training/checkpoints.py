@@ -7,6 +7,7 @@ files beside it are not read on resume.
 """
 
 import ast
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -64,6 +65,20 @@ class Progress:
         self.history, self.losses = list(state["history"]), list(state["losses"])
         self.bad_images = list(state.get("bad_images", ()))
 
+    def check(self, batches: int, accumulation: int) -> None:
+        """Raise ValueError unless the numbers of steps, epochs and batches agree.
+
+        Args:
+            batches: number of batches of an epoch.
+            accumulation: number of batches of a step.
+        """
+        steps = math.ceil(batches / accumulation)
+        if self.batch > batches or self.step != self.epoch * steps + math.ceil(self.batch / accumulation):
+            raise ValueError(
+                f"step {self.step} after {self.epoch} epochs and {self.batch} batches, where an epoch has {batches}"
+                f" batches and {steps} steps"
+            )
+
 
 def save_checkpoint(model: ConditionalDETR, folder: Path, state: Mapping[str, Any] | None = None) -> None:
     """Write weights in the published format, and optionally a training state; all files or none.
@@ -106,14 +121,51 @@ def read_training_state(folder: Path, *, mmap: bool = False) -> dict[str, Any] |
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise ValueError(f"{path}: expected a training state, got {type(state).__name__}")
     number = state.get("format", 1)
-    if number not in range(1, FORMAT + 1):
+    if not isinstance(number, int) or number not in range(1, FORMAT + 1):
         raise ValueError(f"{path}: expected a training state of format {FORMAT}, got format {number!r}")
     try:
         for upgrade in _UPGRADES[number - 1 :]:
             state = upgrade(state)
-        return state
-    except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+        _check_form(state)
+    except (AttributeError, KeyError, RecursionError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a training state of format {number}, got {error!r}") from error
+    return state
+
+
+def _check_form(state: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a state of the current format has all parts, each of its type."""
+    parts: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("settings", "model", "optimizer", "scaler"), (dict,)),
+        **dict.fromkeys(("step", "epoch", "batch", "stale"), (int,)),
+        **dict.fromkeys(("history", "losses"), (list,)),
+        "average": (dict, type(None)),
+        "best": (float, int, type(None)),
+    }
+    settings: dict[str, tuple[type, ...]] = {"architecture": (dict,), "classes": (list,)}
+    settings |= dict.fromkeys(("seed", "epochs", "images"), (int,))
+    for where, expected in ((state, parts), (state.get("settings", {}), settings)):
+        for name, types in expected.items():
+            value = where.get(name, KeyError(name))
+            if not isinstance(value, types) or isinstance(value, bool):
+                raise ValueError(f"{name}: {value!r}" if isinstance(value, KeyError) else f"{name}: a {type(value)}")
+    if min(state[name] for name in ("step", "epoch", "batch", "stale")) < 0:
+        raise ValueError("a negative count")
+    for name in ("settings", "history", "losses", "bad_images", "category_ids", "initial_weights"):
+        if not _is_plain(state.get(name)):
+            raise ValueError(f"{name}: values of other types")
+    if not all(isinstance(loss, float) for loss in state["losses"]):
+        raise ValueError("losses: other values than numbers")
+    if not all(isinstance(entry, dict) for entry in state["history"]):
+        raise ValueError("history: other entries than dicts")
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value consists of dicts with strings as keys, sequences, strings, numbers and None."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def compare_settings(state: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) -> None:

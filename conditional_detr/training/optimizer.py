@@ -49,6 +49,24 @@ def parameter_groups(
     return filled
 
 
+def have_equal_rates(first: TrainConfig, second: TrainConfig, steps: int, batches: int) -> bool:
+    """Return whether the first steps have the same learning rates with two configurations.
+
+    Args:
+        first: a configuration, its warm-up fitted to its run.
+        second: another one, of the same accumulation.
+        steps: the number of steps to compare.
+        batches: number of batches of an epoch.
+    """
+    steps_per_epoch = math.ceil(batches / first.accumulation)
+    for step in range(steps):
+        epoch, within = divmod(step, steps_per_epoch)
+        epochs = epoch + within * first.accumulation / batches
+        if rate_factor(first, step, epochs) != rate_factor(second, step, epochs):
+            return False
+    return True
+
+
 def fit_warmup(config: TrainConfig, steps: int) -> TrainConfig:
     """Return the settings for a run of some steps: a warm-up of more than half of them becomes a tenth of them."""
     return config if 2 * config.warmup <= steps else replace(config, warmup=math.ceil(steps / 10))

@@ -30,7 +30,7 @@ from conditional_detr.training.consistency import check_images, parts_of
 from conditional_detr.training.first_epoch import FirstEpochReport, check_first_epoch
 from conditional_detr.training.loader import SampleDataset, load_batches
 from conditional_detr.training.logging import RunLogger
-from conditional_detr.training.optimizer import fit_warmup, rate_factor
+from conditional_detr.training.optimizer import fit_warmup, have_equal_rates
 from conditional_detr.training.record import describe_run, digest_of_weights
 from conditional_detr.training.run_folder import check_folder, locked
 from conditional_detr.training.steps import Stepper
@@ -188,36 +188,28 @@ class Run:
     def _load(self, state: dict[str, Any]) -> None:
         """Load a training state, after comparing its settings with those of this run."""
         compare_settings(state, self.settings, self.folder)
+        before, count = state["settings"], len(self._batches(0))
         try:
             self.stepper.load_state_dict(state)
             self.progress.load_state_dict(state)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:  # torch's errors for another set of tensors
+            self.progress.check(count, self.config.accumulation)
+            known = {field.name: before[field.name] for field in fields(TrainConfig) if field.name in before}
+            old = fit_warmup(TrainConfig(**known), self.steps_per_epoch * before["epochs"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # torch's errors, too
             raise ValueError(
                 f"{self.folder / LAST}: expected the training state of this model, got {error}"
             ) from error
-        if self.accelerator.is_main_process:
-            self._warn_of_other_rates(state["settings"])
+        steps, epochs = self.progress.step, self.config.epochs
+        if self.accelerator.is_main_process and not have_equal_rates(old, self.stepper.config, steps, count):
+            warnings.warn(
+                f"epochs: got {epochs}, not {before['epochs']} as before: the first {steps} steps had other learning"
+                f" rates than those of a run of {epochs} epochs, so the weights will differ from such a run's",
+                stacklevel=4,
+            )
         self.initial_weights = state.get("initial_weights")
         if self.settings["validation"] is None:  # of an evaluation that may follow later
             self.settings["validation"] = state["settings"].get("validation")
         self.saved_step = self.progress.step
-
-    def _warn_of_other_rates(self, before: dict[str, Any]) -> None:
-        """Warn if the completed steps would have had other learning rates with this run's number of epochs."""
-        known = {field.name: before[field.name] for field in fields(TrainConfig) if field.name in before}
-        old = fit_warmup(TrainConfig(**known), self.steps_per_epoch * before["epochs"])
-        count = len(self._batches(0))
-        for step in range(self.progress.step):
-            epoch, within = divmod(step, self.steps_per_epoch)
-            epochs = epoch + within * self.config.accumulation / count
-            if rate_factor(old, step, epochs) != rate_factor(self.stepper.config, step, epochs):
-                warnings.warn(
-                    f"epochs: got {self.config.epochs}, not {before['epochs']} as before: the first"
-                    f" {self.progress.step} steps had other learning rates than those of a run of"
-                    f" {self.config.epochs} epochs, so the weights will differ from such a run's",
-                    stacklevel=5,
-                )
-                return
 
     def _in_first_process(self, function: Callable[[], None]) -> None:
         """Call a function in the first process only; all processes raise its OSError or ValueError."""

@@ -79,14 +79,30 @@ class Stepper:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the result of :meth:`state_dict`."""
+        """Restore the result of :meth:`state_dict`.
+
+        Raises:
+            AttributeError, KeyError, RuntimeError, TypeError, ValueError: the state is not of such a stepper.
+        """
         self.model.load_state_dict(state["model"])
+        settings = self._optimizer_settings()
         self.optimizer.load_state_dict(state["optimizer"])
+        if (changed := self._optimizer_settings()) != settings:
+            raise ValueError(f"settings of the optimizer {changed}, not {settings}")
+        for parameter, values in self.optimizer.state.items():
+            expected = {"step": (), "exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}  # AdamW's
+            got = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in values.items()}
+            if got != expected:
+                raise ValueError(f"state of the optimizer {got}, not {expected}")
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.grouped is not None:
             self.grouped.others.load_state_dict(state["other_queries"])
+
+    def _optimizer_settings(self) -> list[dict[str, Any]]:
+        """Return the settings of each parameter group, without the learning rate, which every step sets."""
+        return [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
 
     def join_processes(self) -> None:
         """Prepare distributed training, after the weights are loaded: all processes copy those of the first one."""
