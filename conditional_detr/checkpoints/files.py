@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from conditional_detr.checkpoints.tensor_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, read_json, read_weights, shards_of
+from conditional_detr.system.atomic_files import consistent, recover
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -57,6 +58,7 @@ def open_checkpoint(
         ValueError: a file is damaged, or its content does not match its suffix.
     """
     path = _expanded(name)
+    recover(path if path.is_dir() else path.parent)
     if path.is_file():
         return _open_files(path, path.parent)
     folder = path if path.is_dir() else None
@@ -204,10 +206,11 @@ def _hub_responds(repository: str, revision: str | None, token: str | bool | Non
 
 def _open_files(weights: Path, folder: Path) -> Checkpoint:
     """Open a weight file, or an index with its shards, and the json files in its folder."""
-    config, preprocessor = (
-        read_json(folder / file) if (folder / file).is_file() else None for file in (CONFIG, PREPROCESSOR)
-    )
-    tensors, arguments = read_weights(weights)
+    with consistent(folder):
+        config, preprocessor = (
+            read_json(folder / file) if (folder / file).is_file() else None for file in (CONFIG, PREPROCESSOR)
+        )
+        tensors, arguments = read_weights(weights)
     files = shards_of(weights) if weights.name.endswith(INDEX_SUFFIX) else [weights]
     size = sum(file.stat().st_size for file in files)
     return Checkpoint(weights, tensors, size, config, preprocessor, arguments)

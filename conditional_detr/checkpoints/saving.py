@@ -22,7 +22,7 @@ from conditional_detr.checkpoints.meta_init import MetaInit
 from conditional_detr.checkpoints.preprocessor_config import write_preprocessor
 from conditional_detr.checkpoints.tensor_checks import abbreviate, not_finite
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
-from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.system.atomic_files import remove_unfinished, write_atomically
 from conditional_detr.system.outputs import check_output
 
 _log = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ def save_as(
     writers = writers_of(model, target, name_format, dtype=dtype)
     files = tuple(writers)
     files[0].parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(files[0].parent)
     ours = _is_ours(files[0])
     for file in files:
         check_output(file, overwrite=overwrite, ours=ours)

@@ -1,23 +1,26 @@
 """Write files atomically: readers see either the old files or the complete new ones.
 
-Files that belong together, such as weights and their configuration, are renamed one after the other. A journal that
-lists the renames is written before the first and removed after the last, so that :func:`recover` completes what a
-killed process has begun.
+Files are written to a temporary folder beside their targets and renamed when all are complete. Files that belong
+together, such as weights and their configuration, are renamed one after the other. A journal that lists the renames
+is written before the first and removed after the last, so that :func:`recover` completes what a killed process has
+begun. Locks, which the system releases when a process ends, keep writers, readers and cleaners of a folder apart.
 """
 
 import json
 import os
+import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext, suppress
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_UNFINISHED = ".unfinished"
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.unfinished")
 _JOURNAL = ".conditional_detr.journal"
 
 
 def write_atomically(writers: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Write files under temporary names, and rename all of them when they are complete and on the disk.
+    """Write files in a temporary folder, and rename all of them when they are complete and on the disk.
 
     An interrupted run leaves the previous files unchanged, or is completed by :func:`recover`.
 
@@ -29,86 +32,174 @@ def write_atomically(writers: Mapping[Path, Callable[[Path], object]]) -> None:
         OSError: a file cannot be written.
     """
     path = next(iter(writers))
-    folder = path.parent
-    assert all(target.parent == folder for target in writers)
-    renames: dict[Path, Path] = {}
+    assert all(target.parent == path.parent for target in writers)
     try:
-        recover(folder)
-        for path, write in writers.items():
-            renames[path] = temporary = _make_temporary(folder)
-            mode = temporary.stat().st_mode  # the user's default mode: safetensors gives only the owner access
-            write(temporary)
-            temporary.chmod(mode)
-            _flush(temporary)
-        if len(renames) > 1:
-            journal = _make_temporary(folder)
-            renames[folder / _JOURNAL] = journal
-            journal.write_text(json.dumps({temporary.name: target.name for target, temporary in renames.items()}))
-            _flush(journal)
-            journal.replace(folder / _JOURNAL)
-            del renames[folder / _JOURNAL]
-        # with a journal, a reader may have renamed some of them already
-        renamed_before = suppress(FileNotFoundError) if len(renames) > 1 else nullcontext()
-        for path, temporary in renames.items():
-            with renamed_before:
-                temporary.replace(path)
-        _flush(folder)
-        if len(renames) > 1:
-            (folder / _JOURNAL).unlink(missing_ok=True)
+        with unfinished_folder(path.parent) as temporary:
+            for path, write in writers.items():
+                write_with_default_mode(temporary / path.name, write)
+            publish(temporary, {path.name: path.name for path in writers})
     except OSError as error:
         detailed = OSError(f"{path}: cannot be written: {error.strerror or error}")
         detailed.errno = error.errno
         raise detailed from error
-    finally:
-        if not (folder / _JOURNAL).exists():  # otherwise recover() needs them
-            for temporary in renames.values():
-                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def unfinished_folder(folder: Path) -> Iterator[Path]:
+    """Create a temporary folder for files that are not complete yet, and remove it in the end.
+
+    Its name cannot be foreseen. It is locked, so that :func:`remove_unfinished` leaves it alone.
+
+    Args:
+        folder: where the files will be moved by :func:`publish`.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    while True:
+        path = folder / f".{secrets.token_hex(8)}.unfinished"
+        path.mkdir(mode=0o700)
+        with _locked(path) as locked:
+            if locked is False or not path.exists():  # taken for one of a killed process before it was locked
+                continue
+            try:
+                yield path
+            finally:
+                if _files_in_journal(folder)[0] != path.name:  # otherwise recover() needs the files
+                    shutil.rmtree(path, ignore_errors=True)
+            return
+
+
+def write_with_default_mode(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that has the user's default mode; some libraries give access only to the owner."""
+    path.touch()
+    mode = path.stat().st_mode
+    write(path)
+    path.chmod(mode)
+
+
+def publish(temporary: Path, names: Mapping[str, str]) -> None:
+    """Move complete files out of their temporary folder, to the disk.
+
+    Args:
+        temporary: the folder of :func:`unfinished_folder`.
+        names: the final name of each file, by its temporary name.
+
+    Raises:
+        OSError: a file cannot be renamed.
+    """
+    folder = temporary.parent
+    for name in names:
+        _flush(temporary / name)
+    with _locked(folder, wait=True):
+        _complete(folder)  # of another process, which was killed
+        if len(names) > 1:
+            draft = temporary / _JOURNAL
+            draft.write_text(json.dumps({"folder": temporary.name, "files": dict(names)}))
+            _flush(draft)
+            draft.replace(folder / _JOURNAL)
+            _complete(folder)
+        else:
+            for name, target in names.items():
+                (temporary / name).replace(folder / target)
+        _flush(folder)
 
 
 def recover(folder: Path) -> None:
     """Complete the renames that a killed process has begun in a folder; do nothing if there are none.
 
     Raises:
-        OSError: the files cannot be renamed.
+        OSError: the files cannot be renamed, or the journal is damaged.
     """
-    journal = folder / _JOURNAL
-    try:
-        renames = json.loads(journal.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except (OSError, ValueError) as error:
-        raise OSError(f"{journal}: cannot be read: {error}") from error
-    for temporary, target in _checked(renames, journal):
-        with suppress(FileNotFoundError):  # renamed before the process was killed, or by another reader
-            (folder / temporary).replace(folder / target)
-    journal.unlink(missing_ok=True)
+    if (folder / _JOURNAL).exists():
+        with consistent(folder):
+            pass
+
+
+@contextmanager
+def consistent(folder: Path) -> Iterator[None]:
+    """Complete what a killed process has begun, and keep writers from a folder while its files are opened.
+
+    Raises:
+        OSError: as :func:`recover`.
+    """
+    with _locked(folder, wait=True):
+        _complete(folder)
+        yield
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files of killed processes from a folder that no process is writing to."""
+    """Complete what killed processes have begun in a folder, and remove their temporary files."""
     recover(folder)
-    for path in folder.glob(f".*{_UNFINISHED}"):
-        path.unlink(missing_ok=True)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _UNFINISHED.fullmatch(path.name):
+            with _locked(path) as locked:
+                if locked:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
-def _checked(renames: object, journal: Path) -> Iterable[tuple[str, str]]:
-    """Return the renames of a journal; raise OSError unless all of them stay in its folder."""
-    if not isinstance(renames, dict):
-        raise OSError(f"{journal}: expected temporary names and file names, got {renames!r}")
-    items = [*renames.items()]
-    for temporary, target in items:
-        plain = all(isinstance(name, str) and Path(name).name == name for name in (temporary, target))
-        if not (plain and temporary.endswith(_UNFINISHED)):
-            raise OSError(f"{journal}: expected temporary names and file names, got {temporary!r}: {target!r}")
-    return items
+def _complete(folder: Path) -> None:
+    """Do the renames of a folder's journal, if there is one, and remove it."""
+    temporary, names = _files_in_journal(folder)
+    if temporary is None:
+        return
+    for name, target in names.items():
+        with suppress(FileNotFoundError):  # renamed before the process was killed
+            (folder / temporary / name).replace(folder / target)
+    _flush(folder)
+    (folder / _JOURNAL).unlink(missing_ok=True)
 
 
-def _make_temporary(folder: Path) -> Path:
-    """Create an empty file under a name that nobody can foresee, and return its path."""
-    path = folder / f".{secrets.token_hex(8)}{_UNFINISHED}"
-    exclusive = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)  # Windows has no O_NOFOLLOW
-    os.close(os.open(path, exclusive, 0o666))
-    return path
+def _files_in_journal(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """Return the temporary folder and the renames in a folder's journal; None if there is no journal.
+
+    Raises:
+        OSError: the journal cannot be read, or its renames leave the folder.
+    """
+    journal = folder / _JOURNAL
+    try:
+        content = json.loads(journal.read_bytes())
+        temporary, names = content["folder"], content["files"]
+        parts = [*names, *names.values()]
+    except (FileNotFoundError, NotADirectoryError):
+        return None, {}
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise OSError(f"{journal}: cannot be read: {error!r}") from error
+    plain = all(isinstance(name, str) and Path(name).name == name for name in (temporary, *parts))
+    if not (plain and _UNFINISHED.fullmatch(temporary)):
+        raise OSError(f"{journal}: expected a temporary folder and file names, got {content!r}")
+    return temporary, names
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool = False) -> Iterator[bool | None]:
+    """Lock a folder while the context is active.
+
+    Yields:
+        Whether it is locked; None if the system or the file system has no such locks. With ``wait``, another process
+        is waited for.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield None
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        yield False if isinstance(error, FileNotFoundError) else None
+        return
+    try:
+        locked: bool | None = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            locked = False
+        except OSError:  # a network file system
+            locked = None
+        yield locked
+    finally:
+        os.close(descriptor)
 
 
 def _flush(path: Path) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conditional_detr.checkpoints.saving import files_of
+from conditional_detr.system.atomic_files import recover
 from conditional_detr.training.checkpoints import BEST, LAST, STATE
 from conditional_detr.training.logging import CURVES, LOG
 
@@ -20,6 +21,8 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     Without ``resume``, these are checkpoints, a log with entries, and curves. With it, they are weights without the
     training state that a run resumes from.
     """
+    for name in (LAST, BEST):
+        recover(folder / name)
     if (folder / LAST / STATE).exists():
         if resume:
             return

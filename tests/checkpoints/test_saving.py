@@ -321,6 +321,37 @@ def test_a_full_disk_is_an_oserror(small, tmp_path, name_format):
     assert contents(weights.parent) == before
 
 
+class KilledError(BaseException):
+    """Nothing catches it, so that it leaves the files as a kill does."""
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_loading_completes_what_a_killed_process_has_begun(small, tmp_path, monkeypatch, at, earlier):
+    """After each of the renames: the journal, weights, config and preprocessing are those of one model."""
+    new = ConditionalDETR(small.config, replace(small.metadata, preprocessing=Preprocessing(64, 96))).eval()
+    if earlier:
+        small.save_pretrained(tmp_path)
+    renamed, plain = [], Path.replace
+
+    def rename(self, target):
+        plain(self, target)
+        renamed.append(target)
+        if len(renamed) == at:
+            raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", rename)
+        with pytest.raises(KilledError):
+            new.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.metadata == new.metadata
+    assert_same(loaded, new)
+    new.save_pretrained(tmp_path)  # removes the temporary folder
+    assert sorted(contents(tmp_path)) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_only_files_of_an_earlier_call_are_replaced(tiny, small, tmp_path):
     """A checkpoint that transformers has saved stays, also if it is one that this library wrote before."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"

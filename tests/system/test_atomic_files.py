@@ -1,31 +1,34 @@
 """Files are the old ones or the new ones, all of them, whenever a process is killed."""
 
+import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from conditional_detr.system.atomic_files import recover, remove_unfinished, write_atomically
+from conditional_detr.system.atomic_files import recover, remove_unfinished, unfinished_folder, write_atomically
 
 NAMES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 KILLED = """
-import os, sys
+import os, shutil, sys
 from pathlib import Path
 from conditional_detr.system.atomic_files import write_atomically
 
 folder, at = Path(sys.argv[1]), int(sys.argv[2])
 calls = 0
-for name in ("replace", "unlink", "chmod", "write_text"):
-    def counted(self, *args, plain=getattr(Path, name), **kwargs):
+changes = [(Path, name) for name in ("mkdir", "touch", "replace", "unlink", "chmod", "write_text")]
+for holder, name in (*changes, (shutil, "rmtree")):
+    def counted(*args, plain=getattr(holder, name), **kwargs):
         global calls
         calls += 1
         if calls == at:
             os._exit(9)
-        return plain(self, *args, **kwargs)
-    setattr(Path, name, counted)
+        return plain(*args, **kwargs)
+    setattr(holder, name, counted)
 write_atomically({folder / name: lambda path: path.write_bytes(b"new") for name in sys.argv[3:]})
 print(calls)
 """
@@ -56,7 +59,7 @@ ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def test_the_next_writer_completes_what_was_begun(tmp_path):
-    command = [sys.executable, "-S", "-c", KILLED, tmp_path, "6", "a", "b"]
+    command = [sys.executable, "-S", "-c", KILLED, tmp_path, "9", "a", "b"]  # after the first of two renames
     for name in "ab":
         (tmp_path / name).write_bytes(b"old")
     assert subprocess.run(command, env=ENV, check=False).returncode == 9
@@ -65,20 +68,33 @@ def test_the_next_writer_completes_what_was_begun(tmp_path):
     assert {(tmp_path / name).read_bytes() for name in "ab"} == {b"new"}
 
 
+TEMPORARY = ".0123456789abcdef.unfinished"
+
+
 @pytest.mark.parametrize(
     "journal",
-    ['{"x.unfinished": "../outside"}', '{"../x.unfinished": "a"}', '{"a": "b"}', '{"x.unfinished": 1}', "[]", "{", ""],
+    [
+        {"folder": TEMPORARY, "files": {"x": "../outside"}},
+        {"folder": TEMPORARY, "files": {"../x": "a"}},
+        {"folder": f"../{TEMPORARY}", "files": {"x": "a"}},
+        {"folder": "folder", "files": {"x": "a"}},
+        {"folder": TEMPORARY, "files": {"x": 1}},
+        {"folder": TEMPORARY, "files": ["x"]},
+        {"folder": TEMPORARY},
+        [],
+        None,
+    ],
 )
 def test_a_journal_of_strangers_moves_nothing_out_of_its_folder(tmp_path, journal):
     folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "x.unfinished").write_bytes(b"x")
+    (folder / TEMPORARY).mkdir(parents=True)
+    (folder / TEMPORARY / "x").write_bytes(b"x")
     (folder / "a").write_bytes(b"a")
-    (folder / ".conditional_detr.journal").write_text(journal)
-    with pytest.raises(OSError, match=r"journal: (expected temporary names|cannot be read)"):
+    (folder / ".conditional_detr.journal").write_text("{" if journal is None else json.dumps(journal))
+    with pytest.raises(OSError, match=r"journal: (expected a temporary folder|cannot be read)"):
         recover(folder)
     assert (folder / "a").read_bytes() == b"a"
-    assert (folder / "x.unfinished").read_bytes() == b"x"
+    assert (folder / TEMPORARY / "x").read_bytes() == b"x"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
@@ -88,7 +104,8 @@ def test_temporary_names_cannot_be_foreseen_and_links_are_not_followed(tmp_path)
     seen = []
 
     def write(path):
-        seen.append(path.name)
+        seen.append(path.parent.name)
+        assert path.parent.stat().st_mode & 0o077 == 0  # nobody else can put a link into it
         path.write_bytes(b"new")
 
     for _ in range(2):
@@ -120,20 +137,62 @@ def test_an_error_names_the_file_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks of folders")
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_reader_between_the_renames_disturbs_no_writer(tmp_path, monkeypatch, at):
-    """The reader completes the renames, since it cannot see that the writer is alive."""
-    replaced, plain = [], Path.replace
+def test_a_reader_waits_for_a_writer_between_its_renames(tmp_path, monkeypatch, at):
+    replaced, seen, plain = [], [], Path.replace
+
+    def read():
+        recover(tmp_path)
+        seen.append({(tmp_path / name).read_bytes() for name in NAMES})
+
+    reader = threading.Thread(target=read)
 
     def replace(self, target):
         result = plain(self, target)
         replaced.append(target)
         if len(replaced) == at:
-            recover(tmp_path)
+            reader.start()
+            reader.join(0.2)
+            assert seen == []
         return result
 
     monkeypatch.setattr(Path, "replace", replace)
     write_atomically({tmp_path / name: lambda path: path.write_bytes(b"new") for name in NAMES})
-    assert {(tmp_path / name).read_bytes() for name in NAMES} == {b"new"}
+    reader.join()
+    assert seen == [{b"new"}]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
     assert replaced[0].name == ".conditional_detr.journal"
+
+
+def test_two_writers_of_the_same_files_do_not_mix(tmp_path):
+    """Each round, two threads write three files at once; all three are those of one of them."""
+    for _ in range(20):
+        writers = [
+            threading.Thread(
+                target=write_atomically,
+                args=({tmp_path / name: lambda path, text=text: path.write_bytes(text) for name in NAMES},),
+            )
+            for text in (b"first", b"second")
+        ]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert len({(tmp_path / name).read_bytes() for name in NAMES}) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
+
+
+def test_only_temporary_folders_of_ended_processes_are_removed(tmp_path):
+    """Files that a library leaves in one, as safetensors does, are removed with it."""
+    abandoned = tmp_path / TEMPORARY
+    abandoned.mkdir()
+    (abandoned / ".tmpAbC").write_bytes(b"half")
+    others = [tmp_path / name for name in (".unfinished", "0123456789abcdef.unfinished", ".x.unfinished", "a")]
+    for other in others:
+        other.write_bytes(b"mine")
+    with unfinished_folder(tmp_path) as mine:
+        remove_unfinished(tmp_path)
+        assert mine.is_dir() or sys.platform == "win32"
+        assert not abandoned.exists() or sys.platform == "win32"
+    assert sorted(tmp_path.iterdir()) == sorted(others)

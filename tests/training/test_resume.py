@@ -58,7 +58,9 @@ def test_a_killed_run_resumes_to_the_same_numbers_to_the_last_bit(uninterrupted,
     assert [entry["step"] for entry in before] == [1, 2, 3, 4, 5]
     state = torch.load(folder / "last" / checkpoints.STATE, weights_only=True)
     assert (state["step"], state["epoch"], state["batch"]) == (4, 1, 2)  # in the middle of the second epoch
-    (folder / "last" / ".4711-0.unfinished").write_bytes(b"half")  # left by a process killed while writing
+    abandoned = folder / "last" / ".0123456789abcdef.unfinished"
+    abandoned.mkdir()
+    (abandoned / "model.safetensors").write_bytes(b"half")  # left by a process killed while writing
     again, resumed = resumable(folder, workers=workers, resume=True)
     assert steps_of(folder) == steps_of(whole)
     assert before == steps_of(whole)[:5]
@@ -201,6 +203,31 @@ write_atomically({Path(sys.argv[1]) / "model.safetensors": write})
     train(small_model(), Rectangles(4), None, replace(RESUMED, epochs=1), folder=tmp_path, resume=True, **QUIET)
     hidden = sorted(path.name for folder in folders for path in folder.glob(".*"))
     assert hidden == [LOCK, *[".gitignore"] * 3]
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_run_killed_in_its_first_save_resumes(tmp_path, monkeypatch, at):
+    """After each of the renames: the journal, three files of the weights and the training state."""
+
+    class KilledError(BaseException):
+        pass
+
+    renamed, plain = [], Path.replace
+
+    def rename(self, target):
+        plain(self, target)
+        renamed.append(target)
+        if len([path for path in renamed if path.parent.name == "last"]) == at:
+            raise KilledError
+
+    config = replace(RESUMED, epochs=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", rename)
+        with pytest.raises(KilledError):
+            train(small_model(), Rectangles(4), None, config, folder=tmp_path, **QUIET)
+    result = train(small_model(), Rectangles(4), None, config, folder=tmp_path, resume=True, **QUIET)
+    assert result.steps == 1
+    assert [path.name for path in (tmp_path / "last").glob(".*")] == []
 
 
 def test_resume_without_a_checkpoint_starts_a_new_run(tmp_path):
