@@ -1,13 +1,12 @@
 """``conditional-detr export``: export a model for torch.export, ONNX Runtime or OpenVINO."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from conditional_detr.cli.console import err, megabytes, one_line_errors, out, print_line
 from conditional_detr.cli.options import OVERWRITE, REVISION, SOURCE, TOP_K
-from conditional_detr.system.outputs import check_output
 
 if TYPE_CHECKING:
     from conditional_detr.inference.exported import Description
@@ -41,24 +40,15 @@ def export(
         import torch
 
         from conditional_detr.checkpoints.loading import from_pretrained
-        from conditional_detr.deploy.export import checked_target
+        from conditional_detr.deploy.export import check_free, checked_target
         from conditional_detr.deploy.export import export as write
 
         check_free(checked_target(target), source, overwrite=overwrite)
         model = from_pretrained(source, revision=revision)
         dtype = torch.float16 if half else torch.float32
-        description = write(
-            model, target, dtype=dtype, top_k=top_k, image=image, tolerance=tolerance, progress=status.update
-        )
+        options: dict[str, Any] = {"image": image, "tolerance": tolerance, "overwrite": overwrite}
+        description = write(model, target, dtype=dtype, top_k=top_k, progress=status.update, **options)
     report(target, description)
-
-
-def check_free(target: Path, *inputs: str | Path, overwrite: bool) -> None:
-    """Check that the target may be written, and the ``.bin`` of an ``.xml``; raises what ``check_output`` raises."""
-    from conditional_detr.deploy.export import files_of
-
-    for file in files_of(target):
-        check_output(file, inputs=inputs, overwrite=overwrite)
 
 
 def report(target: Path, description: "Description") -> None:

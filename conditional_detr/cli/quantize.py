@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from conditional_detr.cli.console import FAILED, err, one_line_errors, out, print_line
-from conditional_detr.cli.export import check_free, report
+from conditional_detr.cli.export import report
 from conditional_detr.cli.options import OVERWRITE, REVISION, SOURCE, TOP_K
 from conditional_detr.inference.listing import list_images
 
@@ -58,6 +58,7 @@ def quantize(
     """
     with one_line_errors(), err.status("loading") as status:
         from conditional_detr.checkpoints.loading import from_pretrained
+        from conditional_detr.deploy.export import check_free
         from conditional_detr.deploy.quantize import check_request
         from conditional_detr.deploy.quantize import quantize as write
 
@@ -73,7 +74,7 @@ def quantize(
         description = None
         for kept in attempts:
             with contextlib.suppress(_AccuracyError):
-                options: dict[str, Any] = {"measure": check} if check else {}
+                options: dict[str, Any] = {"overwrite": overwrite, **({"measure": check} if check else {})}
                 description = write(model, target, chosen, keep=kept, top_k=top_k, progress=status.update, **options)
                 break
     _report(target, description, check)

@@ -1,7 +1,6 @@
 """Export a model to torch.export, ONNX or OpenVINO, to run without this library."""
 
 import copy
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,7 +23,8 @@ from conditional_detr.inference.postprocessing import check_count, check_head, n
 from conditional_detr.inference.runtimes import BOXES, DETECTIONS, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
 from conditional_detr.inference.sources import ImageSource, source_name
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
-from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.system.atomic_files import publish, remove_unfinished, unfinished_folder
+from conditional_detr.system.outputs import check_output
 from conditional_detr.system.shutdown import ShutdownRequest
 
 _TRACE_SHAPE = (2, 3, 160, 224)  # no dimension of any feature map is 1 or equal to another
@@ -43,6 +43,7 @@ def export(
     top_k: int | None = None,
     image: ImageSource | None = None,
     tolerance: float | None = None,
+    overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Description:
     """Export a model for any image size and batch size.
@@ -59,13 +60,14 @@ def export(
     Args:
         model: the model; it is not changed.
         target: "….onnx"; "….xml" for OpenVINO, whose weights are written beside it to "….bin"; "….pt2" for
-            torch.export. The suffix may be in capitals, except that ".bin" never is. Existing files are replaced.
+            torch.export. The suffix may be in capitals, except that ".bin" never is.
         dtype: dtype of the computation: float32; or float16, for GPUs, where softmax, sines, reference points and box
             arithmetic stay in float32.
         top_k: largest number of detections per image, to include post-processing; None: no post-processing.
         image: image to compare the outputs on; None: a generated pattern.
         tolerance: largest allowed difference of the boxes, which are in [0, 1]; of the logits ten times as much.
             Default: 1e-5 in float32 and 0.02 in float16; or three times what float32 itself rounds on the image.
+        overwrite: replace existing files.
         progress: called with a description of the current step.
 
     Returns:
@@ -73,8 +75,8 @@ def export(
 
     Raises:
         ModuleNotFoundError: a package for the format is not installed.
-        OSError: the file cannot be written, or the image cannot be read.
-        TypeError: the model is not a ConditionalDETR, or is of a subclass; not a dtype.
+        OSError: the file cannot be written or exists, or the image cannot be read.
+        TypeError: the model is not a ConditionalDETR, is of a subclass, or has modules of other classes; not a dtype.
         ValueError: an unsupported suffix or dtype; a model that is an optimised copy, whose backbone cannot be traced,
             or whose class head does not match its class names; outputs that differ from the model's, in which case
             nothing is written.
@@ -82,6 +84,7 @@ def export(
     check_model(model)
     check_dtype(dtype, tuple(TOLERANCES))
     target = checked_target(target)
+    check_free(target, overwrite=overwrite)
     if top_k is not None:
         check_count("top_k", top_k)
     if tolerance is not None and not 0 < tolerance <= 1:
@@ -92,8 +95,8 @@ def export(
     write = make_writer(model, suffix, dtype=dtype, top_k=top_k)
     description = describe(model, suffix, precision=str(dtype).removeprefix("torch."), top_k=top_k)
     image_name = "drawn" if image is None else source_name(image, "given")
-    with tempfile.TemporaryDirectory() as folder:
-        draft = draft_of(target, Path(folder))
+    with unfinished_folder(target.parent) as folder:
+        draft = draft_of(target, folder)
         write(draft, description)
         progress("comparing with the model")
         parity = compare(ExportedModel(draft), model, images)
@@ -272,6 +275,13 @@ def files_of(target: Path) -> tuple[Path, ...]:
     return (target, target.with_suffix(".bin")) if target.suffix.lower() == ".xml" else (target,)
 
 
+def check_free(target: Path, *inputs: str | Path, overwrite: bool) -> None:
+    """Check that the files of an exported model may be written; raises what ``check_output`` raises."""
+    remove_unfinished(target.parent)
+    for file in files_of(target):
+        check_output(file, inputs=inputs, overwrite=overwrite)
+
+
 def missing_packages(target: Path, packages: Sequence[str], extra: str) -> ModuleNotFoundError:
     """Return the error for packages that are not installed."""
     needs = f"needs {', '.join(packages)}, which is not installed: pip install 'conditional-detr[{extra}]'"
@@ -299,13 +309,9 @@ def draft_of(target: Path, folder: Path) -> Path:
 
 
 def move(draft: Path, target: Path) -> None:
-    """Copy the files of a draft to those of the target atomically.
+    """Move the files of a draft, in a temporary folder beside the target, to those of the target.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: they cannot be renamed.
     """
-    write_atomically({to: _copier(file) for file, to in zip(files_of(draft), files_of(target), strict=True)})
-
-
-def _copier(file: Path) -> Callable[[Path], object]:
-    return lambda path: shutil.copyfile(file, path)
+    publish(draft.parent, {file.name: to.name for file, to in zip(files_of(draft), files_of(target), strict=True)})

@@ -7,11 +7,13 @@ once, projections of the same tensor are joined, and activations and additions a
 import copy
 import threading
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from conditional_detr.checkpoints.meta_init import other_modules
 from conditional_detr.deploy.backbone import FastBackbone
 from conditional_detr.deploy.kernels import Computation, FusedConv, has_kernels, mark_dynamic_size
 from conditional_detr.deploy.layers import FastDecoder, fast_encoder
@@ -19,6 +21,7 @@ from conditional_detr.deploy.parameters import count_parameters
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output, check_input
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRACED = "backbone.body"  # with modules of any class
 _NOT_SAVED = "an optimised copy cannot be saved or copied; save or copy the plain model"
 _CACHED_SIZES = 32  # feature map sizes whose position encodings are cached
 
@@ -54,11 +57,15 @@ def optimize(model: ConditionalDETR, *, dtype: torch.dtype = torch.float32, comp
 
 
 def check_model(model: ConditionalDETR) -> None:
-    """Raise TypeError or ValueError unless a model is a plain ConditionalDETR."""
+    """Raise TypeError or ValueError unless a model is a plain ConditionalDETR with the modules of this library."""
     if isinstance(model, OptimizedDETR):
         raise ValueError("model: expected a plain model, got an optimised copy")
     if type(model) is not ConditionalDETR:  # the changes of a subclass would be lost
         raise TypeError(f"model: expected a ConditionalDETR, got {type(model).__name__}")
+    others = {name: got for name, (got, _) in other_modules(model).items() if not name.startswith(_TRACED)}
+    if others:  # their changes would be lost, too: only their weights would be used
+        names = ", ".join(f"{name} is a {got.__name__}" for name, got in islice(others.items(), 3))
+        raise TypeError(f"model: expected only modules of this library outside {_TRACED}, got {len(others)}: {names}")
 
 
 def check_dtype(dtype: torch.dtype, expected: Sequence[torch.dtype]) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from numpy import ndarray
 
 from conditional_detr.deploy.export import (
     Traced,
+    check_free,
     checked_target,
     describe,
     draft_of,
@@ -34,6 +34,7 @@ from conditional_detr.inference.runtimes import SIZES, input_arrays
 from conditional_detr.inference.sources import ImageSource, source_name
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.metadata import Preprocessing
+from conditional_detr.system.atomic_files import unfinished_folder
 
 PARTS = ("backbone", "encoder", "decoder")
 """Parts that can be kept in float32."""
@@ -51,6 +52,7 @@ def quantize(
     *,
     keep: Sequence[str] = (),
     top_k: int | None = None,
+    overwrite: bool = False,
     measure: Callable[[ExportedModel], Mapping[str, Any]] = lambda _: {},
     progress: Callable[[str], None] = lambda _: None,
 ) -> Description:
@@ -66,11 +68,11 @@ def quantize(
 
     Args:
         model: the model; it is not changed.
-        target: "….xml", the suffix also in capitals; the weights are written beside it to "….bin". Existing files are
-            replaced.
+        target: "….xml", the suffix also in capitals; the weights are written beside it to "….bin".
         images: calibration images, about a hundred; each is opened when it is needed.
         keep: parts to keep in float32: "backbone", "encoder", "decoder".
         top_k: largest number of detections per image, to include post-processing; None: no post-processing.
+        overwrite: replace existing files.
         measure: returns further measurements of the exported model to store in it, such as AP, by name. If it raises,
             nothing is written.
         progress: called with a description of the current step.
@@ -80,14 +82,15 @@ def quantize(
 
     Raises:
         ModuleNotFoundError: openvino or nncf is not installed.
-        OSError: the file cannot be written, or an image cannot be read.
-        TypeError: the model is not a ConditionalDETR, or is of a subclass; ``images`` or ``keep`` is not a list; an
-            image of an unsupported type.
+        OSError: the file cannot be written or exists, or an image cannot be read.
+        TypeError: the model is not a ConditionalDETR, is of a subclass, or has modules of other classes; ``images`` or
+            ``keep`` is not a list; an image of an unsupported type.
         ValueError: no image; an unsupported suffix; an unknown part; a model that is an optimised copy, whose backbone
             cannot be traced, or whose class head does not match its class names; outputs that are not finite.
     """
     check_model(model)
     target = check_request(target, keep)
+    check_free(target, overwrite=overwrite)
     if top_k is not None:
         check_count("top_k", top_k)
     _check_list("images", images)
@@ -102,8 +105,8 @@ def quantize(
     measured: dict[str, Any] = {"calibration": {"images": len(images), "also in float": sorted(keep)}}
     image_name = source_name(images[0], "given")
     description = replace(description, versions=versions, image=image_name, measured=measured)
-    with tempfile.TemporaryDirectory() as folder:
-        draft = draft_of(target, Path(folder))
+    with unfinished_folder(target.parent) as folder:
+        draft = draft_of(target, folder)
         write_openvino(network, draft, description)
         progress("comparing with the model")
         exported = ExportedModel(draft)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from conditional_detr.inference.listing import ListedImage
 from conditional_detr.inference.processes import Process
-from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.system.atomic_files import remove_unfinished, write_atomically
 
 if TYPE_CHECKING:
     from conditional_detr.inference.detections import Detections
@@ -44,7 +44,13 @@ class ResultWriter(ABC):
     """Write the detections of images; use it as a context manager, or call :meth:`close` in the end.
 
     ``open_results`` makes one.
+
+    Args:
+        lock: keeps other runs from writing to the folder; the first process has acquired it.
     """
+
+    def __init__(self, lock: FileLock) -> None:
+        self._lock = lock
 
     @abstractmethod
     def is_done(self, listed: ListedImage) -> bool:
@@ -62,12 +68,14 @@ class ResultWriter(ABC):
             OSError: the file cannot be written.
         """
 
-    @abstractmethod
     def close(self) -> list[Path]:
         """Finish the files, and return those that hold the results of all images."""
+        self.release()
+        return []
 
-    def release(self) -> None:  # noqa: B027  # JSON files need no lock
+    def release(self) -> None:
         """Let other runs write to the folder; :meth:`close` does this, too."""
+        _release(self._lock)
 
     def __enter__(self) -> "ResultWriter":
         return self
@@ -110,24 +118,32 @@ def open_results(
         csv_safe: in a table, write an apostrophe before names that a spreadsheet would run as a formula.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be made or written, or another run is writing to it.
         ValueError: an unknown format; a file that would be overwritten, or that holds something else.
     """
     format, folder = Format(format), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if format is Format.json:
-        return _JsonFiles(folder, resume=resume, overwrite=overwrite)
     lock = FileLock(folder / f".{_LINES}.lock", timeout=0)
     if process.rank == 0:
         try:
             lock.acquire()
         except Timeout as error:
-            raise OSError(f"{folder}: another run is writing results to this folder") from error
+            raise OSError(f"{folder}: another run is writing results to this folder; use another one") from error
+    if format is Format.json:
+        return _JsonFiles(folder, lock, resume=resume, overwrite=overwrite)
     try:
         return _open_lines(format, folder, process, lock, resume=resume, overwrite=overwrite, csv_safe=csv_safe)
     except BaseException:
-        lock.release()
+        _release(lock)
         raise
+
+
+def _release(lock: FileLock) -> None:
+    """Release a lock and remove its file; do nothing in a process that has not acquired it."""
+    if lock.is_locked:
+        with suppress(PermissionError):  # Windows keeps open files
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _open_lines(
@@ -156,8 +172,10 @@ def as_json(listed: ListedImage, detections: "Detections") -> dict[str, Any]:
 class _JsonFiles(ResultWriter):
     """``NAME.json`` for each image."""
 
-    def __init__(self, folder: Path, *, resume: bool, overwrite: bool) -> None:
+    def __init__(self, folder: Path, lock: FileLock, *, resume: bool, overwrite: bool) -> None:
+        super().__init__(lock)
         self.folder = folder
+        self.tidied: set[Path] = set()
         self.resume = resume
         self.overwrite = overwrite
 
@@ -190,11 +208,12 @@ class _JsonFiles(ResultWriter):
 
     def write(self, listed: ListedImage, detections: "Detections") -> None:
         text = json.dumps(as_json(listed, detections), indent=2) + "\n"
-        self._file(listed).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically({self._file(listed): lambda path: path.write_text(text, encoding="utf-8")})
-
-    def close(self) -> list[Path]:
-        return []
+        file = self._file(listed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.parent not in self.tidied:
+            remove_unfinished(file.parent)
+            self.tidied.add(file.parent)
+        write_atomically({file: lambda path: path.write_text(text, encoding="utf-8")})
 
 
 class _JsonLines(ResultWriter):
@@ -203,7 +222,8 @@ class _JsonLines(ResultWriter):
     def __init__(
         self, folder: Path, format: Format, process: Process, earlier: list[Path], lock: FileLock, csv_safe: bool
     ) -> None:
-        self.lock = lock
+        super().__init__(lock)
+        remove_unfinished(folder)
         self.csv_safe = csv_safe
         self.format = format
         self.process = process
@@ -235,9 +255,6 @@ class _JsonLines(ResultWriter):
             write_atomically({files[0]: lambda path: self._write_table(path, parts)})
         self.release()
         return files
-
-    def release(self) -> None:
-        self.lock.release()
 
     def _write_table(self, path: Path, parts: list[Path]) -> None:
         """Write one row per detection, of all processes."""

@@ -36,7 +36,7 @@ def write_atomically(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     try:
         with unfinished_folder(path.parent) as temporary:
             for path, write in writers.items():
-                write_with_default_mode(temporary / path.name, write)
+                write(temporary / path.name)
             publish(temporary, {path.name: path.name for path in writers})
     except OSError as error:
         detailed = OSError(f"{path}: cannot be written: {error.strerror or error}")
@@ -70,16 +70,10 @@ def unfinished_folder(folder: Path) -> Iterator[Path]:
             return
 
 
-def write_with_default_mode(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that has the user's default mode; some libraries give access only to the owner."""
-    path.touch()
-    mode = path.stat().st_mode
-    write(path)
-    path.chmod(mode)
-
-
 def publish(temporary: Path, names: Mapping[str, str]) -> None:
-    """Move complete files out of their temporary folder, to the disk.
+    """Move complete files out of their temporary folder, when they are on the disk.
+
+    They get the user's default mode: some libraries give access only to the owner.
 
     Args:
         temporary: the folder of :func:`unfinished_folder`.
@@ -88,13 +82,15 @@ def publish(temporary: Path, names: Mapping[str, str]) -> None:
     Raises:
         OSError: a file cannot be renamed.
     """
-    folder = temporary.parent
+    folder, draft = temporary.parent, temporary / _JOURNAL
+    draft.touch()
+    mode = draft.stat().st_mode
     for name in names:
+        (temporary / name).chmod(mode)
         _flush(temporary / name)
     with _locked(folder, wait=True):
         _complete(folder)  # of another process, which was killed
         if len(names) > 1:
-            draft = temporary / _JOURNAL
             draft.write_text(json.dumps({"folder": temporary.name, "files": dict(names)}))
             _flush(draft)
             draft.replace(folder / _JOURNAL)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
-from conditional_detr.checkpoints.meta_init import MetaInit
+from conditional_detr.checkpoints.meta_init import other_modules
 from conditional_detr.checkpoints.saving import writers_of
 from conditional_detr.data.coco import Annotations
 from conditional_detr.data.dataset import Sample
@@ -159,15 +159,10 @@ def check_modules(model: ConditionalDETR, folder: Path) -> None:
             message lists them.
     """
     writers_of(model, folder)
-    with MetaInit():
-        plain = {name: type(module) for name, module in ConditionalDETR(model.config).named_modules()}
-    got = {name: type(module) for name, module in model.named_modules()}
     others = [
-        f"{name or 'model'} is a {kind.__name__}, restored as {plain[name].__name__}"
-        for name, kind in got.items()
-        if name in plain and kind is not plain[name]
+        f"{name or 'model'} is a {got.__name__}, {f'restored as {plain.__name__}' if plain else 'not restored'}"
+        for name, (got, plain) in other_modules(model).items()
     ]
-    others += [f"{name} is a {kind.__name__}, not restored" for name, kind in got.items() if name not in plain]
     if others:
         warnings.warn(
             f"model: checkpoints store weights, not classes of modules: {'; '.join(others[:3])}"

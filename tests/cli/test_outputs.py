@@ -89,7 +89,7 @@ def test_a_file_of_the_users_stays(folder, small, command, parameter, file, kind
     assert Path(file).name in result.stderr or Path(file).parent.name in result.stderr
     assert mine.read_bytes() == b"mine"
     assert target.is_symlink() == (kind == "link")
-    assert [path for path in sorted(folder.rglob("*")) if path.name != ".detections.lock"] == before
+    assert sorted(folder.rglob("*")) == before
 
 
 INPUTS = [
@@ -157,17 +157,18 @@ def test_overwrite_removes_the_files_of_runs_by_their_exact_names(folder, small)
     options = ["--weights", str(small), "--output", "out", "--format", "jsonl", "--no-draw", "--device", "cpu"]
     result = CliRunner().invoke(app, ["detect", "photo.png", *options, "--overwrite"])
     assert result.exit_code == 0, result.output
-    names = {path.name for path in Path("out").iterdir()} - {".detections.lock"}
-    assert names == {*mine, "detections.jsonl"}
+    assert {path.name for path in Path("out").iterdir()} == {*mine, "detections.jsonl"}
     assert all(Path("out", name).read_text() == "mine" for name in mine)
 
 
-def test_two_runs_do_not_write_one_file(folder, small):
+@pytest.mark.parametrize("format", ["json", "jsonl", "csv"])
+def test_two_runs_do_not_write_to_one_folder(folder, format):
     from conditional_detr.inference.results import open_results
 
     with (
-        open_results("jsonl", "out"),
+        open_results("json", "out"),
         pytest.raises(OSError, match="out: another run is writing results to this folder"),
     ):
-        open_results("jsonl", "out", resume=True)
-    open_results("jsonl", "out", resume=True).close()
+        open_results(format, "out", resume=True)
+    open_results(format, "out", resume=True).close()
+    assert [path.name for path in Path("out").glob(".*")] == []

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from conditional_detr import ConditionalDETR, Config, Detector, optimize
+from conditional_detr import ConditionalDETR, Config, Detector, export, optimize, quantize
 from conditional_detr.deploy import layers
 from conditional_detr.deploy.backbone import FastBackbone
 from conditional_detr.deploy.kernels import Computation
@@ -198,3 +198,23 @@ def test_methods_of_fast_layers_replace_those_of_the_plain_ones(name):
     own = {attribute for attribute, value in vars(fast).items() if callable(value) and not attribute.startswith("__")}
     assert own
     assert own <= set(vars(plain))
+
+
+def test_own_modules_are_refused(plain, tmp_path):
+    """Only their weights would be used; a body of the backbone is traced, whatever it consists of."""
+
+    class OwnLinear(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = copy.deepcopy(plain)
+    attention = model.decoder.layers[0].cross_attention
+    value = attention.value
+    attention.value = OwnLinear(value.in_features, value.out_features)
+    message = r"outside backbone\.body, got 1: decoder\.layers\.0\.cross_attention\.value is a OwnLinear"
+    for convert in (optimize, lambda m: export(m, tmp_path / "x.onnx"), lambda m: quantize(m, tmp_path / "x.xml", [])):
+        with pytest.raises(TypeError, match=message):
+            convert(model)
+    assert list(tmp_path.iterdir()) == []
+    attention.value = value
+    optimize(model)

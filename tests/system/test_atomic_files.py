@@ -59,7 +59,7 @@ ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def test_the_next_writer_completes_what_was_begun(tmp_path):
-    command = [sys.executable, "-S", "-c", KILLED, tmp_path, "9", "a", "b"]  # after the first of two renames
+    command = [sys.executable, "-S", "-c", KILLED, tmp_path, "8", "a", "b"]  # after the first of two renames
     for name in "ab":
         (tmp_path / name).write_bytes(b"old")
     assert subprocess.run(command, env=ENV, check=False).returncode == 9
@@ -120,8 +120,8 @@ def test_files_have_the_users_default_mode(tmp_path):
     (tmp_path / "plain").touch()
 
     def write(path):
-        path.chmod(0o600)
         path.write_bytes(b"new")
+        path.chmod(0o600)
 
     write_atomically({tmp_path / "a": write})
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
