@@ -112,7 +112,7 @@ def _similar(path: Path) -> str:
     names = shipped_names() if len(path.parts) == 1 else []
     if path.parent.is_dir():
         names += [str(path.parent / file.name) for file in islice(path.parent.iterdir(), _MOST_COMPARED)]
-    close = difflib.get_close_matches(str(path), names, n=3, cutoff=0.7)
+    close = difflib.get_close_matches(str(path), sorted(set(names)), n=3, cutoff=0.7)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 

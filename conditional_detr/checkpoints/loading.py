@@ -29,6 +29,7 @@ from conditional_detr.checkpoints.meta_init import MetaInit
 from conditional_detr.checkpoints.tensor_checks import abbreviate, copy_values, not_finite
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
 from conditional_detr.modeling.metadata import LoadReport, Metadata
+from conditional_detr.system.console import printable
 
 _log = logging.getLogger(__name__)
 _IGNORED = ".num_batches_tracked"  # BatchNorm's counter; frozen BatchNorm does not use it
@@ -105,7 +106,7 @@ def from_pretrained(
     heads = replace_heads(model, class_names=class_names, num_classes=num_classes, num_queries=num_queries)
     model.load_report = LoadReport(str(checkpoint.weights), str(key_map), _dtypes(checkpoint), checkpoint.size, heads)
     if heads.changed:
-        _log.warning("%s", model.load_report)
+        _log.warning("%s", "\n".join(map(printable, str(model.load_report).split("\n"))))
     return model.eval()
 
 

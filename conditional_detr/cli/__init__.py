@@ -3,6 +3,8 @@
 The files import what a command needs when it runs: ``--help`` and shell completion load neither torch nor torchvision.
 """
 
+import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version as version_of
@@ -74,6 +76,9 @@ def main(
 
     Exit codes: 0 success; 1 partial failure; 2 usage or setup error; 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an encoding such as ASCII lacks characters
     warn_in_one_line()
 
 

@@ -42,6 +42,8 @@ def check_data(
         for path in (json_file, sheet):
             if path is not None:  # before all the work, not after
                 check_output(path, inputs=[data, images], overwrite=overwrite)
+        if json_file is not None and sheet is not None and json_file.resolve() == sheet.resolve():
+            raise ValueError(f"--sheet: expected another file than that of --json, got {sheet}")
         if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
             raise ValueError(f"{sheet}: expected the suffix of an image, such as .jpg or .png, got {sheet.suffix!r}")
         with progress_bar(err, shown=True) as bar:

@@ -304,6 +304,10 @@ def _run(
         how = f"--resume continues from {output / LAST}" if saved else "there is no checkpoint yet"
         print_line(f"interrupted; {how}")
         raise typer.Exit(INTERRUPTED) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(f"a process that loads images ended: {error}") from error
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()

@@ -26,6 +26,7 @@ from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.system.atomic_files import publish, remove_unfinished, unfinished_folder
 from conditional_detr.system.outputs import check_output
 from conditional_detr.system.shutdown import ShutdownRequest
+from conditional_detr.system.torch_settings import plain_torch_settings
 
 _TRACE_SHAPE = (2, 3, 160, 224)  # no dimension of any feature map is 1 or equal to another
 _PACKAGES = {  # and the extra that installs them
@@ -35,6 +36,7 @@ _PACKAGES = {  # and the extra that installs them
 }
 
 
+@plain_torch_settings()
 def export(
     model: ConditionalDETR,
     target: str | Path,

@@ -35,6 +35,7 @@ from conditional_detr.inference.sources import ImageSource, source_name
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.metadata import Preprocessing
 from conditional_detr.system.atomic_files import unfinished_folder
+from conditional_detr.system.torch_settings import plain_torch_settings
 
 PARTS = ("backbone", "encoder", "decoder")
 """Parts that can be kept in float32."""
@@ -45,6 +46,7 @@ _TRANSFORMATION = "decoder.transformation"
 _KEPT_IN_BACKBONE = {"ScaledDotProductAttention", "MVN"}  # OpenVINO's names of attention and LayerNorm
 
 
+@plain_torch_settings()
 def quantize(
     model: ConditionalDETR,
     target: str | Path,

@@ -209,7 +209,7 @@ class Detector:
         """
         workers = min(4, os.cpu_count() or 1)
         is_list = isinstance(images, Sequence)
-        read = self._read_items(images, snapshots=not is_list)
+        read = self._read_items(images, snapshots=not isinstance(images, list | tuple))
         keep = is_list if keep_images is None else keep_images
         prepared = map_in_threads(partial(self._prepare, keep=keep), read, workers=workers, depth=batch_size + workers)
 

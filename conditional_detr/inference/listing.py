@@ -82,6 +82,8 @@ def _expand_standard_input(arguments: Sequence[str]) -> Iterator[tuple[str, bool
     """Yield the arguments, with "-" replaced by the lines of standard input, and whether each comes from there."""
     for argument in arguments:
         if argument == "-":
+            if sys.stdin is None:
+                raise ValueError("images: expected one per line from standard input, got a closed one")
             lines = (line.rstrip("\r\n").removeprefix("\ufeff") for line in sys.stdin)
             yield from ((line, True) for line in lines if line)
         else:

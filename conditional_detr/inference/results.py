@@ -122,6 +122,8 @@ def open_results(
         ValueError: an unknown format; a file that would be overwritten, or that holds something else.
     """
     format, folder = Format(format), Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: expected a folder for results, got a file")
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f".{_LINES}.lock", timeout=0)
     if process.rank == 0:

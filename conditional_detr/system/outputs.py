@@ -28,8 +28,8 @@ def check_output(
         raise IsADirectoryError(f"{path}: expected a file to write, got a folder")
     if not os.path.lexists(path):
         return
-    for entry in inputs:
-        if is_same_file(path, entry) or (Path(entry).is_dir() and _is_below(path, Path(entry))):
+    for entry in (Path(entry).expanduser() for entry in inputs):
+        if is_same_file(path, entry) or is_below(path, entry):
             raise ValueError(f"{path}: expected a file to write, got an input")
     if not (overwrite or ours):
         raise FileExistsError(f"{path}: already exists; set overwrite to replace it")
@@ -55,5 +55,6 @@ def file_ids(paths: Iterable[str | Path]) -> dict[tuple[int, int], str]:
     return found
 
 
-def _is_below(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+def is_below(path: Path, folder: Path) -> bool:
+    """Return whether a path is an existing folder or in it, also through links."""
+    return folder.is_dir() and path.resolve().is_relative_to(folder.resolve())

@@ -1,17 +1,19 @@
-"""Shutdown on Ctrl-C and SIGTERM: the first signal requests it, the second stops the process at once."""
+"""Shutdown on Ctrl-C, SIGTERM or SIGHUP: the first signal requests it, the second stops the process at once."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
+"""Signals of Ctrl-C, of job schedulers and of a terminal that is closed, where the system has them."""
 
 
 class ShutdownRequest:
-    """Context manager that handles SIGINT and SIGTERM; the first one sets a flag, the second raises KeyboardInterrupt.
+    """Context manager that handles SIGINT, SIGTERM and SIGHUP.
 
-    Outside the main thread it does nothing, because Python handles signals in the main thread only.
+    The first one sets a flag, the second raises KeyboardInterrupt. A SIGHUP that is ignored, as under nohup, stays
+    ignored. Outside the main thread it does nothing, because Python handles signals in the main thread only.
 
     Attributes:
         requested: whether a signal has arrived.
@@ -23,8 +25,13 @@ class ShutdownRequest:
 
     def __enter__(self) -> "ShutdownRequest":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in self._handled()}
         return self
+
+    @staticmethod
+    def _handled() -> list[signal.Signals]:
+        """Return the signals to handle: all but an ignored SIGHUP."""
+        return [number for number in SIGNALS if number in SIGNALS[:2] or signal.getsignal(number) != signal.SIG_IGN]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -153,6 +153,8 @@ def _check_form(state: Mapping[str, Any]) -> None:
     for name in ("settings", "history", "losses", "bad_images", "category_ids", "initial_weights"):
         if not _is_plain(state.get(name)):
             raise ValueError(f"{name}: values of other types")
+    if not isinstance(state.get("category_ids", []), list) or not isinstance(state.get("bad_images", []), list):
+        raise ValueError("category_ids or bad_images: other values than lists")
     if not all(isinstance(loss, float) for loss in state["losses"]):
         raise ValueError("losses: other values than numbers")
     if not all(isinstance(entry, dict) for entry in state["history"]):

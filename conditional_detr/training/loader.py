@@ -1,10 +1,12 @@
 """Data loading for the training loop: random numbers of a sample depend only on seed, epoch and index."""
 
 import itertools
+import multiprocessing
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -14,10 +16,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from conditional_detr.data.dataset import Sample, collate
 from conditional_detr.data.seeds import derive_seed
+from conditional_detr.system.shutdown import SIGNALS
 from conditional_detr.training.config import TrainConfig
 
 Batch: TypeAlias = tuple[Tensor, Tensor | None, list[dict[str, Any]]]
 """Pixels (B, 3, H, W); padding (B, H, W) bool, True = padded, or None; targets."""
+
+
+LoadedBatch: TypeAlias = tuple[list[int], Batch]
+"""The dataset indices of a batch's images, and the batch."""
 
 
 class SampleDataset(Protocol):
@@ -71,7 +78,7 @@ def load_batches(
     *,
     pin: bool,
     skip: Callable[[int, Exception], None],
-) -> Iterator[tuple[list[int], Batch]]:
+) -> Generator[LoadedBatch]:
     """Yield batches with the dataset indices of their images, which the workers load ahead.
 
     Args:
@@ -95,16 +102,33 @@ def load_batches(
         # the loader draws a base seed, which must not come from the global generator
         generator=torch.Generator(device="cpu"),
     )
+    before = multiprocessing.active_children()
     with _blocked_signals():
         iterator = iter(loader)
-    for indices, batch, errors in iterator:
-        for index, error in errors:
-            if not config.max_bad_images or isinstance(error, TypeError):
-                raise error
-            skip(index, error)
-        if batch is None:
-            raise errors[0][1]
-        yield indices, batch
+    workers = [process for process in multiprocessing.active_children() if process not in before]
+    try:
+        for indices, batch, errors in iterator:
+            for index, error in errors:
+                if not config.max_bad_images or isinstance(error, TypeError):
+                    raise error
+                skip(index, error)
+            if batch is None:
+                raise errors[0][1]
+            yield indices, batch
+    finally:
+        _end(iterator, workers)
+
+
+def _end(iterator: Any, workers: Sequence[BaseProcess]) -> None:
+    """End the workers of a loader's iterator.
+
+    They block SIGTERM, with which multiprocessing ends its processes at exit, and would be waited for without end.
+    """
+    if workers:
+        iterator._shutdown_workers()  # also by the iterator's __del__, but an error's traceback keeps the iterator
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 def _collate(loaded: list[tuple[int, Any]]) -> tuple[list[int], Batch | None, list[tuple[int, Exception]]]:
@@ -125,7 +149,7 @@ def _blocked_signals() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:

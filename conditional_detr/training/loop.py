@@ -11,12 +11,12 @@ from pathlib import Path
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.system.shutdown import ShutdownRequest
+from conditional_detr.system.torch_settings import plain_torch_settings
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.consistency import check_modules, check_preprocessing, match_classes
 from conditional_detr.training.loader import SampleDataset
 from conditional_detr.training.optimizer import folded_batch_norm, gradient_checkpointing, linear_as_convolution
 from conditional_detr.training.run import Run, TrainResult
-from conditional_detr.training.surroundings import plain_torch_settings
 
 
 def train(

@@ -28,7 +28,7 @@ from conditional_detr.training.checkpoints import (
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.consistency import check_images, parts_of
 from conditional_detr.training.first_epoch import FirstEpochReport, check_first_epoch
-from conditional_detr.training.loader import SampleDataset, load_batches
+from conditional_detr.training.loader import LoadedBatch, SampleDataset, load_batches
 from conditional_detr.training.logging import RunLogger
 from conditional_detr.training.optimizer import fit_warmup, have_equal_rates
 from conditional_detr.training.record import describe_run, digest_of_weights
@@ -241,9 +241,16 @@ class Run:
         plan = self._batches(progress.epoch)
         remaining = plan[progress.batch :]
         options: dict[str, Any] = {"pin": self.accelerator.device.type == "cuda", "skip": self._skip_image}
-        loaded = load_batches(self.train_data, remaining, self.config, progress.epoch, **options)
+        with contextlib.closing(
+            load_batches(self.train_data, remaining, self.config, progress.epoch, **options)
+        ) as loaded:
+            self._train_batches(loaded, len(plan), shutdown)
+
+    def _train_batches(self, loaded: Iterator[LoadedBatch], count: int, shutdown: ShutdownRequest) -> None:
+        """Train on the remaining batches of an epoch of ``count`` batches."""
+        progress = self.progress
         while group := list(islice(loaded, self.config.accumulation)):
-            epochs = progress.epoch + progress.batch / len(plan)
+            epochs = progress.epoch + progress.batch / count
             numbers = self.stepper.train_step(group, step=progress.step, epochs=epochs)
             progress.step, progress.batch = progress.step + 1, progress.batch + len(group)
             progress.losses.append(numbers["loss"])

@@ -1,32 +1,12 @@
-"""What surrounds a training run: packages, environment variables and torch's global settings."""
+"""What surrounds a training run: packages and environment variables."""
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from typing import Any
-
-import torch
 
 _SHARDED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 _BACKEND = "MPLBACKEND"
-
-
-@contextmanager
-def plain_torch_settings() -> Iterator[None]:
-    """Enable gradients and use float32 and the CPU as torch's default dtype and device, while the context is active.
-
-    So a program's ``set_grad_enabled``, ``inference_mode``, ``set_default_dtype`` and ``set_default_device`` have no
-    effect on training.
-    """
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    on_cpu = nullcontext() if device.type == "cpu" else torch.device("cpu")  # the context slows every call of torch
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), on_cpu:
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 def make_accelerator() -> Any:

@@ -248,6 +248,8 @@ def test_a_stride_above_the_stages_own_dilates_nothing(stride, dilation):
             "expected equal encoder_attention_heads and decoder_attention_heads, got 4 and 8",
         ),
         ({"decoder_ffn_dim": 8}, "expected equal encoder_ffn_dim and decoder_ffn_dim, got 48 and 8"),
+        ({"encoder_attention_heads": 0, "decoder_attention_heads": 0}, "heads: expected at least 1, got 0"),
+        ({"encoder_ffn_dim": 0, "decoder_ffn_dim": 0}, "feedforward: expected at least 1, got 0"),
         ({"d_model": 33}, "width: expected a multiple of 4"),
         ({"id2label": {"0": "cat", "2": "dog"}}, r"expected id2label with the 2 keys 0\.\.1, got \['0', '2'\]"),
         ({"category_ids": ["1"] * 7}, "expected category_ids as a list of integers"),

@@ -321,6 +321,15 @@ def test_a_full_disk_is_an_oserror(small, tmp_path, name_format):
     assert contents(weights.parent) == before
 
 
+def test_class_names_of_any_text(small, tmp_path):
+    """Also half of a surrogate pair, as json gives it."""
+    model = ConditionalDETR(
+        small.config, replace(small.metadata, class_names=("\ud800", *small.metadata.class_names[1:]))
+    )
+    model.save_pretrained(tmp_path)
+    assert from_pretrained(tmp_path).metadata.class_names == model.metadata.class_names
+
+
 class KilledError(BaseException):
     """Nothing catches it, so that it leaves the files as a kill does."""
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path, PurePath
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -345,6 +346,20 @@ def test_processes_share_the_images(small, detect, folder, tmp_path):
     )
     images = {line["image"] for line in lines}
     assert images == {which.image for which in list_images([str(folder)], output=tmp_path / "out").images}
+
+
+def test_a_closed_standard_input(detect, monkeypatch):
+    monkeypatch.setattr("conditional_detr.inference.listing.sys", SimpleNamespace(stdin=None))
+    refused = detect("-")
+    assert refused.exit_code == 2
+    assert refused.stderr == "error: images: expected one per line from standard input, got a closed one\n"
+
+
+def test_results_in_a_file(detect, photograph, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused = detect(photograph, output=tmp_path / "file")
+    assert refused.exit_code == 2
+    assert refused.stderr.endswith("file: expected a folder for results, got a file\n")
 
 
 def test_processes_cannot_share_standard_input(small, folder, tmp_path, monkeypatch):

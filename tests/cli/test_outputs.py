@@ -100,24 +100,36 @@ INPUTS = [
     ("evaluate", ["--data", "data.json", "--images", "images", "--json", "hard.json"], "data.json"),
     ("detect", ["images", "--output", "linked"], "images/10.png"),
     ("detect", ["photo.png", "--output", "."], "photo.png"),
+    ("detect", ["photo.png", "--output", "weights", "--no-draw"], "weights/config.json"),
+    ("detect", ["photo.png", "--output", "weights/in"], "weights/config.json"),
     ("convert", ["weights", "weights"], "weights/config.json"),
+    ("convert", ["~/weights", "weights"], "weights/config.json"),
     ("convert", ["weights", "weights/model.safetensors", "--to", "original"], "weights/model.safetensors"),
 ]
 
 
 @pytest.mark.parametrize(("command", "options", "file"), INPUTS)
-def test_an_input_is_never_written_also_when_asked(folder, small, command, options, file):
+def test_an_input_is_never_written_also_when_asked(folder, small, monkeypatch, command, options, file):
     """By the file itself, whatever its path: through a link to its folder, or another name of it."""
     shutil.copytree(small, "weights")
     Path("linked").symlink_to("images")
     os.link("data.json", "hard.json")
     Path("results.json").write_text("[]")
+    monkeypatch.setenv("HOME", str(folder))
     before = Path(file).read_bytes()
     if command == "detect" or (command == "evaluate" and "--images" in options):
         options = [*options, "--weights", "weights"]
     result = CliRunner().invoke(app, [command, *options, "--overwrite"])
     assert result.exit_code == 2, result.output
     assert Path(file).read_bytes() == before
+
+
+def test_two_outputs_are_two_files(folder):
+    options = ["--data", "data.json", "--images", "images", "--json", "x.png", "--sheet", "./x.png"]
+    result = CliRunner().invoke(app, ["check-data", *options])
+    assert result.exit_code == 2
+    assert "--sheet: expected another file than that of --json" in result.stderr
+    assert not Path("x.png").exists()
 
 
 def test_own_drawings_are_replaced_and_those_of_other_images_are_not(folder, small):

@@ -158,6 +158,25 @@ def _escaped(data, folder: Path):
     return read_annotations(data)
 
 
+def test_a_report_of_changed_heads(strangers, caplog):
+    ConditionalDETR.from_pretrained(strangers / "weights", class_names=["dog"])
+    (record,) = caplog.records
+    assert SHOWN in record.getMessage()
+    assert "\x1b" not in record.getMessage()
+
+
+def test_an_encoding_that_lacks_characters(strangers, tmp_path):
+    """Also those of the tables themselves, as rich draws them."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "20"}
+    command = [sys.executable, "-m", "conditional_detr", "check-data", "--data", "data.json", "--images", "images"]
+    ended = subprocess.run(
+        [*command, "--json", tmp_path / "report.json"], env=environment, cwd=strangers, capture_output=True, text=True
+    )
+    assert ended.returncode == 1, ended.stderr  # the dataset has problems
+    assert "Traceback" not in ended.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["images"] > 0
+
+
 @pytest.mark.parametrize(
     "arguments",
     [[EVIL], [f"--{EVIL}"], ["detect", f"--{EVIL}"], ["detect", "--format", EVIL], ["info", "a", EVIL]],

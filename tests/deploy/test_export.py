@@ -97,6 +97,44 @@ def exported(written):
     return ExportedModel(written[0])
 
 
+FORKED = """
+import multiprocessing, sys
+import torch
+from conditional_detr import ExportedModel
+torch.set_num_threads(2)
+models = [ExportedModel(path, threads=None if path.endswith(".pt2") else 2) for path in sys.argv[1:]]
+def work():
+    for model in models:
+        assert model(torch.zeros(1, 3, 97, 131)).boxes.isfinite().all()
+child = multiprocessing.get_context("fork").Process(target=work)
+child.start()
+child.join(60)
+hangs = child.is_alive()
+child.kill()
+sys.exit("the child hangs" if hangs else child.exitcode)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems start processes without fork")
+def test_a_process_that_has_opened_exported_models_can_be_forked(exports):
+    """Each runtime has threads of its own, which a child does not have."""
+    paths = [exports("tiny", suffix, top_k=TOP_K)[0] for suffix in FORMATS]
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, *map(str, paths)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_torchs_defaults_have_no_effect(plain, tmp_path, suffix):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            description = export(plain, tmp_path / f"x{suffix}")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert max(parity.boxes for parity in description.parity) < 1e-5
+
+
 def test_equals_the_plain_model_at_other_sizes_than_the_trace(exported, plain):
     for size in SIZES:
         logits, boxes = differences(exported, plain, size)
@@ -354,7 +392,7 @@ def test_wrong_outputs_are_not_written(spoilt, path, plain, tmp_path, monkeypatc
     for old in (target, target.with_suffix(".bin")):
         old.write_bytes(b"older")
     with pytest.raises(ValueError, match=message):
-        export(model, target)
+        export(model, target, overwrite=True)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == dict.fromkeys(
         (target.name, "model.bin"), b"older"
     )

@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -57,6 +58,26 @@ def test_a_buffer_that_is_used_again(detector, frames, source):
     expected = [numbers(detect(frame)) for frame in frames]
     assert [numbers(found) for found in detect(source(frames), batch_size=4)] == expected
     assert len({str(one) for one in expected}) == 6
+
+
+def test_a_sequence_that_reads_its_frames_when_they_are_asked_for(detector, frames):
+    """As a decoder's reader: it has a length and an index, and one buffer."""
+
+    class Reader(Sequence):
+        def __init__(self):
+            self.buffer = np.empty((96, 128, 3), np.uint8)
+
+        def __len__(self):
+            return len(frames)
+
+        def __getitem__(self, index):
+            if index >= len(frames):
+                raise IndexError
+            self.buffer[:] = np.asarray(frames[index])
+            return self.buffer
+
+    expected = [numbers(detector(frame, threshold=0.3)) for frame in frames]
+    assert [numbers(found) for found in detector(Reader(), threshold=0.3, batch_size=4)] == expected
 
 
 @pytest.mark.parametrize("suffix", ["gif", "tif", "webp"])

@@ -1,6 +1,7 @@
 """What surrounds a run: torch's global settings, variables, another run in the folder, signals to all processes."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from conditional_detr.training import run_folder
 from conditional_detr.training.checkpoints import STATE
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.loop import train
+from conditional_detr.training.steps import Stepper
 from conditional_detr.training.surroundings import import_matplotlib, make_accelerator
 from helpers.training_runs import Rectangles, small_model, steps_of
 
@@ -44,7 +46,13 @@ def default_dtype():
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("setting", [torch.no_grad, torch.inference_mode, default_dtype, lambda: torch.device("meta")])
+def autocast():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "setting", [torch.no_grad, torch.inference_mode, default_dtype, autocast, lambda: torch.device("meta")]
+)
 def test_global_settings_of_torch_have_no_effect(tmp_path, setting):
     model, again = small_model(), small_model()
     data, val = Rectangles(8), Rectangles(2, seed=1)
@@ -174,7 +182,36 @@ def test_other_errors_of_a_dataset_keep_their_type_and_have_the_checkpoint(tmp_p
         run(tmp_path, Broken(4))
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("error", ["of a dead worker", "of an image", "of a step"])
+def test_an_error_leaves_no_worker(tmp_path, monkeypatch, error):
+    """Workers block the signal with which multiprocessing ends them at exit, and would be waited for without end.
+
+    One of two workers dies, or an image or a step raises an error while both are at work.
+    """
+
+    class Fails(Rectangles):
+        def __getitem__(self, index):
+            if index == 7 and error != "of a step":
+                if error == "of a dead worker":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ZeroDivisionError
+            if multiprocessing.parent_process() is not None and index == 8:
+                time.sleep(2)
+            return super().__getitem__(index)
+
+    def step(*_, **__):
+        raise ZeroDivisionError
+
+    if error == "of a step":
+        monkeypatch.setattr(Stepper, "train_step", step)
+    before = multiprocessing.active_children()
+    with pytest.raises((ZeroDivisionError, RuntimeError)) as caught:
+        run(tmp_path, Fails(40), replace(ONE, batch_size=2, workers=2))
+    assert caught.tb is not None  # it keeps the frames, and with them the loader
+    assert multiprocessing.active_children() == before
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_all_processes_saves(tmp_path, which):
     """A run with two workers in a process group of its own, as schedulers and terminals signal it."""
     code = """
