@@ -287,7 +287,11 @@ class _HttpConnection(http.client.HTTPConnection):
         self.download.add(self)
         super().connect()
         self.kept = self.sock.dup()  # TLS replaces the socket itself
-        self.download.check()  # a name server may have been slow
+        try:
+            self.download.check()  # a name server or a proxy may have been slow
+        except TimeoutError:
+            self.kept.close()
+            raise
 
     def shut_down(self) -> None:
         """End the reads that are waiting; the thread that reads closes the socket itself."""
