@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from conditional_detr.deploy.quantize import quantize
     from conditional_detr.inference.detections import Detections
     from conditional_detr.inference.detector import Detector
+    from conditional_detr.inference.downloads import Limits
     from conditional_detr.inference.exported import ExportedModel
-    from conditional_detr.inference.sources import Limits
     from conditional_detr.modeling.conditional_detr import AttentionMaps, ConditionalDETR, Config, Output
     from conditional_detr.modeling.metadata import Metadata, Preprocessing
     from conditional_detr.set_prediction.losses import SetLoss
@@ -48,7 +48,7 @@ _MODULES = {
     "Detector": "inference.detector",
     "ExportedModel": "inference.exported",
     "HungarianMatcher": "set_prediction.matcher",
-    "Limits": "inference.sources",
+    "Limits": "inference.downloads",
     "Metadata": "modeling.metadata",
     "Output": "modeling.conditional_detr",
     "Preprocessing": "modeling.metadata",

@@ -64,10 +64,10 @@ def read_config(json: Mapping[str, Any], path: str) -> Config:
             num_classes=len(_read_names(json, path)),
             num_queries=json.get("num_queries", default.num_queries),
             width=json.get("d_model", default.width),
-            heads=_given(json, "encoder_attention_heads", default.heads),
+            heads=_typed(json, "encoder_attention_heads", int, default.heads, path),
             encoder_layers=json.get("encoder_layers", default.encoder_layers),
             decoder_layers=json.get("decoder_layers", default.decoder_layers),
-            feedforward=_given(json, "encoder_ffn_dim", default.feedforward),
+            feedforward=_typed(json, "encoder_ffn_dim", int, default.feedforward, path),
             dropout=json.get("dropout", default.dropout),
             backbone=backbone,
             backbone_stage=stage,
@@ -159,12 +159,6 @@ def write_arguments(config: Config) -> Namespace:
 def default_metadata(num_classes: int) -> Metadata:
     """Return the metadata assumed without a ``config.json``: COCO's names if the number of classes is COCO's."""
     return Metadata(COCO_NAMES) if num_classes == len(COCO_NAMES) else Metadata.numbered(num_classes)
-
-
-def _given(json: Mapping[str, Any], field: str, default: Any) -> Any:
-    """Return a field, or the default if it is missing or null."""
-    value = json.get(field)
-    return default if value is None else value
 
 
 def _typed(json: Mapping[str, Any], field: str, kind: type, default: Any, path: str) -> Any:

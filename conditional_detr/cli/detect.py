@@ -20,7 +20,7 @@ from conditional_detr.inference.processes import join_processes
 from conditional_detr.inference.results import Format, ResultWriter, open_results
 from conditional_detr.modeling.metadata import PUBLISHED
 from conditional_detr.system.atomic_files import write_atomically
-from conditional_detr.system.outputs import file_ids, is_below
+from conditional_detr.system.outputs import file_ids, is_same_file
 from conditional_detr.system.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ def detect(
         )
         _check_font(font)  # now, not at the first image
         _limit_pixels(max_pixels)
-        if weights is not None and is_below(output, Path(weights).expanduser()):
-            raise ValueError(f"--output: expected a folder outside that of --weights, got {output}")
+        if weights is not None and is_same_file(output, Path(weights).expanduser()):
+            raise ValueError(f"--output: expected another folder than that of --weights, got {output}")
         detector = open_detector(str(weights or (_demo_weights() if demo else PUBLISHED)), device)
         postprocessing = detector.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
         if draw:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from conditional_detr.inference.detections import Detections
+from conditional_detr.inference.downloads import DEFAULT_LIMITS, Limits
 from conditional_detr.inference.drawing import draw_attention
 from conditional_detr.inference.exported import ExportedModel, InferenceError
 from conditional_detr.inference.images import normalise, open_image, resize, size_of, snapshot, to_pil
@@ -26,9 +27,7 @@ from conditional_detr.inference.postprocessing import (
     postprocess,
 )
 from conditional_detr.inference.sources import (
-    DEFAULT_LIMITS,
     ImageSource,
-    Limits,
     ReadableSource,
     file_state,
     is_single_image,

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from conditional_detr.inference.sources import DEFAULT_LIMITS, ImageSource, Limits, resolve_source, source_name
+from conditional_detr.inference.downloads import DEFAULT_LIMITS, Limits
+from conditional_detr.inference.sources import ImageSource, resolve_source, source_name
 from conditional_detr.modeling.metadata import Preprocessing
 
 # Files that are often passed by mistake: offset of the signature, signature, description for the error message.

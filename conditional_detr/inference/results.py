@@ -46,10 +46,12 @@ class ResultWriter(ABC):
     ``open_results`` makes one.
 
     Args:
+        process: which of the processes that share the work this is.
         lock: keeps other runs from writing to the folder; the first process has acquired it.
     """
 
-    def __init__(self, lock: FileLock) -> None:
+    def __init__(self, process: Process, lock: FileLock) -> None:
+        self.process = process
         self._lock = lock
 
     @abstractmethod
@@ -69,7 +71,8 @@ class ResultWriter(ABC):
         """
 
     def close(self) -> list[Path]:
-        """Finish the files, and return those that hold the results of all images."""
+        """Finish the files, wait for the other processes, and return the files that hold results of all images."""
+        self.process.wait()
         self.release()
         return []
 
@@ -131,8 +134,9 @@ def open_results(
             lock.acquire()
         except Timeout as error:
             raise OSError(f"{folder}: another run is writing results to this folder; use another one") from error
+    process.wait()  # the others write only if the first one may
     if format is Format.json:
-        return _JsonFiles(folder, lock, resume=resume, overwrite=overwrite)
+        return _JsonFiles(folder, process, lock, resume=resume, overwrite=overwrite)
     try:
         return _open_lines(format, folder, process, lock, resume=resume, overwrite=overwrite, csv_safe=csv_safe)
     except BaseException:
@@ -174,8 +178,8 @@ def as_json(listed: ListedImage, detections: "Detections") -> dict[str, Any]:
 class _JsonFiles(ResultWriter):
     """``NAME.json`` for each image."""
 
-    def __init__(self, folder: Path, lock: FileLock, *, resume: bool, overwrite: bool) -> None:
-        super().__init__(lock)
+    def __init__(self, folder: Path, process: Process, lock: FileLock, *, resume: bool, overwrite: bool) -> None:
+        super().__init__(process, lock)
         self.folder = folder
         self.tidied: set[Path] = set()
         self.resume = resume
@@ -224,11 +228,10 @@ class _JsonLines(ResultWriter):
     def __init__(
         self, folder: Path, format: Format, process: Process, earlier: list[Path], lock: FileLock, csv_safe: bool
     ) -> None:
-        super().__init__(lock)
+        super().__init__(process, lock)
         remove_unfinished(folder)
         self.csv_safe = csv_safe
         self.format = format
-        self.process = process
         self.path = folder / f"{_LINES}{f'-{process.rank + 1}-of-{process.size}' if process.size > 1 else ''}.jsonl"
         if self.path in earlier:
             _drop_broken_line(self.path)

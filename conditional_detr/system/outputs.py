@@ -29,7 +29,7 @@ def check_output(
     if not os.path.lexists(path):
         return
     for entry in (Path(entry).expanduser() for entry in inputs):
-        if is_same_file(path, entry) or is_below(path, entry):
+        if is_same_file(path, entry) or _is_below(path, entry):
             raise ValueError(f"{path}: expected a file to write, got an input")
     if not (overwrite or ours):
         raise FileExistsError(f"{path}: already exists; set overwrite to replace it")
@@ -55,6 +55,6 @@ def file_ids(paths: Iterable[str | Path]) -> dict[tuple[int, int], str]:
     return found
 
 
-def is_below(path: Path, folder: Path) -> bool:
+def _is_below(path: Path, folder: Path) -> bool:
     """Return whether a path is an existing folder or in it, also through links."""
     return folder.is_dir() and path.resolve().is_relative_to(folder.resolve())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -15,15 +15,9 @@ from conditional_detr.checkpoints.files import open_checkpoint
 from conditional_detr.checkpoints.hf_config import read_config, read_metadata
 from conditional_detr.checkpoints.loading import from_pretrained
 from conditional_detr.checkpoints.preprocessor_config import read_preprocessor, write_preprocessor
+from helpers.fuzzing import LIMITS
 
 DOCUMENTED = (ValueError, TypeError, OSError)
-LIMITS = settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,  # the same examples in every run
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 FEW = settings(LIMITS, max_examples=60)
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, 2**31, 2**63, 10**400, 1e308, 5e-324, -0.0])
 TEXT = st.text(st.characters(), max_size=8) | st.sampled_from(

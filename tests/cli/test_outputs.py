@@ -101,7 +101,7 @@ INPUTS = [
     ("detect", ["images", "--output", "linked"], "images/10.png"),
     ("detect", ["photo.png", "--output", "."], "photo.png"),
     ("detect", ["photo.png", "--output", "weights", "--no-draw"], "weights/config.json"),
-    ("detect", ["photo.png", "--output", "weights/in"], "weights/config.json"),
+    ("detect", ["photo.png", "--output", "./weights/../weights"], "weights/config.json"),
     ("convert", ["weights", "weights"], "weights/config.json"),
     ("convert", ["~/weights", "weights"], "weights/config.json"),
     ("convert", ["weights", "weights/model.safetensors", "--to", "original"], "weights/model.safetensors"),
@@ -122,6 +122,15 @@ def test_an_input_is_never_written_also_when_asked(folder, small, monkeypatch, c
     result = CliRunner().invoke(app, [command, *options, "--overwrite"])
     assert result.exit_code == 2, result.output
     assert Path(file).read_bytes() == before
+
+
+def test_results_below_the_weights(folder, small):
+    """As of someone who works in the folder of the weights."""
+    shutil.copytree(small, "weights")
+    before = {path: path.read_bytes() for path in Path("weights").iterdir()}
+    result = CliRunner().invoke(app, ["detect", "photo.png", "--weights", "weights", "--output", "weights/out"])
+    assert result.exit_code == 0, result.output
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_two_outputs_are_two_files(folder):

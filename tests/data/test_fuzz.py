@@ -4,7 +4,7 @@ import json
 import warnings
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -13,14 +13,8 @@ from conditional_detr.data.dataset import CocoData
 from conditional_detr.data.report import check_data
 from conditional_detr.evaluation.coco import METRICS, evaluate_detections
 from helpers import coco
+from helpers.fuzzing import LIMITS
 
-LIMITS = settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,  # the same examples in every run
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, 2**31, 2**63, 10**400, 1e308, 5e-324, -0.0])
 TEXT = st.text(st.characters(), max_size=8) | st.sampled_from(["", ".", "..", "a.png", "/", "\0", "\ud800", "x" * 300])
 LEAVES = st.none() | st.booleans() | NUMBERS | TEXT

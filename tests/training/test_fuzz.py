@@ -7,22 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conditional_detr import ConditionalDETR, Config, Metadata
 from conditional_detr.training.checkpoints import LAST, STATE
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.loop import train
+from helpers.fuzzing import LIMITS
 from helpers.training_runs import Rectangles
 
-LIMITS = settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,  # the same examples in every run
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 SIZES = {"num_queries": 5, "width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "feedforward": 16}
 CONFIG = TrainConfig(epochs=1, batch_size=2, warmup=0, schedule="constant", ema=0.9, workers=0)
 TENSORS = st.sampled_from(
@@ -100,7 +94,7 @@ def paths_of(value, depth=4):
         yield from ((key, *path) for path in paths_of(inner, depth - 1))
 
 
-@LIMITS
+@settings(LIMITS, max_examples=40)
 @given(depth=st.integers(1, 4), index=st.integers(0, 10**6), value=ANYTHING | st.just(DROPPED))
 def test_any_state(begun, tmp_path_factory, depth, index, value):
     folder = tmp_path_factory.mktemp("any") / "run"
