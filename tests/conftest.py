@@ -1,7 +1,10 @@
 """What the tests share: checkpoints in the published format with weights that tell every part apart."""
 
+import atexit
 import os
+import shutil
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -10,6 +13,9 @@ from PIL import Image
 from helpers.models import LEAST, TINY, Published
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants a hub makes its own
+
+os.environ["XDG_CACHE_HOME"] = mkdtemp(prefix="conditional_detr_cache_")  # not the developer's
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 DATA = Path(__file__).parent.parent.parent / "shared"
 

@@ -4,6 +4,7 @@ The files import what a command needs when it runs: ``--help`` and shell complet
 """
 
 import io
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typer.core import TyperGroup
 from conditional_detr.cli.attention import attention
 from conditional_detr.cli.benchmark import benchmark
 from conditional_detr.cli.check_data import check_data
-from conditional_detr.cli.console import warn_in_one_line
+from conditional_detr.cli.console import PIPE_CLOSED, one_line_errors, warn_in_one_line
 from conditional_detr.cli.convert import convert
 from conditional_detr.cli.detect import detect
 from conditional_detr.cli.evaluate import evaluate
@@ -28,10 +29,16 @@ from conditional_detr.system.console import printable
 
 
 @contextmanager
-def _printable_usage_errors() -> Iterator[None]:
-    """Escape control characters of arguments in typer's own messages."""
+def _clear_errors() -> Iterator[None]:
+    """Escape control characters of arguments in typer's own messages; end clearly if standard output is refused."""
     try:
         yield
+    except BrokenPipeError as error:  # the reader, such as "head", has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it exits
+        raise typer.Exit(PIPE_CLOSED) from error
+    except OSError as error:
+        with one_line_errors():
+            raise OSError(f"standard output: cannot be written: {error.strerror or error}") from error
     except Exception as error:
         if isinstance(message := getattr(error, "message", None), str):  # the class of usage errors is not public
             error.message = "\n".join(map(printable, message.split("\n")))  # type: ignore[attr-defined]
@@ -39,14 +46,14 @@ def _printable_usage_errors() -> Iterator[None]:
 
 
 class _Commands(TyperGroup):
-    """The commands, with printable usage errors."""
+    """The commands, with clear errors of their arguments and of standard output."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
-        with _printable_usage_errors():
+        with _clear_errors():
             return super().make_context(*args, **options)
 
     def invoke(self, *args: Any) -> Any:
-        with _printable_usage_errors():
+        with _clear_errors():
             return super().invoke(*args)
 
 
@@ -74,7 +81,7 @@ def main(
 ) -> None:
     """Detect objects with Conditional DETR; train, evaluate, convert and export its models.
 
-    Exit codes: 0 success; 1 partial failure; 2 usage or setup error; 130 interrupted.
+    Exit codes: 0 success; 1 partial failure; 2 usage or setup error; 130 interrupted; 141 output closed by its reader.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

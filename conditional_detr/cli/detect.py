@@ -89,7 +89,10 @@ def detect(
         typer.Option(help="TrueType file, for class names that PIL's own font cannot draw.", rich_help_panel=_WHERE),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Skip images that already have results.", rich_help_panel=_WHERE)
+        bool,
+        typer.Option(
+            "--resume", help="Skip images that already have results of these settings.", rich_help_panel=_WHERE
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace existing results.", rich_help_panel=_WHERE)
@@ -133,7 +136,15 @@ def detect(
         postprocessing = detector.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
         if draw:
             _check_inputs_stay(listing.images, output)
-        results = open_results(format, output, process, resume=resume, overwrite=overwrite, csv_safe=csv_safe)
+        results = open_results(
+            format,
+            output,
+            process,
+            resume=resume,
+            overwrite=overwrite,
+            csv_safe=csv_safe,
+            settings=detector.settings(postprocessing),
+        )
         try:
             share = listing.images[process.rank :: process.size]
             todo = [listed for listed in share if not results.is_done(listed)]

@@ -53,7 +53,7 @@ def export(
 
 def report(target: Path, description: "Description") -> None:
     """Print the size of an exported model and its differences from the original model."""
-    from conditional_detr.deploy.export import files_of
+    from conditional_detr.inference.checksums import files_of
 
     size = sum(file.stat().st_size for file in files_of(target))
     print_line(f"wrote {target} ({description.precision}, {megabytes(size)})", to=out)

@@ -71,7 +71,7 @@ def resumed_model(
     """
     from conditional_detr.checkpoints.loading import from_pretrained
     from conditional_detr.training.checkpoints import LAST, STATE, read_training_state
-    from conditional_detr.training.record import digest_of_weights, initial_model
+    from conditional_detr.training.record import initial_model
 
     state = read_training_state(output, mmap=True)
     if state is None:
@@ -95,7 +95,7 @@ def resumed_model(
     same_shape = shape == asdict(model.config) and tuple(settings["classes"]) == model.metadata.class_names
     if began is None:
         print_line(f"warning: {output / LAST / STATE}: does not record --weights, which could not be compared")
-    elif same_shape and settings["seed"] == seed and digest_of_weights(model) != began:
+    elif same_shape and settings["seed"] == seed and model.weights_digest() != began:
         raise ValueError(
             f"--weights: expected the weights that the run in {output} began with, got others in {weights}; without"
             " --weights, --resume continues from its own"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from conditional_detr.deploy.kernels import Computation
 from conditional_detr.deploy.optimize import OptimizedDETR, check_dtype, check_model
 from conditional_detr.deploy.parity import TOLERANCES, check_parity, compare, parity_pixels, tolerances_of
-from conditional_detr.inference.checksums import append_checksum
+from conditional_detr.inference.checksums import append_checksum, files_of
 from conditional_detr.inference.exported import Description, ExportedModel
 from conditional_detr.inference.postprocessing import check_count, check_head, named_rows, top_k_detections
 from conditional_detr.inference.runtimes import BOXES, DETECTIONS, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
@@ -270,11 +270,6 @@ def checked_target(target: str | Path) -> Path:
     if missing := [package for package in packages if find_spec(package) is None]:
         raise missing_packages(target, missing, extra)
     return target
-
-
-def files_of(target: Path) -> tuple[Path, ...]:
-    """Return the files of an exported model: the target, and for OpenVINO the ``.bin`` beside it."""
-    return (target, target.with_suffix(".bin")) if target.suffix.lower() == ".xml" else (target,)
 
 
 def check_free(target: Path, *inputs: str | Path, overwrite: bool) -> None:

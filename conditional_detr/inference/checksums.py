@@ -22,6 +22,11 @@ _DELIMITERS = {".onnx": (_onnx_entry(), b""), ".xml": (b"<!-- " + _KEY + b" ", b
 """Bytes before and after the checksum."""
 
 
+def files_of(path: Path) -> tuple[Path, ...]:
+    """Return the files of an exported model: the path, and for OpenVINO the ``.bin`` beside it."""
+    return (path, path.with_suffix(".bin")) if path.suffix.lower() == ".xml" else (path,)
+
+
 def append_checksum(path: Path) -> None:
     """Append the checksum of an ``.onnx``, or of an ``.xml`` and the ``.bin`` beside it, to the file."""
     before, after = _DELIMITERS[path.suffix.lower()]

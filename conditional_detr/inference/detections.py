@@ -15,7 +15,7 @@ from torchvision.ops import box_area, box_convert
 
 from conditional_detr.inference.drawing import draw_boxes
 from conditional_detr.inference.images import open_image, size_of, to_pil
-from conditional_detr.inference.sources import ImageSource, ReadableSource, file_state
+from conditional_detr.inference.sources import ImageSource, ReadableSource, source_state
 
 Detection: TypeAlias = tuple[list[float], float, str]
 """Box [x0, y0, x1, y1] in pixels, score, class name."""
@@ -50,8 +50,8 @@ class Detections:
         size: (height, width) of the original image in pixels.
         source: the image, for :meth:`draw`: a path, the given object, or the bytes of a URL, base64 or open file;
             None if it was not kept, as for images from an iterator.
-        modified: time and size of the image file when it was opened, to notice that it was replaced; None if the
-            source is no file.
+        state: state of the source when it was opened, to notice that a file was replaced or an array overwritten;
+            None if the source cannot change.
     """
 
     boxes: Tensor
@@ -62,7 +62,7 @@ class Detections:
     queries: Tensor
     size: tuple[int, int]
     source: ReadableSource | None
-    modified: tuple[int, int] | None = None
+    state: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -168,7 +168,7 @@ class Detections:
             An RGB image of the size of the original.
 
         Raises:
-            OSError: the image or the font cannot be read, or the image file has changed since the detection.
+            OSError: the image or the font cannot be read, or the image has changed since the detection.
             ValueError: the image was not kept and none is given, or it has another size.
         """
         opened = self.open_source() if image is None else open_image(image, "image")
@@ -186,7 +186,7 @@ class Detections:
         """Open the image again and return it in RGB, upright, as in the detection.
 
         Raises:
-            OSError: the image cannot be read, or its file has changed since the detection.
+            OSError: the image cannot be read, or it has changed since the detection.
             ValueError: the image was not kept.
         """
         if self.source is None:
@@ -194,10 +194,11 @@ class Detections:
                 "image: expected one to draw on, got none; images of an iterator are not kept: pass the image to"
                 " draw(), or keep_images=True to the detector"
             )
-        state = file_state(self.source)
-        if state is not None and self.modified is not None and state != self.modified:
-            raise OSError(f"{self.source!s}: the file has changed since the detection")
-        return open_image(self.source, "image")
+        opened = open_image(self.source, "image")
+        if source_state(self.source) != self.state:
+            name = f"{self.source}: the file" if isinstance(self.source, Path) else "image: it"
+            raise OSError(f"{name} has changed since the detection; pass the detected image to draw()")
+        return opened
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings for JSON.

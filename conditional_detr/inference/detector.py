@@ -1,5 +1,6 @@
 """Detect objects on images: open, preprocess, run the model, post-process."""
 
+import hashlib
 import os
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
@@ -29,10 +30,10 @@ from conditional_detr.inference.postprocessing import (
 from conditional_detr.inference.sources import (
     ImageSource,
     ReadableSource,
-    file_state,
     is_single_image,
     resolve_source,
     source_name,
+    source_state,
 )
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.detection_model import DetectionModel
@@ -66,7 +67,7 @@ class _Prepared(NamedTuple):
 
     name: str
     source: ReadableSource | None
-    modified: tuple[int, int] | None
+    state: tuple[int, ...] | None
     size: tuple[int, int]
     values: Tensor  # (3, H, W), resized and not yet normalised
 
@@ -186,6 +187,27 @@ class Detector:
         """Return the post-processing for a call with these arguments; raises what the call raises."""
         return make_postprocessing(self.model.metadata.class_names, threshold=threshold, top_k=top_k, classes=classes)
 
+    def settings(self, postprocessing: Postprocessing) -> dict[str, Any]:
+        """Return all that decides the detections on an image, for results to record.
+
+        Args:
+            postprocessing: what is reported, from :meth:`postprocessing`.
+
+        Returns:
+            {"model": 16 hexadecimal digits of a SHA-256 of the weights and the metadata, "threshold", "top_k",
+            "classes": class names, None if all classes are reported}.
+        """
+        metadata = self.model.metadata
+        rows = postprocessing.rows.tolist()
+        named = [row for row, name in enumerate(metadata.class_names) if name is not None]
+        model = f"{self.model.weights_digest()} {metadata}"
+        return {
+            "model": hashlib.sha256(model.encode("utf-8", "surrogatepass")).hexdigest()[:16],
+            "threshold": postprocessing.threshold,
+            "top_k": postprocessing.top_k,
+            "classes": None if rows == named else [metadata.class_names[row] for row in rows],
+        }
+
     def outcomes(
         self,
         images: Iterable[ImageSource],
@@ -290,12 +312,15 @@ class Detector:
         name = source_name(image, default_name)
         try:
             source = resolve_source(image, name, self.limits)
-            modified = file_state(source)
+            kept = source if keep or isinstance(source, Path) else None
+            state = source_state(source) if isinstance(source, Path) else None
             opened = open_image(source, name)
+            if kept is not None and not isinstance(kept, Path):
+                state = source_state(kept)  # now that a PIL image is decoded
             values = resize(opened, self.model.metadata.preprocessing)
         except IMAGE_ERRORS as error:
             return error
-        return _Prepared(name, source if keep or isinstance(source, Path) else None, modified, size_of(opened), values)
+        return _Prepared(name, kept, state, size_of(opened), values)
 
     def _run(self, group: list[_Prepared], postprocessing: Postprocessing) -> list[Detections | Exception]:
         """Run the model on images of one shape; return the detections of each, or its error."""
@@ -326,7 +351,7 @@ class Detector:
                 queries=queries,
                 size=image.size,
                 source=image.source,
-                modified=image.modified,
+                state=image.state,
             )
 
     @torch.inference_mode()

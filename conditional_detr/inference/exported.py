@@ -1,5 +1,6 @@
 """Open exported models: their description, and a model that runs them."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conditional_detr.inference.checksums import files_of
 from conditional_detr.inference.postprocessing import check_count
 from conditional_detr.inference.runtimes import SUFFIXES, LoadedFile, open_file
 from conditional_detr.modeling.conditional_detr import AttentionMaps, Config, Output, check_input
@@ -180,6 +182,15 @@ class ExportedModel(nn.Module):
     def attention_maps(self, *_: Any, **__: Any) -> AttentionMaps:
         """Raise ValueError: the file does not hold them."""
         raise ValueError("attention maps: an exported model has none; use the model it was exported from")
+
+    def weights_digest(self) -> str:
+        """Return the SHA-256 of the file, and of the ``.bin`` beside an ``.xml``."""
+        hashed = hashlib.sha256()
+        for path in files_of(self._path):
+            with path.open("rb") as file:
+                while part := file.read(1 << 20):
+                    hashed.update(part)
+        return hashed.hexdigest()
 
     def train(self, mode: bool = True) -> "ExportedModel":
         """Raise ValueError if ``mode`` is True: an exported model cannot be trained."""

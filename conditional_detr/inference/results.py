@@ -1,7 +1,8 @@
 """Write detections as one JSON file per image, JSON Lines, or CSV.
 
 An image is done when its name is in its JSON file, or in any of the JSON Lines files. Each process writes a JSON Lines
-file of its own; CSV is made from all of them.
+file of its own; CSV is made from all of them. Results record the settings they were made with, so that results of
+different settings are not mixed.
 """
 
 import csv
@@ -9,7 +10,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -48,10 +49,12 @@ class ResultWriter(ABC):
     Args:
         process: which of the processes that share the work this is.
         lock: keeps other runs from writing to the folder; the first process has acquired it.
+        settings: what decides the detections, written with the results of each image; None: not known.
     """
 
-    def __init__(self, process: Process, lock: FileLock) -> None:
+    def __init__(self, process: Process, lock: FileLock, settings: Mapping[str, Any] | None) -> None:
         self.process = process
+        self.settings = settings
         self._lock = lock
 
     @abstractmethod
@@ -69,6 +72,23 @@ class ResultWriter(ABC):
         Raises:
             OSError: the file cannot be written.
         """
+
+    def as_json(self, listed: ListedImage, detections: "Detections") -> dict[str, Any]:
+        """Return the results of an image as they are written."""
+        settings = {} if self.settings is None else {"settings": self.settings}
+        return {"image": listed.image, **settings, **detections.to_dict()}
+
+    def check_settings(self, content: Mapping[str, Any], where: str) -> None:
+        """Raise ValueError if the results of an image were made with other settings than those of this run."""
+        before, now = content.get("settings") or {}, self.settings or {}
+        if isinstance(before, Mapping) and before == now:
+            return
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        found = ", ".join(f"{name} {before.get(name)}, not {now.get(name)}" for name in names)
+        raise ValueError(
+            f"{where}: expected results of the settings of this run, got {found}; --overwrite replaces them,"
+            " --output names another folder"
+        )
 
     def close(self) -> list[Path]:
         """Finish the files, wait for the other processes, and return the files that hold results of all images."""
@@ -99,13 +119,15 @@ def open_results(
     resume: bool = False,
     overwrite: bool = False,
     csv_safe: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> ResultWriter:
     """Prepare to write results.
 
     ::
 
         listing = list_images(["photos"], output="results")
-        with open_results("jsonl", "results") as results:
+        settings = detector.settings(detector.postprocessing())
+        with open_results("jsonl", "results", settings=settings) as results:
             images = (listed.image for listed in listing.images)
             for listed, detections in zip(listing.images, detector(images)):
                 results.write(listed, detections)
@@ -119,10 +141,13 @@ def open_results(
         overwrite: replace existing results. With neither, JSON files are replaced, and an existing JSON Lines file is
             an error.
         csv_safe: in a table, write an apostrophe before names that a spreadsheet would run as a formula.
+        settings: what decides the detections, from :meth:`conditional_detr.Detector.settings`; it is written with the
+            results of each image, and compared when results are kept.
 
     Raises:
         OSError: the folder cannot be made or written, or another run is writing to it.
-        ValueError: an unknown format; a file that would be overwritten, or that holds something else.
+        ValueError: an unknown format; a file that would be overwritten, or that holds something else, such as results
+            of other settings.
     """
     format, folder = Format(format), Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -136,9 +161,10 @@ def open_results(
             raise OSError(f"{folder}: another run is writing results to this folder; use another one") from error
     process.wait()  # the others write only if the first one may
     if format is Format.json:
-        return _JsonFiles(folder, process, lock, resume=resume, overwrite=overwrite)
+        return _JsonFiles(folder, process, lock, settings, resume=resume, overwrite=overwrite)
     try:
-        return _open_lines(format, folder, process, lock, resume=resume, overwrite=overwrite, csv_safe=csv_safe)
+        existing = _prepare_lines(format, folder, process, resume=resume, overwrite=overwrite)
+        return _JsonLines(folder, format, process, existing, lock, settings, csv_safe)
     except BaseException:
         _release(lock)
         raise
@@ -152,10 +178,8 @@ def _release(lock: FileLock) -> None:
         lock.release()
 
 
-def _open_lines(
-    format: Format, folder: Path, process: Process, lock: FileLock, *, resume: bool, overwrite: bool, csv_safe: bool
-) -> "_JsonLines":
-    """Check the existing files against the options, and open the JSON Lines file of this process."""
+def _prepare_lines(format: Format, folder: Path, process: Process, *, resume: bool, overwrite: bool) -> list[Path]:
+    """Check the existing files against the options, remove those to replace, and return those to add to."""
     existing = _line_files(folder)
     process.wait()  # so that no process takes the new file of another for an old one
     if existing and not (resume or overwrite):
@@ -167,19 +191,23 @@ def _open_lines(
         for path in existing:
             path.unlink()
     process.wait()
-    return _JsonLines(folder, format, process, existing if resume else [], lock, csv_safe)
-
-
-def as_json(listed: ListedImage, detections: "Detections") -> dict[str, Any]:
-    """Return the results of an image as they are written."""
-    return {"image": listed.image, **detections.to_dict()}
+    return existing if resume else []
 
 
 class _JsonFiles(ResultWriter):
     """``NAME.json`` for each image."""
 
-    def __init__(self, folder: Path, process: Process, lock: FileLock, *, resume: bool, overwrite: bool) -> None:
-        super().__init__(process, lock)
+    def __init__(
+        self,
+        folder: Path,
+        process: Process,
+        lock: FileLock,
+        settings: Mapping[str, Any] | None,
+        *,
+        resume: bool,
+        overwrite: bool,
+    ) -> None:
+        super().__init__(process, lock, settings)
         self.folder = folder
         self.tidied: set[Path] = set()
         self.resume = resume
@@ -198,12 +226,14 @@ class _JsonFiles(ResultWriter):
             image, _ = content["image"], content["detections"]
         except (ValueError, TypeError, KeyError):
             image = None
-        if image != listed.image:
+        if image is None or _file_of(image) != _file_of(listed.image):
             holds = "something other than detections" if image is None else f"the detections of {image}"
             raise ValueError(
                 f"{path}: expected the detections of {listed.image}, got a file with {holds};"
                 " --overwrite replaces it, --output names another folder"
             )
+        if self.resume:
+            self.check_settings(content, str(path))
         return self.resume
 
     def has_results(self, listed: ListedImage) -> bool:
@@ -213,7 +243,7 @@ class _JsonFiles(ResultWriter):
             return False
 
     def write(self, listed: ListedImage, detections: "Detections") -> None:
-        text = json.dumps(as_json(listed, detections), indent=2) + "\n"
+        text = json.dumps(self.as_json(listed, detections), indent=2) + "\n"
         file = self._file(listed)
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.parent not in self.tidied:
@@ -226,26 +256,37 @@ class _JsonLines(ResultWriter):
     """``detections.jsonl``, one line per image in the order they were finished, and a CSV made from it if wanted."""
 
     def __init__(
-        self, folder: Path, format: Format, process: Process, earlier: list[Path], lock: FileLock, csv_safe: bool
+        self,
+        folder: Path,
+        format: Format,
+        process: Process,
+        earlier: list[Path],
+        lock: FileLock,
+        settings: Mapping[str, Any] | None,
+        csv_safe: bool,
     ) -> None:
-        super().__init__(process, lock)
+        super().__init__(process, lock, settings)
         remove_unfinished(folder)
         self.csv_safe = csv_safe
         self.format = format
         self.path = folder / f"{_LINES}{f'-{process.rank + 1}-of-{process.size}' if process.size > 1 else ''}.jsonl"
         if self.path in earlier:
             _drop_broken_line(self.path)
-        self.done = {line["image"] for path in earlier for line in _read_lines(path)}
+        self.done = set()
+        for path in earlier:
+            for number, line in enumerate(_read_lines(path), 1):
+                self.check_settings(line, f"{path}, line {number}")
+                self.done.add(_file_of(line["image"]))
         self.file: TextIO = self.path.open("a", encoding="utf-8")
 
     def is_done(self, listed: ListedImage) -> bool:
-        return listed.image in self.done
+        return _file_of(listed.image) in self.done
 
     has_results = is_done
 
     def write(self, listed: ListedImage, detections: "Detections") -> None:
         try:
-            self.file.write(json.dumps(as_json(listed, detections)) + "\n")
+            self.file.write(json.dumps(self.as_json(listed, detections)) + "\n")
             self.file.flush()
         except OSError as error:
             raise OSError(f"{self.path}: cannot be written: {error.strerror or error}") from error
@@ -272,6 +313,16 @@ class _JsonLines(ResultWriter):
                     if self.csv_safe:
                         names = [_no_formula(name) for name in names]
                     rows.writerow((*names, one["score"], *one["box"], one["label"]))
+
+
+def _file_of(image: str) -> str:
+    """Return the path of an image without links and ``.``, so that two names of one file are equal; or its URL."""
+    if re.match("https?://", image, re.IGNORECASE):
+        return image
+    try:
+        return os.path.realpath(image)
+    except (OSError, ValueError):  # opening it raises the documented error
+        return image
 
 
 def _no_formula(text: str) -> str:

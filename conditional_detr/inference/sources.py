@@ -8,10 +8,12 @@ import io
 import os
 import re
 import urllib.request
+import zlib
 from pathlib import Path
 from typing import IO, TypeAlias
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -80,15 +82,26 @@ def resolve_source(image: ImageSource, name: str, limits: Limits = DEFAULT_LIMIT
     )
 
 
-def file_state(source: ReadableSource) -> tuple[int, int] | None:
-    """Return the modification time and the size of a file; None for other sources, and for a missing file."""
-    if not isinstance(source, Path):
+def source_state(source: ReadableSource) -> tuple[int, ...] | None:
+    """Return what changes when a source is changed, to notice that it is no longer the image of a detection.
+
+    Returns:
+        The modification time, size and inode of a file, None for a missing one; the CRC-32 of the values of an array,
+        a tensor or a decoded PIL image; None for bytes, which cannot change.
+    """
+    if isinstance(source, bytes):
         return None
+    if isinstance(source, Image.Image):
+        return (zlib.crc32(source.tobytes()),)
+    if isinstance(source, Tensor):
+        source = source.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    if isinstance(source, np.ndarray):
+        return (zlib.crc32(np.ascontiguousarray(source).data),)
     try:
         state = source.stat()
     except OSError:  # opening the file raises the documented error
         return None
-    return state.st_mtime_ns, state.st_size
+    return state.st_mtime_ns, state.st_size, state.st_ino
 
 
 def _resolve_string(text: str, name: str, limits: Limits) -> Path | bytes:

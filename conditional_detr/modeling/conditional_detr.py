@@ -4,6 +4,7 @@ Shapes, here and everywhere: B images, H x W padded size, h x w feature map, S =
 D width, M heads, C classes, L decoder layers.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -236,6 +237,14 @@ class ConditionalDETR(nn.Module):
         """
         boxes = (self.box_head(f) + F.pad(s, (0, 2))).sigmoid()
         return Output(self.class_head(f), boxes)
+
+    def weights_digest(self) -> str:
+        """Return the SHA-256 of the names, shapes, dtypes and values of all parameters and buffers."""
+        hashed = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return hashed.hexdigest()
 
     def attention_maps(
         self, pixels: Tensor, padding: Tensor | None = None, *, layers: Sequence[int] = (-1,)

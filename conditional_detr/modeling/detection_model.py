@@ -38,5 +38,8 @@ class DetectionModel(Protocol):
     ) -> AttentionMaps:
         """Return the cross-attention maps, or raise ValueError if the model cannot compute them."""
 
+    def weights_digest(self) -> str:
+        """Return a SHA-256 of the weights, or of the files that hold them."""
+
     def modules(self) -> Iterator[nn.Module]:
         """Yield the modules whose training mode decides how the model computes."""

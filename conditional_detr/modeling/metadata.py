@@ -9,6 +9,9 @@ PUBLISHED = "microsoft/conditional-detr-resnet-50"
 MAX_EDGE = 16_384
 """Largest side of a resized image in pixels."""
 
+MAX_PIXELS = 8192 * 8192
+"""Largest area of a resized image in pixels: more would need over 16 GB."""
+
 _MAX_VALUE = 1e6  # of mean and std
 
 
@@ -51,6 +54,10 @@ class Preprocessing:
                 raise TypeError(f"{name}: expected an int, got {edge!r}")
             if not 0 < edge <= MAX_EDGE:
                 raise ValueError(f"{name}: expected 1 to {MAX_EDGE} pixels, got {edge}")
+        height, width = self.largest_size
+        if height * width > MAX_PIXELS:
+            name = "shortest_edge and longest_edge" if self.size is None else "size"
+            raise ValueError(f"{name}: expected at most {MAX_PIXELS} pixels, got {height} x {width}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if not isinstance(values, tuple) or not all(_is_number(value) for value in values):
                 raise TypeError(f"{name}: expected a tuple of 3 numbers, got {values!r}")

@@ -28,6 +28,10 @@ class PlainConsole(Console):
     not; it is for the program's own text only.
     """
 
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that is being handled, instead of rich's exit code 1."""
+        raise  # rich calls this method in an except block
+
     def render_str(self, text: str, **options: Any) -> Text:
         """Return a string as styled text."""
         readable = printable(text).encode(self.encoding, "backslashreplace").decode(self.encoding)

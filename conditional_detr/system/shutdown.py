@@ -1,19 +1,19 @@
-"""Shutdown on Ctrl-C, SIGTERM or SIGHUP: the first signal requests it, the second stops the process at once."""
+"""Shutdown on Ctrl-C or another signal: the first signal requests it, the second stops the process at once."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
-"""Signals of Ctrl-C, of job schedulers and of a terminal that is closed, where the system has them."""
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+"""Signals of Ctrl-C, of job schedulers (Slurm warns with SIGUSR1) and of a terminal that is closed."""
 
 
 class ShutdownRequest:
-    """Context manager that handles SIGINT, SIGTERM and SIGHUP.
+    """Context manager that handles SIGINT, SIGTERM, SIGHUP and SIGUSR1.
 
-    The first one sets a flag, the second raises KeyboardInterrupt. A SIGHUP that is ignored, as under nohup, stays
-    ignored. Outside the main thread it does nothing, because Python handles signals in the main thread only.
+    The first one sets a flag, the second raises KeyboardInterrupt. A SIGHUP or SIGUSR1 that is ignored stays ignored,
+    as under nohup. Outside the main thread it does nothing, because Python handles signals in the main thread only.
 
     Attributes:
         requested: whether a signal has arrived.
@@ -30,7 +30,7 @@ class ShutdownRequest:
 
     @staticmethod
     def _handled() -> list[signal.Signals]:
-        """Return the signals to handle: all but an ignored SIGHUP."""
+        """Return the signals to handle: all but an ignored SIGHUP or SIGUSR1."""
         return [number for number in SIGNALS if number in SIGNALS[:2] or signal.getsignal(number) != signal.SIG_IGN]
 
     def __exit__(

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch.utils.data import ConcatDataset, Subset
 
 from conditional_detr.data.coco import Annotations
@@ -78,15 +77,6 @@ def initial_model(state: Mapping[str, Any]) -> ConditionalDETR:
     preprocessing = Preprocessing(**sizes)
     metadata = Metadata(tuple(settings["classes"]), tuple(state["category_ids"]), preprocessing)
     return ConditionalDETR(Config(**settings["architecture"]), metadata)
-
-
-def digest_of_weights(model: ConditionalDETR) -> str:
-    """Return the SHA-256 of a model's parameters and buffers."""
-    hashed = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return hashed.hexdigest()
 
 
 def _digest(data: Any) -> str | None:

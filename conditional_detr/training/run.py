@@ -31,7 +31,7 @@ from conditional_detr.training.first_epoch import FirstEpochReport, check_first_
 from conditional_detr.training.loader import LoadedBatch, SampleDataset, load_batches
 from conditional_detr.training.logging import RunLogger
 from conditional_detr.training.optimizer import fit_warmup, have_equal_rates
-from conditional_detr.training.record import describe_run, digest_of_weights
+from conditional_detr.training.record import describe_run
 from conditional_detr.training.run_folder import check_folder, locked
 from conditional_detr.training.steps import Stepper
 from conditional_detr.training.surroundings import make_accelerator
@@ -109,7 +109,7 @@ class Run:
         self._in_first_process(open_folder)
         state = read_training_state(self.folder) if resume else None
         if state is None:
-            self.initial_weights = digest_of_weights(self.stepper.model)
+            self.initial_weights = self.stepper.model.weights_digest()
         else:
             self._load(state)
         if check and not self.finished:

@@ -75,6 +75,7 @@ class Stepper:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "moments": len(self.optimizer.state),
             "other_queries": None if self.grouped is None else self.grouped.others.state_dict(),
         }
 
@@ -89,6 +90,10 @@ class Stepper:
         self.optimizer.load_state_dict(state["optimizer"])
         if (changed := self._optimizer_settings()) != settings:
             raise ValueError(f"settings of the optimizer {changed}, not {settings}")
+        if len(self.optimizer.state) != state.get("moments", len(self.optimizer.state)):
+            raise ValueError(
+                f"the optimizer's state of {len(self.optimizer.state)} parameters, not {state['moments']}"
+            )
         for parameter, values in self.optimizer.state.items():
             expected = {"step": (), "exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}  # AdamW's
             got = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in values.items()}

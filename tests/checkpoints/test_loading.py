@@ -296,6 +296,11 @@ def test_a_preprocessor_of_any_year(folder, content):
         ({"size": {"min_pixels": 9, "max_pixels": 99}}, r"size: expected .*\{height, width\}, got \{'min_pixels'"),
         ({"size": {"shortest_edge": "800"}}, "size: expected a whole number of pixels as shortest_edge, got '800'"),
         ({"size": {"shortest_edge": 10**9, "longest_edge": 10**9}}, "shortest_edge: expected 1 to 16384 pixels"),
+        ({"size": {"height": 16384, "width": 16384}}, "size: expected at most 67108864 pixels, got 16384 x 16384"),
+        (
+            {"size": {"shortest_edge": 9000, "longest_edge": 9000}},
+            "shortest_edge and longest_edge: expected at most 67108864 pixels, got 9000 x 9000",
+        ),
         ({"size": {"height": 0, "width": 9}}, "size: expected 1 to 16384 pixels, got 0"),
         ({"do_resize": "no"}, "do_resize: expected true or false, got 'no'"),
         ({"resample": 3}, r"expected resample 2 \(bilinear\), got 3 \(bicubic\)"),

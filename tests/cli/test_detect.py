@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path, PurePath
 from types import SimpleNamespace
 
@@ -19,11 +20,13 @@ from PIL import Image
 from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
-from conditional_detr import Detections, Detector
+from conditional_detr import Detections, Detector, Preprocessing
 from conditional_detr.cli import app
 from conditional_detr.data.synthetic import draw_image, image_index
 from conditional_detr.inference.listing import ListedImage, list_images
 from conditional_detr.inference.results import open_results
+
+PLAIN = Preprocessing(480, 640)
 
 
 def run(*arguments, stdin=None):
@@ -106,6 +109,8 @@ def test_one_image_is_printed_drawn_and_written(detect, small, photograph, tmp_p
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "out" / "photograph.json").read_text())
     expected = Detector.from_pretrained(small)(photograph, threshold=0.3, top_k=4)
+    settings = written.pop("settings")
+    assert (settings["threshold"], settings["top_k"], settings["classes"]) == (0.3, 4, None)
     assert written == {"image": str(photograph), **expected.to_dict()}
     with Image.open(tmp_path / "out" / "photograph.png") as drawn:
         assert np.array_equal(np.asarray(drawn), np.asarray(expected.draw()))
@@ -208,6 +213,61 @@ def test_resuming_json_passes_over_what_is_there(detect, folder, tmp_path):
     assert len(files_in(tmp_path / "out")) == 4
     assert detect(folder, "--no-draw").exit_code == 0
     assert "mark" not in json.loads(marked.read_text())
+
+
+@pytest.mark.parametrize("format", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        (("--threshold", 0.3), r"threshold 0\.5, not 0\.3"),
+        (("--top-k", 7), "top_k 100, not 7"),
+        (("--class", "LABEL_1"), r"classes None, not \['LABEL_1'\]"),
+        (("--weights", "shapes"), r"model \w{16}, not \w{16}"),
+    ],
+)
+def test_results_of_other_settings_are_not_added_to(detect, folder, tmp_path, format, options, difference):
+    """Whatever decides the detections is recorded with them; a run with the same settings continues."""
+    same = ("--no-draw", "--format", format)
+    assert detect(folder / "a.jpg", *same).exit_code == 0
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")}
+    result = detect(folder, *same, "--resume", *options)
+    assert result.exit_code == 2
+    pattern = f"expected results of the settings of this run, got {difference}; --overwrite replaces them"
+    assert re.search(pattern, result.stderr), result.stderr
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")} == before
+    result = detect(folder, *same, "--resume", "--batch-size", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "skipped images that already have results: 1 of 4" in result.stderr
+
+
+def test_the_settings_name_the_weights(small, tmp_path):
+    """The same weights under another path are the same; another value, class name or preprocessing is not."""
+    shutil.copytree(small, tmp_path / "copy")
+    first, copy = Detector.from_pretrained(small), Detector.from_pretrained(tmp_path / "copy")
+    expected = first.settings(first.postprocessing())
+    assert copy.settings(copy.postprocessing()) == expected
+    with torch.no_grad():
+        copy.model.box_head.layers[-1].bias[0] += 1e-3
+    others = [copy]
+    for field, value in (("class_names", ("other", *first.model.metadata.class_names[1:])), ("preprocessing", PLAIN)):
+        model = Detector.from_pretrained(small).model
+        model.metadata = replace(model.metadata, **{field: value})
+        others.append(Detector(model))
+    assert len({other.settings(other.postprocessing())["model"] for other in others} | {expected["model"]}) == 4
+
+
+@pytest.mark.parametrize("format", ["json", "jsonl", "csv"])
+def test_one_image_by_several_names_has_one_result(detect, folder, tmp_path, monkeypatch, format):
+    """With ./, as an absolute path, and through a link."""
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "link").symlink_to(folder)
+    options = ("--no-draw", "--format", format)
+    assert detect("images", *options).exit_code == 0
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")}
+    for name in ("./images", folder, "link"):
+        result = detect(name, *options, "--resume")
+        assert "skipped images that already have results: 4 of 4" in result.stderr, result.stderr
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")} == before
 
 
 @pytest.mark.parametrize("option", ["--resume", "--no-draw"])

@@ -187,3 +187,17 @@ def test_usage_errors(arguments):
     assert result.exit_code == 2
     assert "\x1b" not in result.output
     assert r"\x1b]0;owned\x07" in result.output
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full, which refuses all writes")
+def test_standard_output_that_is_refused():
+    command = [sys.executable, "-m", "conditional_detr", "info", "shapes"]
+    with Path("/dev/full").open("w") as full:
+        refused = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert refused.returncode == 2
+    assert refused.stderr == "error: standard output: cannot be written: No space left on device\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (closed.returncode, closed.stderr) == (141, "")

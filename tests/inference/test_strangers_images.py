@@ -1,5 +1,6 @@
 """What programs hand over as images: buffers that are used again, images shared by threads, odd files and modes."""
 
+import os
 import threading
 import warnings
 from collections.abc import Sequence
@@ -137,6 +138,39 @@ def test_boxes_are_not_drawn_on_another_image(detector, frames, tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"a\.png: no such file"):
         found.draw()
+
+
+def test_a_file_replaced_by_one_of_equal_size_and_time_is_noticed(detector, frames, tmp_path):
+    path = tmp_path / "a.bmp"
+    frames[0].save(path)
+    found, before = detector(path), path.stat()
+    frames[1].save(tmp_path / "b.bmp")
+    os.utime(tmp_path / "b.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (tmp_path / "b.bmp").replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(OSError, match=r"a\.bmp: the file has changed since the detection"):
+        found.draw()
+
+
+@pytest.mark.parametrize("kind", ["PIL", "array", "strided", "tensor", "bfloat16"])
+@pytest.mark.parametrize("many", [False, True])
+def test_an_image_overwritten_in_memory_is_noticed(detector, frames, kind, many):
+    """A buffer that a camera reuses: boxes of one frame are not drawn on the next."""
+    image = frames[0].copy()
+    if kind in ("array", "strided"):
+        image = np.array(image)[:, ::-1] if kind == "strided" else np.array(image)
+    elif kind != "PIL":
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        image = (image / 255).to(torch.bfloat16) if kind == "bfloat16" else image
+    found = detector([image])[0] if many else detector(image)
+    assert found.draw().size == (128, 96)
+    if kind == "PIL":
+        image.putpixel((3, 4), tuple(255 - value for value in image.getpixel((3, 4))))
+    else:
+        image[0, 3, 2] = 1 - image[0, 3, 2] if kind == "bfloat16" else 255 - image[0, 3, 2]
+    for work in (found.draw, partial(detector.draw_attention, found)):
+        with pytest.raises(OSError, match="image: it has changed since the detection; pass the detected image"):
+            work()
 
 
 # Where the stored image's upper left corner is shown: row and column (EXIF 2.3, tag 274).

@@ -117,6 +117,7 @@ def test_any_state(begun, tmp_path_factory, depth, index, value):
         (("model", "class_head.weight"), DROPPED),
         (("optimizer", "state", 0, "exp_avg"), torch.zeros(7)),
         (("optimizer", "state", 1, "exp_avg_sq"), DROPPED),
+        (("optimizer", "state", 1), DROPPED),
         (("optimizer", "param_groups", 0, "betas"), (0.5, 0.5)),
         (("optimizer", "param_groups", 0, "eps"), "small"),
         (("batch",), 10**9),

@@ -211,7 +211,7 @@ def test_an_error_leaves_no_worker(tmp_path, monkeypatch, error):
     assert multiprocessing.active_children() == before
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_to_all_processes_saves(tmp_path, which):
     """A run with two workers in a process group of its own, as schedulers and terminals signal it."""
     code = """
