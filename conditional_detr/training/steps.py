@@ -99,6 +99,10 @@ class Stepper:
             got = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in values.items()}
             if got != expected:
                 raise ValueError(f"state of the optimizer {got}, not {expected}")
+            steps, first, second = (torch.as_tensor(values[name]) for name in expected)
+            finite = all(x.is_floating_point() and bool(x.isfinite().all()) for x in (steps, first, second))
+            if not finite or not 1 <= steps <= state["step"] or bool((second < 0).any()):
+                raise ValueError(f"state of the optimizer after step {steps}, or moments that are not finite")
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

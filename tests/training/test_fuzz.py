@@ -1,6 +1,7 @@
 """Training states of any content are resumed from, or refused by one of the documented errors."""
 
 import copy
+import math
 import shutil
 import warnings
 from dataclasses import replace
@@ -118,6 +119,9 @@ def test_any_state(begun, tmp_path_factory, depth, index, value):
         (("optimizer", "state", 0, "exp_avg"), torch.zeros(7)),
         (("optimizer", "state", 1, "exp_avg_sq"), DROPPED),
         (("optimizer", "state", 1), DROPPED),
+        *((("optimizer", "state", 0, "step"), torch.tensor(float(step))) for step in (-6738, -2, -1, 0, 2, math.nan)),
+        (("optimizer", "state", 1, "step"), -1),
+        (("optimizer", "state", 0, "step"), torch.tensor(1, dtype=torch.complex64)),
         (("optimizer", "param_groups", 0, "betas"), (0.5, 0.5)),
         (("optimizer", "param_groups", 0, "eps"), "small"),
         (("batch",), 10**9),
