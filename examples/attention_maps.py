@@ -9,7 +9,8 @@ import argparse
 import torch
 
 from conditional_detr import ConditionalDETR, Config, Detector
-from conditional_detr.inference.images import open_image, to_pixels
+from conditional_detr.inference.images import open_image
+from conditional_detr.inference.preprocessing import to_pixels
 
 
 def main() -> None:

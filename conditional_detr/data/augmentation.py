@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from conditional_detr.inference.images import edges_size, resized_size
+from conditional_detr.inference.preprocessing import edges_size, resized_size
 from conditional_detr.modeling.metadata import Preprocessing
 
 Boxes: TypeAlias = Any  # tv_tensors.BoundingBoxes; torchvision has no types

@@ -30,7 +30,8 @@ from conditional_detr.data.coco import check_size, image_paths, read_annotations
 from conditional_detr.data.json_values import Id
 from conditional_detr.data.rotated_boxes import ROTATED, Rotated, choose_boxes, rotated_indices
 from conditional_detr.data.seeds import derive_seed
-from conditional_detr.inference.images import normalise, open_image, resized_size, size_of, size_of_file
+from conditional_detr.inference.images import open_image, size_of, size_of_file
+from conditional_detr.inference.preprocessing import normalise, resized_size
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
 
 Sample: TypeAlias = tuple[Tensor, dict[str, Any]]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from conditional_detr.inference.exported import ExportedModel, Parity
-from conditional_detr.inference.images import open_image, to_pixels
+from conditional_detr.inference.images import open_image
+from conditional_detr.inference.preprocessing import to_pixels
 from conditional_detr.inference.sources import ImageSource
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.metadata import Preprocessing

@@ -28,8 +28,9 @@ from conditional_detr.deploy.export import (
 from conditional_detr.deploy.optimize import check_model
 from conditional_detr.deploy.parity import check_parity, compare, parity_pixels
 from conditional_detr.inference.exported import Description, ExportedModel
-from conditional_detr.inference.images import open_image, to_pixels
+from conditional_detr.inference.images import open_image
 from conditional_detr.inference.postprocessing import check_count
+from conditional_detr.inference.preprocessing import to_pixels
 from conditional_detr.inference.runtimes import SIZES, input_arrays
 from conditional_detr.inference.sources import ImageSource, source_name
 from conditional_detr.modeling.conditional_detr import ConditionalDETR

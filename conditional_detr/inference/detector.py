@@ -18,7 +18,7 @@ from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.downloads import DEFAULT_LIMITS, Limits
 from conditional_detr.inference.drawing import draw_attention
 from conditional_detr.inference.exported import ExportedModel, InferenceError
-from conditional_detr.inference.images import normalise, open_image, resize, size_of, snapshot, to_pil
+from conditional_detr.inference.images import snapshot, to_pil
 from conditional_detr.inference.pipeline import map_in_batches, map_in_threads
 from conditional_detr.inference.postprocessing import (
     Postprocessing,
@@ -27,6 +27,7 @@ from conditional_detr.inference.postprocessing import (
     make_postprocessing,
     postprocess,
 )
+from conditional_detr.inference.preprocessing import empty_pixels, normalise, open_resized, resize
 from conditional_detr.inference.sources import (
     ImageSource,
     ReadableSource,
@@ -314,13 +315,12 @@ class Detector:
             source = resolve_source(image, name, self.limits)
             kept = source if keep or isinstance(source, Path) else None
             state = source_state(source) if isinstance(source, Path) else None
-            opened = open_image(source, name)
+            values, size = open_resized(source, name, self.model.metadata.preprocessing)
             if kept is not None and not isinstance(kept, Path):
                 state = source_state(kept)  # now that a PIL image is decoded
-            values = resize(opened, self.model.metadata.preprocessing)
         except IMAGE_ERRORS as error:
             return error
-        return _Prepared(name, kept, state, size_of(opened), values)
+        return _Prepared(name, kept, state, size, values)
 
     def _run(self, group: list[_Prepared], postprocessing: Postprocessing) -> list[Detections | Exception]:
         """Run the model on images of one shape; return the detections of each, or its error."""
@@ -332,8 +332,7 @@ class Detector:
     def _detect(self, group: list[_Prepared], postprocessing: Postprocessing) -> Iterator[Detections | Exception]:
         """Run the model on images of one shape; yield the detections of each, or its error."""
         metadata = self.model.metadata
-        values = torch.stack([image.values for image in group]).to(self.model.device)  # (B, 3, H, W)
-        output = self._evaluate(self.model, normalise(values, metadata.preprocessing))
+        output = self._evaluate(self.model, self._pixels([image.values for image in group]))
         logits, boxes = (x[-1].float().cpu() for x in output)  # (B, N, C), (B, N, 4)
         check_head(logits.shape[-1], metadata.class_names)
         for image, image_logits, image_boxes in zip(group, logits, boxes, strict=True):
@@ -353,6 +352,21 @@ class Detector:
                 source=image.source,
                 state=image.state,
             )
+
+    def _pixels(self, images: Sequence[Tensor]) -> Tensor:
+        """Return normalised pixels (B, 3, H, W) of resized images of one shape, on the model's device."""
+        preprocessing, device, dtype = self.model.metadata.preprocessing, self.model.device, self.model.dtype
+        shape = (len(images), *images[0].shape)
+        if device.type == "cpu":
+            pixels = empty_pixels(shape, device=device, dtype=dtype)
+            for values, out in zip(images, pixels, strict=True):
+                normalise(values, preprocessing, out)
+            return pixels
+        # 8-bit values are a quarter of the bytes; from pinned memory they are copied while the device computes
+        stacked = torch.empty(shape, dtype=images[0].dtype, device="cpu", pin_memory=device.type == "cuda")
+        for values, place in zip(images, stacked, strict=True):
+            place.copy_(values)
+        return normalise(stacked.to(device, non_blocking=True), preprocessing)
 
     @torch.inference_mode()
     def _evaluate(self, function: Any, pixels: Tensor) -> Any:

@@ -28,6 +28,8 @@ class Preprocessing:
         resizing: "edges"; "fit", which enlarges or reduces images to the largest ``size`` of their aspect ratio;
             "stretch", which resizes images to exactly ``size``; or "none", which keeps the size of images.
         size: height and width in pixels for "fit" and "stretch"; None otherwise.
+        backend: "pil", which has the pixels of the authors' code to the last bit; or "torchvision", which is faster
+            and differs by rounding. Checkpoints do not store it.
 
     Raises:
         TypeError: a value has the wrong type.
@@ -40,10 +42,13 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     resizing: Literal["edges", "fit", "stretch", "none"] = "edges"
     size: tuple[int, int] | None = None
+    backend: Literal["pil", "torchvision"] = "pil"
 
     def __post_init__(self) -> None:
         if self.resizing not in ("edges", "fit", "stretch", "none"):
             raise ValueError(f"resizing: expected edges, fit, stretch or none, got {self.resizing!r}")
+        if self.backend not in ("pil", "torchvision"):
+            raise ValueError(f"backend: expected pil or torchvision, got {self.backend!r}")
         if (self.size is not None) != (self.resizing in ("fit", "stretch")):
             raise ValueError(f"size: expected one with the resizings fit and stretch only, got {self.size!r}")
         if self.size is not None and (not isinstance(self.size, tuple) or len(self.size) != 2):
@@ -76,7 +81,7 @@ class Preprocessing:
     def halved(self) -> "Preprocessing":
         """Return the preprocessing to about half the size; for "none", to half the default's size."""
         if self.resizing == "none":
-            return Preprocessing(mean=self.mean, std=self.std).halved()
+            return Preprocessing(mean=self.mean, std=self.std, backend=self.backend).halved()
         short, long = self.shortest_edge // 2 + 1, self.longest_edge // 2 + 1
         size = self.size and (self.size[0] // 2 + 1, self.size[1] // 2 + 1)
         return replace(self, shortest_edge=short, longest_edge=long, size=size)

@@ -633,7 +633,8 @@ def test_published_checkpoint_on_the_cats(shared):
 
     from PIL import Image
 
-    from conditional_detr.inference.images import open_image, to_pixels
+    from conditional_detr.inference.images import open_image
+    from conditional_detr.inference.preprocessing import to_pixels
 
     name = os.environ.get("CONDITIONAL_DETR_CHECKPOINT")
     if not name:

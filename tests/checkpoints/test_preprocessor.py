@@ -13,7 +13,8 @@ from transformers import ConditionalDetrImageProcessorPil
 from conditional_detr import Config, Detector, Metadata, Preprocessing
 from conditional_detr.checkpoints.preprocessor_config import read_preprocessor, write_preprocessor
 from conditional_detr.inference.exported import Description
-from conditional_detr.inference.images import open_image, resized_size, to_pixels
+from conditional_detr.inference.images import open_image
+from conditional_detr.inference.preprocessing import resized_size, to_pixels
 from helpers.models import ROOT
 
 SIZES = ((60, 80), (80, 60), (33, 100), (100, 7), (64, 64), (48, 48))

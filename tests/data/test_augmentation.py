@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from conditional_detr import Preprocessing
 from conditional_detr.data.augmentation import Augmentation, make_scene
-from conditional_detr.inference.images import resize, resized_size
+from conditional_detr.inference.preprocessing import resize, resized_size
 
 SIZES = Preprocessing(48, 64)
 AUTHORS_SMALL = Augmentation(

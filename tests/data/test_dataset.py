@@ -13,7 +13,8 @@ from conditional_detr import Detector, Preprocessing, SetLoss
 from conditional_detr.checkpoints.labels import COCO_NAMES
 from conditional_detr.data.coco import read_annotations
 from conditional_detr.data.dataset import Augmentation, CocoData, batches, collate
-from conditional_detr.inference.images import open_image, to_pixels
+from conditional_detr.inference.images import open_image
+from conditional_detr.inference.preprocessing import to_pixels
 from conditional_detr.modeling.conditional_detr import Output
 from conditional_detr.set_prediction.targets import validate_targets
 from helpers import coco

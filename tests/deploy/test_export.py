@@ -221,7 +221,8 @@ def run_without_library(path, pixels, sizes):
 
 def test_post_processing_in_the_file_is_the_detectors(path, plain, photograph):
     """Two images of different sizes that are resized to one size."""
-    from conditional_detr.inference.images import open_image, to_pixels
+    from conditional_detr.inference.images import open_image
+    from conditional_detr.inference.preprocessing import to_pixels
 
     first = Image.open(photograph)
     images = [first, first.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((256, 192))]

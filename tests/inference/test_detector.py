@@ -226,7 +226,8 @@ def test_a_part_in_eval_mode_stays_in_eval_mode(tiny, photograph):
 def test_attention_is_drawn_for_the_query_of_a_detection(detector, photograph):
     """The figure equals one drawn from the model's maps of the query."""
     from conditional_detr.inference.drawing import draw_attention
-    from conditional_detr.inference.images import open_image, to_pixels
+    from conditional_detr.inference.images import open_image
+    from conditional_detr.inference.preprocessing import to_pixels
 
     detections = detector(photograph, threshold=0, top_k=9)
     box, score, name = detections[8]

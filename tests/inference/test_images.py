@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from conditional_detr import Preprocessing
-from conditional_detr.inference.images import open_image, resized_size, size_of, to_pixels
+from conditional_detr.inference.images import open_image, size_of
+from conditional_detr.inference.preprocessing import resized_size, to_pixels
 
 
 def transformers_pixels(image: Image.Image, **options) -> torch.Tensor:

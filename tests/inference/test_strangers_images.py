@@ -13,7 +13,8 @@ from PIL import Image, ImageSequence
 
 from conditional_detr import ConditionalDETR, Detections, Detector, Metadata, Preprocessing
 from conditional_detr.data.synthetic import draw_image
-from conditional_detr.inference.images import normalise, open_image, size_of, size_of_file
+from conditional_detr.inference.images import open_image, size_of, size_of_file
+from conditional_detr.inference.preprocessing import normalise
 
 
 @pytest.fixture(scope="module")
