@@ -1,4 +1,4 @@
-"""Read and check the two kinds of COCO JSON: annotations of a dataset, and detection results."""
+"""Read and check the annotations of a dataset in COCO's format."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def read_annotations(
     """
     if isinstance(source, Annotations):
         return source
-    name, content = _read(source, "annotations")
+    name, content = read_json(source, "annotations")
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{name}: expected an object with images, annotations and categories, got {describe_content(content)}"
@@ -188,35 +188,7 @@ def explain_size(stated: tuple[int, int], size: tuple[int, int], path: Path) -> 
     return "; stated is the size before the rotation in the file's EXIF data, so the boxes may lack the rotation, too"
 
 
-def read_results(source: str | Path | Sequence[Mapping[str, Any]], data: Annotations) -> list[dict[str, Any]]:
-    """Read detections in COCO's results format: a list of image_id, category_id, bbox [x0, y0, w, h] and score.
-
-    Detections of categories that are left out are skipped with a warning: without annotations they do not count.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not JSON, or not in this format, or has an image or category that the annotations lack; the
-            message has the file and the position in it.
-    """
-    name, content = _read(source, "results")
-    if isinstance(content, Mapping | str) or not isinstance(content, Sequence):
-        raise ValueError(f"{name}: expected a list of detections, got {describe_content(content)}")
-    results, skipped = [], 0
-    for i, entry in enumerate(content):
-        where = f"{name}: [{i}]"
-        if data.left_out and to_id(get_value(entry, "category_id", where)) in data.left_out:
-            skipped += 1
-            continue
-        fields = _check_fields(entry, data, where)
-        results.append({**fields, "score": to_number(get_value(entry, "score", where), "score", where)})
-    if skipped:
-        names = ", ".join(data.left_out.values())
-        message = f"{name}: skipped {skipped} detections of categories that only group others: {names}"
-        warnings.warn(message, stacklevel=3)
-    return results
-
-
-def _read(source: Any, name: str) -> tuple[str, Any]:
+def read_json(source: Any, name: str) -> tuple[str, Any]:
     """Return a name for messages, and the content of a JSON file; anything but a path is the content itself."""
     if not isinstance(source, str | Path):
         return name, source
@@ -283,7 +255,7 @@ def _grouping_categories(
 
 def _check_annotation(entry: Any, data: Annotations, where: str) -> dict[str, Any]:
     """Return the fields of an annotation, with defaults for the optional ones."""
-    fields = _check_fields(entry, data, where)
+    fields = check_fields(entry, data, where)
     area = to_number(entry.get("area", fields["bbox"][2] * fields["bbox"][3]), "area", where)
     iscrowd = to_plain(entry.get("iscrowd", 0))
     if iscrowd not in (0, 1):
@@ -297,7 +269,7 @@ def _check_annotation(entry: Any, data: Annotations, where: str) -> dict[str, An
     return checked
 
 
-def _check_fields(entry: Any, data: Annotations, where: str) -> dict[str, Any]:
+def check_fields(entry: Any, data: Annotations, where: str) -> dict[str, Any]:
     """Return image_id, category_id and bbox, which annotations and detections have in common."""
     keys = ("image_id", "category_id", "bbox")
     image_id, category_id, bbox = (to_plain(get_value(entry, key, where)) for key in keys)

@@ -22,6 +22,8 @@ def to_plain(value: Any) -> Any:
 
 def to_id(value: Any) -> Id | None:
     """Return an integer of any size, or a string; None for any other value."""
+    if type(value) is int or type(value) is str:  # nearly every id: the general test is slow
+        return value
     value = to_plain(value)
     if not isinstance(value, bool) and isinstance(value, numbers.Integral):
         return int(value)
@@ -40,6 +42,8 @@ def to_number(value: Any, key: str, where: str, *, limit: float = sys.float_info
     Raises:
         ValueError: any other value.
     """
+    if (type(value) is float or type(value) is int) and -limit <= value <= limit:  # nearly every number
+        return value
     value = to_plain(value)
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not -limit <= value <= limit:
@@ -54,7 +58,7 @@ def get_value(entry: Any, key: str, where: str) -> Any:
     Raises:
         ValueError: not an object, or one without the key.
     """
-    if not isinstance(entry, Mapping) or key not in entry:
+    if (type(entry) is not dict and not isinstance(entry, Mapping)) or key not in entry:
         raise ValueError(
             f"{where}: expected an object with {key!r}, got {describe_keys(entry) or describe_content(entry)}"
         )

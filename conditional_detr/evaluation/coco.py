@@ -9,7 +9,7 @@ import contextlib
 import io
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -23,9 +23,9 @@ from conditional_detr.data.coco import (
     check_size,
     image_paths,
     read_annotations,
-    read_results,
 )
 from conditional_detr.data.json_values import Id, shorten_list
+from conditional_detr.data.results import Results, read_results
 from conditional_detr.data.rotated_boxes import ROTATED, Rotated, choose_boxes, rotated_indices
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.detector import Detector
@@ -123,12 +123,7 @@ def evaluate_detections(
     data = _read(annotations, rotated)
 
     def read() -> ImageDetections:
-        indices = {category_id: index for index, category_id in enumerate(data.categories)}
-        rows: dict[Id, list[list[float]]] = {}
-        for result in read_results(results, data):
-            row = [indices[result["category_id"]], *result["bbox"], result["score"]]
-            rows.setdefault(result["image_id"], []).append(row)
-        return {image_id: np.array(of_image) for image_id, of_image in rows.items()}
+        return _group_by_image(read_results(results, data), data)
 
     return _gather(read, lambda parts: _compute_metrics(data, parts))
 
@@ -190,6 +185,16 @@ def _to_rows(detections: Detections, index_of: Mapping[str, int]) -> np.ndarray:
     return np.column_stack((indices, boxes, detections.scores.double().numpy()))
 
 
+def _group_by_image(results: Results, data: Annotations) -> ImageDetections:
+    """Return the detections of each image that has any, in their order."""
+    images = _positions(results.image_ids, data.images)
+    order = np.argsort(images, kind="stable")
+    categories = _positions(results.category_ids, data.categories)
+    rows = np.column_stack((categories, results.boxes, results.scores))[order]
+    ends = np.searchsorted(images[order], np.arange(1, len(data.images)))
+    return {image_id: part for image_id, part in zip(data.images, np.split(rows, ends), strict=True) if len(part)}
+
+
 def _compute_metrics(data: Annotations, parts: Sequence[ImageDetections]) -> CocoResult:
     """Compute the metrics of the detections of all processes with pycocotools."""
     from pycocotools.cocoeval import COCOeval
@@ -243,6 +248,12 @@ def _to_coco(data: Annotations, annotations: Sequence[Mapping[str, Any]]) -> Any
     }
     coco.createIndex()
     return coco
+
+
+def _positions(ids: Sequence[Id], all_ids: Iterable[Id]) -> np.ndarray:
+    """Return the positions of ids among all ids."""
+    positions = {key: position for position, key in enumerate(all_ids)}
+    return np.array([positions[key] for key in ids], dtype=np.int64)
 
 
 def _metrics_per_class(data: Annotations, evaluation: Any) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from conditional_detr.data.coco import read_annotations, read_results
+from conditional_detr.data.coco import read_annotations
+from conditional_detr.data.results import read_results
 from conditional_detr.evaluation.coco import evaluate_detections
 
 # Two of three images are detected: precision is 1 up to a recall of 2/3, 67 of 101 points.
@@ -85,8 +86,10 @@ NUMBERS = {
 def test_numbers_of_other_libraries_in_results(change):
     entry = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 50, 50], "score": 0.9, **change}
     assert evaluate_detections(TRUTH, [entry]).metrics["AP"] == pytest.approx(1.0)
-    (read,) = read_results([entry], read_annotations(TRUTH))
-    assert json.loads(json.dumps(read)) == read  # plain values of Python
+    read = read_results([entry], read_annotations(TRUTH))
+    assert (read.image_ids, read.category_ids) == ([1], [1])
+    assert {type(i) for i in (*read.image_ids, *read.category_ids)} == {int}  # plain values of Python
+    assert (read.boxes.tolist(), read.scores.tolist()) == ([[1, 1, 50, 50]], [float(entry["score"])])
 
 
 @pytest.mark.parametrize(
