@@ -106,7 +106,8 @@ def loaded_after(*statements: str) -> set[str]:
     return set(subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()[-1].split())
 
 
-SLOW = {"torchvision", "timm", "scipy", "pycocotools", "huggingface_hub", "transformers", "matplotlib", "typer", "PIL"}
+SLOW = {"torchvision", "timm", "scipy", "pycocotools", "hotcoco", "huggingface_hub", "transformers", "matplotlib"}
+SLOW |= {"typer", "PIL"}
 
 
 def test_importing_the_package_loads_nothing_slow():

@@ -1,12 +1,10 @@
-"""Evaluate detections by COCO's twelve metrics, which pycocotools computes.
+"""Evaluate detections by COCO's twelve metrics.
 
 Of all object queries and classes of an image, the 100 detections with the highest scores are evaluated; there is no
 score threshold. Under torch.distributed, each process detects on a part of the images, the detections are gathered,
 and all processes get the same result.
 """
 
-import contextlib
-import io
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,12 +25,13 @@ from conditional_detr.data.coco import (
 from conditional_detr.data.json_values import Id, shorten_list
 from conditional_detr.data.results import Results, read_results
 from conditional_detr.data.rotated_boxes import ROTATED, Rotated, choose_boxes, rotated_indices
+from conditional_detr.evaluation.average_precision import AveragePrecision, average_precision
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.detector import Detector
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-MAX_DETECTIONS = 100  # per image, all classes together; pycocotools' limit is per image and class
+MAX_DETECTIONS = 100  # per image, all classes together; COCO's own limit is per image and class
 
 ImageDetections: TypeAlias = dict[Id, np.ndarray]
 """Detections by image id: (K, 6) with the category's index in the annotations, x0 y0 w h in pixels, score."""
@@ -196,58 +195,22 @@ def _group_by_image(results: Results, data: Annotations) -> ImageDetections:
 
 
 def _compute_metrics(data: Annotations, parts: Sequence[ImageDetections]) -> CocoResult:
-    """Compute the metrics of the detections of all processes with pycocotools."""
-    from pycocotools.cocoeval import COCOeval
-
+    """Compute the metrics of the detections of all processes."""
     by_image: ImageDetections = {}
     for part in parts:
         by_image = part | by_image  # the lowest rank's detections of an image take precedence
-    category_ids = list(data.categories)
-    detections = [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[int(index)],
-            "bbox": bbox,
-            "area": bbox[2] * bbox[3],
-            "score": score,
-        }
-        for image_id, rows in by_image.items()
-        for index, *bbox, score in rows.tolist()
-    ]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        evaluation = COCOeval(_to_coco(data, data.annotations), _to_coco(data, detections), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    metrics = dict(zip(METRICS, evaluation.stats.tolist(), strict=True))
-    return CocoResult(metrics, _metrics_per_class(data, evaluation))
-
-
-def _to_coco(data: Annotations, annotations: Sequence[Mapping[str, Any]]) -> Any:
-    """Return annotations or detections as pycocotools' COCO, with new ids from 1 on, in the order of the old ones.
-
-    pycocotools makes floats of ids beyond 64 bits, and does not match an annotation with id 0.
-    """
-    from pycocotools.coco import COCO
-
-    images, categories = ({key: n for n, key in enumerate(sorted(ids), 1)} for ids in (data.images, data.categories))
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": number} for number in images.values()],
-        "categories": [{"id": number} for number in categories.values()],
-        "annotations": [
-            {
-                "iscrowd": 0,
-                **annotation,
-                "id": number,
-                "image_id": images[annotation["image_id"]],
-                "category_id": categories[annotation["category_id"]],
-            }
-            for number, annotation in enumerate(annotations, 1)
-        ],
-    }
-    coco.createIndex()
-    return coco
+    image_ids, category_ids = sorted(data.images), sorted(data.categories)
+    annotations = np.empty((len(data.annotations), 8))
+    annotations[:, 0] = _positions([annotation["image_id"] for annotation in data.annotations], image_ids)
+    annotations[:, 1] = _positions([annotation["category_id"] for annotation in data.annotations], category_ids)
+    annotations[:, 2:] = [(*a["bbox"], a["area"], a["iscrowd"]) for a in data.annotations] or np.empty((0, 6))
+    rows = np.concatenate([np.empty((0, 6)), *by_image.values()])
+    images = np.repeat(_positions(list(by_image), image_ids), [len(of_image) for of_image in by_image.values()])
+    categories = _positions(list(data.categories), category_ids)[rows[:, 0].astype(int)]
+    detections = np.column_stack((images, categories, rows[:, 1:]))
+    result = average_precision(len(image_ids), len(category_ids), annotations, detections)
+    metrics = dict(zip(METRICS, result.summary.tolist(), strict=True))
+    return CocoResult(metrics, _metrics_per_class(data, result))
 
 
 def _positions(ids: Sequence[Id], all_ids: Iterable[Id]) -> np.ndarray:
@@ -256,14 +219,13 @@ def _positions(ids: Sequence[Id], all_ids: Iterable[Id]) -> np.ndarray:
     return np.array([positions[key] for key in ids], dtype=np.int64)
 
 
-def _metrics_per_class(data: Annotations, evaluation: Any) -> dict[str, dict[str, Any]]:
+def _metrics_per_class(data: Annotations, result: AveragePrecision) -> dict[str, dict[str, Any]]:
     """Return the metrics of each class, for boxes of all sizes and 100 detections."""
 
     def mean(values: np.ndarray) -> float:
         return float(values[values > -1].mean()) if (values > -1).any() else -1.0
 
-    precision = evaluation.eval["precision"][..., 0, -1]  # (IoU thresholds, recall thresholds, classes)
-    recall = evaluation.eval["recall"][..., 0, -1]  # (IoU thresholds, classes)
+    precision, recall = result.precision[..., 0, -1], result.recall[..., 0, -1]
     counts = Counter(annotation["category_id"] for annotation in data.annotations if not annotation["iscrowd"])
     return {
         data.categories[category_id]: {
@@ -274,7 +236,7 @@ def _metrics_per_class(data: Annotations, evaluation: Any) -> dict[str, dict[str
             "AP75": mean(precision[5, :, k]),
             "AR100": mean(recall[:, k]),
         }
-        for k, category_id in enumerate(sorted(data.categories))  # pycocotools' order
+        for k, category_id in enumerate(sorted(data.categories))
     }
 
 
