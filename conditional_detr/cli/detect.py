@@ -14,7 +14,7 @@ import typer
 
 from conditional_detr.cli.console import AUTO, FAILED, INTERRUPTED, err, one_line_errors, out, print_line
 from conditional_detr.cli.marks import has_mark, save_marked
-from conditional_detr.cli.options import DEVICE, WEIGHTS, open_detector
+from conditional_detr.cli.options import DEVICE, FAST_PREPROCESSING, WEIGHTS, open_detector
 from conditional_detr.inference.listing import ListedImage, Listing, list_images
 from conditional_detr.inference.processes import join_processes
 from conditional_detr.inference.results import Format, ResultWriter, open_results
@@ -65,6 +65,9 @@ def detect(
     batch_size: Annotated[
         int, typer.Option(help="Run at most this many images of one shape together.", min=1, rich_help_panel=_LIMITS)
     ] = 8,
+    fast_preprocessing: Annotated[
+        bool, typer.Option("--fast-preprocessing", help=FAST_PREPROCESSING, rich_help_panel=_LIMITS)
+    ] = False,
     output: Annotated[
         Path, typer.Option(help="Folder for results and annotated images.", rich_help_panel=_WHERE)
     ] = Path("detections"),
@@ -132,7 +135,8 @@ def detect(
         _limit_pixels(max_pixels)
         if weights is not None and is_same_file(output, Path(weights).expanduser()):
             raise ValueError(f"--output: expected another folder than that of --weights, got {output}")
-        detector = open_detector(str(weights or (_demo_weights() if demo else PUBLISHED)), device)
+        source = str(weights or (_demo_weights() if demo else PUBLISHED))
+        detector = open_detector(source, device, fast_preprocessing=fast_preprocessing)
         postprocessing = detector.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
         if draw:
             _check_inputs_stay(listing.images, output)

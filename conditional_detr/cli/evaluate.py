@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from conditional_detr.cli.console import AUTO, err, one_line_errors, out, print_line
-from conditional_detr.cli.options import DEVICE, OVERWRITE, ROTATED, WEIGHTS, RotatedBoxes, open_detector
+from conditional_detr.cli.options import (
+    DEVICE,
+    FAST_PREPROCESSING,
+    OVERWRITE,
+    ROTATED,
+    WEIGHTS,
+    RotatedBoxes,
+    open_detector,
+)
 from conditional_detr.inference.processes import join_processes
 from conditional_detr.modeling.metadata import PUBLISHED
 from conditional_detr.system.atomic_files import write_atomically
@@ -16,6 +24,7 @@ from conditional_detr.system.progress import progress_bar
 
 if TYPE_CHECKING:
     from conditional_detr.evaluation.coco import CocoResult
+    from conditional_detr.inference.detector import Detector
 
 _MEANINGS = {
     "AP": "average precision, IoU 0.50 to 0.95",
@@ -43,6 +52,7 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
     device: Annotated[str, typer.Option(help=DEVICE, rich_help_panel="Model")] = AUTO,
     batch_size: Annotated[int, typer.Option(min=1, help="Run at most this many images together.")] = 8,
+    fast_preprocessing: Annotated[bool, typer.Option("--fast-preprocessing", help=FAST_PREPROCESSING)] = False,
 ) -> None:
     """Measure detections by COCO's twelve metrics.
 
@@ -64,8 +74,12 @@ def evaluate(
 
                 result = evaluate_detections(data, results, rotated=rotated.value)
             else:
+                from conditional_detr.data.coco import check_image_folder
+
+                check_image_folder(Path(images or ""))  # before the model is loaded
+                detector = open_detector(weights or PUBLISHED, device, fast_preprocessing=fast_preprocessing)
                 options: dict[str, Any] = {"batch_size": batch_size, "rotated": rotated.value, "shown": rank == 0}
-                result = _detect_and_evaluate(data, Path(images or ""), weights or PUBLISHED, device, **options)
+                result = _detect_and_evaluate(detector, data, Path(images or ""), **options)
         if rank == 0 and json_file is not None:
             text = json.dumps(result.to_dict(), indent=2) + "\n"
             write_atomically({json_file: lambda path: path.write_text(text, encoding="utf-8")})
@@ -76,14 +90,11 @@ def evaluate(
 
 
 def _detect_and_evaluate(
-    data: Path, images: Path, weights: str, device: str, *, shown: bool, **options: Any
+    detector: "Detector", data: Path, images: Path, *, shown: bool, **options: Any
 ) -> "CocoResult":
-    """Load the model, detect and measure; show a progress bar in the first process."""
-    from conditional_detr.data.coco import check_image_folder
+    """Detect and measure; show a progress bar in the first process."""
     from conditional_detr.evaluation.coco import evaluate
 
-    check_image_folder(images)  # before the model is loaded
-    detector = open_detector(weights, device)
     with progress_bar(err, shown=shown) as bar:
         task = bar.add_task("detecting", total=None)
 

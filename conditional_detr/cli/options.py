@@ -1,5 +1,6 @@
 """Help texts that several commands share, and the detector that ``--weights`` and ``--device`` load."""
 
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ SOURCE = "Checkpoint: a folder, a file, the name of shipped weights, or a hub id
 REVISION = "Branch, tag or commit on the hub."
 TOP_K = "Include post-processing that keeps this many detections per image."
 OVERWRITE = "Replace existing files."
+FAST_PREPROCESSING = (
+    "Resize by torchvision: faster, pixels differ by rounding; large JPEG files are reduced while decoded."
+)
 ROTATED = "Where attributes rotate a box: 'box' before the rotation, or the upright 'hull' around the rotated one."
 DEVICE = "cpu, cuda, cuda:1 or mps. With 'auto', exported models run on the CPU."
 
@@ -24,8 +28,8 @@ class RotatedBoxes(str, Enum):
     HULL = "hull"
 
 
-def open_detector(weights: str, device: str) -> "Detector":
-    """Load a checkpoint or an exported model.
+def open_detector(weights: str, device: str, *, fast_preprocessing: bool = False) -> "Detector":
+    """Load a checkpoint or an exported model, with the preprocessing backend "torchvision" if it shall be fast.
 
     Raises:
         OSError, ValueError: as ``Detector.from_pretrained`` and ``Detector.from_file``.
@@ -34,5 +38,11 @@ def open_detector(weights: str, device: str) -> "Detector":
     from conditional_detr.inference.exported import is_exported
 
     if is_exported(weights):
-        return Detector.from_file(weights, device="cpu" if device == AUTO else pick_device(device))
-    return Detector.from_pretrained(weights, device=pick_device(device))
+        detector = Detector.from_file(weights, device="cpu" if device == AUTO else pick_device(device))
+    else:
+        detector = Detector.from_pretrained(weights, device=pick_device(device))
+    if fast_preprocessing:
+        metadata = detector.model.metadata
+        preprocessing = replace(metadata.preprocessing, backend="torchvision")
+        detector.model.metadata = replace(metadata, preprocessing=preprocessing)
+    return detector

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from conditional_detr.cli.console import INTERRUPTED, Precision, one_line_errors, out, print_line
-from conditional_detr.cli.options import ROTATED, RotatedBoxes
+from conditional_detr.cli.options import FAST_PREPROCESSING, ROTATED, RotatedBoxes
 from conditional_detr.cli.train_model import make_model, resumed_model, with_dropout
 from conditional_detr.training.config import TrainConfig
 
@@ -104,6 +104,9 @@ def train(
             min=1, help="Most pixels of the longer side.", show_default="in proportion", rich_help_panel=_IMAGES
         ),
     ] = None,
+    fast_preprocessing: Annotated[
+        bool, typer.Option("--fast-preprocessing", help=FAST_PREPROCESSING, rich_help_panel=_IMAGES)
+    ] = False,
     augmentation: Annotated[
         Augment | None,
         typer.Option(
@@ -225,6 +228,7 @@ def train(
             model = with_dropout(model, dropout)
         edges = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
         preprocessing = _preprocessing(model.metadata.preprocessing, edges)
+        preprocessing = replace(preprocessing, backend="torchvision" if fast_preprocessing else "pil")
         chosen = _augmentation(augmentation, preset, vertical_flip, quarter_turn)
         options: dict[str, Any] = {"preprocessing": preprocessing, "rotated": rotated.value}
         datasets = _datasets(data, images, val_data, val_images, chosen, seed, **options)

@@ -25,7 +25,7 @@ class Scene(NamedTuple):
     """An image with its boxes and labels.
 
     Attributes:
-        image: a PIL image in RGB, or a tensor (3, H, W) in [0, 1].
+        image: a PIL image in RGB, or a tensor (3, H, W), uint8 or in [0, 1].
         boxes: (T, 4) x0 y0 x1 y1 in the image's pixels, as torchvision's ``BoundingBoxes``.
         labels: (T,) int64.
     """
@@ -277,8 +277,9 @@ def _crop_and_pad(
     low = max(-left, 0), max(-top, 0)
     high = max(left + width - scene.size[1], 0), max(top + height - scene.size[0], 0)
     if any((*low, *high)):
-        colour = [value * (1 if isinstance(image, Tensor) else 255) for value in background]
-        fill = colour if isinstance(image, Tensor) else tuple(round(value) for value in colour)
+        relative = isinstance(image, Tensor) and image.is_floating_point()
+        colour = list(background) if relative else [round(value * 255) for value in background]
+        fill = colour if isinstance(image, Tensor) else tuple(colour)
         image, boxes = (F.pad(part, [*low, *high], fill=fill) for part in (image, boxes))
         left, top = left + low[0], top + low[1]
     image, boxes = (F.crop(part, top, left, height, width) for part in (image, boxes))

@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert
@@ -30,8 +29,8 @@ from conditional_detr.data.coco import check_size, image_paths, read_annotations
 from conditional_detr.data.json_values import Id
 from conditional_detr.data.rotated_boxes import ROTATED, Rotated, choose_boxes, rotated_indices
 from conditional_detr.data.seeds import derive_seed
-from conditional_detr.inference.images import open_image, size_of, size_of_file
-from conditional_detr.inference.preprocessing import normalise, resized_size
+from conditional_detr.inference.images import size_of_file
+from conditional_detr.inference.preprocessing import normalise_image, open_by_backend, resized_size
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
 
 Sample: TypeAlias = tuple[Tensor, dict[str, Any]]
@@ -57,7 +56,7 @@ class CocoData(Dataset[Sample]):
         images: the folder of the images.
         class_names: one per row of the class head; None for an unused row.
         category_ids: the dataset's category id of each class.
-        preprocessing: image sizes without augmentation, mean and std.
+        preprocessing: image sizes without augmentation, mean and std, and the backend that opens and resizes.
         shapes: (height, width) of each sample's pixels without augmentation.
     """
 
@@ -142,14 +141,15 @@ class CocoData(Dataset[Sample]):
         """
         image_id = self._image_ids[index]
         path = self._paths[image_id]
-        image = open_image(path, str(path))
-        check_size(self.annotations, image_id, size_of(image), path)
+        image, size = open_by_backend(path, str(path), self.preprocessing)
+        check_size(self.annotations, image_id, size, path)
         seed = derive_seed(self.seed, int(self._epoch), index % len(self))
         generator = torch.Generator(device="cpu").manual_seed(seed)
         scene = make_scene(image, self._boxes[image_id], self._labels[image_id])
         scene = self.augmentation(scene, self.preprocessing, generator)
         target = {"labels": scene.labels, "boxes": _relative_boxes(scene.boxes, scene.size), "image_id": image_id}
-        return normalise(_to_tensor(scene.image), self.preprocessing), target
+        image = scene.image.as_subclass(Tensor) if isinstance(scene.image, Tensor) else scene.image
+        return normalise_image(image, self.preprocessing), target
 
     def _targets(self, sizes: Mapping[Id, tuple[int, int]]) -> tuple[dict[Id, Tensor], dict[Id, Tensor]]:
         """Return the boxes (T, 4) x0 y0 x1 y1 in pixels and the labels (T,) to train on, by image id."""
@@ -292,10 +292,3 @@ def _relative_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     # rounding of a resized box may move it just outside the image
     corners = (boxes.as_subclass(Tensor) / bounds).clamp(0, 1)
     return box_convert(corners, "xyxy", "cxcywh").float()
-
-
-def _to_tensor(image: Image.Image | Tensor) -> Tensor:
-    """Return an image (3, H, W) as uint8, or as float in [0, 1] if it is a tensor."""
-    if isinstance(image, Tensor):
-        return image.as_subclass(Tensor)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

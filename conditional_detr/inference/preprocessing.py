@@ -5,6 +5,7 @@ The backend "pil" has the pixels of the authors' code and of transformers' PIL p
 large JPEG file is reduced while it is decoded.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -68,12 +69,38 @@ def open_resized(
     Raises:
         OSError, TypeError, ValueError: as :func:`~conditional_detr.inference.images.open_image`.
     """
-    if preprocessing.backend == "pil":
-        opened = open_image(image, name, limits)
-        return resize(opened, preprocessing), size_of(opened)
     needed = partial(resized_size, preprocessing=preprocessing)
-    opened, size = open_fast(image, name, limits, needed=needed)
+    opened, size = open_by_backend(image, name, preprocessing, limits, needed=needed)
     return _resize_to(opened, needed(*size), preprocessing), size
+
+
+def open_by_backend(
+    image: ImageSource,
+    name: str,
+    preprocessing: Preprocessing,
+    limits: Limits = DEFAULT_LIMITS,
+    *,
+    needed: Callable[[int, int], tuple[int, int]] | None = None,
+) -> tuple[Image.Image | Tensor, tuple[int, int]]:
+    """Open an image exactly, or fast, as the backend says.
+
+    Args:
+        image: the image.
+        name: name for messages, such as ``images[3]``.
+        preprocessing: the backend.
+        limits: limits of a download.
+        needed: as in :func:`~conditional_detr.inference.images.open_fast`; the backend "pil" does not use it.
+
+    Returns:
+        The image, and its original (height, width).
+
+    Raises:
+        OSError, TypeError, ValueError: as :func:`~conditional_detr.inference.images.open_image`.
+    """
+    if preprocessing.backend == "torchvision":
+        return open_fast(image, name, limits, needed=needed)
+    opened = open_image(image, name, limits)
+    return opened, size_of(opened)
 
 
 def to_pixels(opened: Image.Image | Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -100,19 +127,27 @@ def _resize_to(opened: Image.Image | Tensor, size: tuple[int, int], preprocessin
     if isinstance(opened, Tensor) and opened.is_floating_point():
         return F.interpolate(opened[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
     if isinstance(opened, Image.Image) and preprocessing.backend == "pil":
-        return planes_of(opened.resize(size[::-1], Image.Resampling.BILINEAR))
+        resized = opened.resize(size[::-1], Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.stack(planes_of(resized)))
     from torchvision.transforms.v2 import functional
 
-    values = planes_of(opened) if isinstance(opened, Image.Image) else opened
+    values = torch.from_numpy(np.stack(planes_of(opened))) if isinstance(opened, Image.Image) else opened
     return functional.resize(values, list(size), antialias=True)
 
 
-def planes_of(image: Image.Image) -> Tensor:
-    """Return an RGB image as (3, H, W) uint8, one contiguous plane per channel."""
-    values = np.empty((3, image.height, image.width), np.uint8)
-    for plane, band in zip(values, image.split(), strict=True):
-        plane[:] = np.asarray(band)
-    return torch.from_numpy(values)
+def planes_of(image: Image.Image) -> list[np.ndarray]:
+    """Return the channels of an RGB image, (H, W) uint8 each, which cannot be written."""
+    shape = image.height, image.width
+    return [np.frombuffer(image.tobytes("raw", band), np.uint8).reshape(shape) for band in "RGB"]
+
+
+def normalise_image(image: Image.Image | Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Normalise an opened image without resizing it and return (3, H, W) float32."""
+    if isinstance(image, Tensor):
+        return normalise(image, preprocessing)
+    pixels = empty_pixels((3, image.height, image.width), device=torch.device("cpu"))
+    _normalise_planes(planes_of(image), preprocessing, pixels.numpy())
+    return pixels
 
 
 def normalise(values: Tensor, preprocessing: Preprocessing, out: Tensor | None = None) -> Tensor:
@@ -128,20 +163,38 @@ def normalise(values: Tensor, preprocessing: Preprocessing, out: Tensor | None =
     """
     if out is None:
         out = empty_pixels(values.shape, device=values.device)
-    images, results = (x.flatten(0, -4) if x.dim() > 3 else x[None] for x in (values, out))
-    rows = max(_BLOCK // max(values.shape[-1], 1), 1) if values.device.type == "cpu" else values.shape[-2]
-    # All steps of a block of rows before the next block: memory is written once.
-    for image, result in zip(images, results, strict=True):
-        for channel, (mean, std) in enumerate(zip(preprocessing.mean, preprocessing.std, strict=True)):
-            for part, target in zip(image[channel].split(rows), result[channel].split(rows), strict=True):
-                block = target if target.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
-                block.copy_(part)
-                if part.dtype == torch.uint8:
-                    block.div_(255)
-                block.sub_(mean).div_(std)
-                if block is not target:
-                    target.copy_(block)
-    return out
+    if values.device.type == "cpu" and (values.dtype, out.dtype) == (torch.uint8, torch.float32):
+        shape = (-1, *values.shape[-3:])
+        for image, pixels in zip(values.reshape(shape).numpy(), out.view(shape).numpy(), strict=True):
+            _normalise_planes(image, preprocessing, pixels)
+        return out
+    if values.dtype == torch.uint8:
+        values = values.to(torch.float32) / 255
+    mean, std = (
+        torch.tensor(channels, dtype=torch.float32, device=values.device).view(3, 1, 1)
+        for channels in (preprocessing.mean, preprocessing.std)
+    )
+    return out.copy_((values - mean) / std)
+
+
+def _normalise_planes(planes: Sequence[np.ndarray], preprocessing: Preprocessing, out: np.ndarray) -> None:
+    """Normalise three channels (H, W) uint8 and write them to (3, H, W) float32.
+
+    All steps of a block of rows are done before the next block, so that memory is written once.
+    """
+    exact = preprocessing.backend == "pil"
+    rows = max(_BLOCK // out.shape[2], 1)
+    for plane, pixels, mean, std in zip(planes, out, preprocessing.mean, preprocessing.std, strict=True):
+        factor, offset = np.float32(1 / (255 * std)), np.float32(-mean / std)
+        for start in range(0, len(plane), rows):
+            part, block = plane[start : start + rows], pixels[start : start + rows]
+            if exact:
+                np.divide(part, np.float32(255), out=block, dtype=np.float32)
+                np.subtract(block, np.float32(mean), out=block)
+                np.divide(block, np.float32(std), out=block)
+            else:
+                np.multiply(part, factor, out=block, dtype=np.float32)
+                np.add(block, offset, out=block)
 
 
 def empty_pixels(shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

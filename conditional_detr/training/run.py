@@ -195,7 +195,7 @@ class Run:
             self.progress.check(count, self.config.accumulation)
             known = {field.name: before[field.name] for field in fields(TrainConfig) if field.name in before}
             old = fit_warmup(TrainConfig(**known), self.steps_per_epoch * before["epochs"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # torch's errors, too
+        except Exception as error:  # torch raises errors of any type
             raise ValueError(
                 f"{self.folder / LAST}: expected the training state of this model, got {error}"
             ) from error

@@ -83,7 +83,7 @@ class Stepper:
         """Restore the result of :meth:`state_dict`.
 
         Raises:
-            AttributeError, KeyError, RuntimeError, TypeError, ValueError: the state is not of such a stepper.
+            Exception: the state is not of such a stepper; of any type, as torch raises them.
         """
         self.model.load_state_dict(state["model"])
         settings = self._optimizer_settings()

@@ -1,5 +1,7 @@
 """Pixels of images of every kind equal those of transformers' processor."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from PIL import Image
 
 from conditional_detr import Preprocessing
 from conditional_detr.inference.images import open_image, size_of
-from conditional_detr.inference.preprocessing import resized_size, to_pixels
+from conditional_detr.inference.preprocessing import normalise, normalise_image, open_resized, resized_size, to_pixels
 
 
 def transformers_pixels(image: Image.Image, **options) -> torch.Tensor:
@@ -164,3 +166,97 @@ def test_a_decompression_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"bomb\.png: .*decompression bomb"):
         open_image(tmp_path / "bomb.png", "image")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (96, 128), (301, 777)])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalised_block_by_block(size, channels_last, dtype):
+    """The formula on the whole image, in float32, to the last bit: blocks, layouts and batches change nothing."""
+    preprocessing = Preprocessing(mean=(0.485, 0.1, -3.0), std=(0.229, 7.0, 0.3))
+    values = torch.randint(0, 256, (2, *size, 3) if channels_last else (2, 3, *size), dtype=torch.uint8)
+    values = values.permute(0, 3, 1, 2) if channels_last else values
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (preprocessing.mean, preprocessing.std))
+    expected = ((values.float() / 255 - mean) / std).to(dtype)
+    out = torch.full((2, 3, *size), torch.nan, dtype=dtype)
+    assert normalise(values, preprocessing, out) is out
+    assert torch.equal(out, expected)
+    if dtype == torch.float32:
+        assert torch.equal(normalise(values, preprocessing), expected)
+        assert torch.equal(normalise(values[1], preprocessing), expected[1])
+        image = Image.fromarray(values[0].permute(1, 2, 0).contiguous().numpy())
+        assert torch.equal(normalise_image(image, preprocessing), expected[0])
+
+
+FAST = Preprocessing(backend="torchvision")
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_the_fast_backend_differs_by_rounding(shared, number):
+    """One level of 255 in less than one value of a thousand, and sizes and floating point exactly."""
+    path = sorted((shared / "data/coco/val2017").glob("*.jpg"))[11 * number]
+    exact, size = open_resized(path, "", Preprocessing())
+    fast, fast_size = open_resized(path, "", FAST)
+    assert fast_size == size
+    assert fast.dtype == exact.dtype == torch.uint8
+    different = (fast.int() - exact.int()).abs()
+    assert different.max() <= 1
+    assert different.float().mean() < 1e-3
+    pixels, expected = normalise(exact, FAST), normalise(exact, Preprocessing())
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=2e-6)
+    array = np.asarray(open_image(path, "")) / 255.0
+    assert torch.equal(open_resized(array, "", FAST)[0], open_resized(array, "", Preprocessing())[0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_fast_backend_turns_and_reduces_photographs(tmp_path, orientation):
+    """A photograph four times as large as needed, in each orientation: the size and, nearly, the values."""
+    y, x = np.mgrid[0:600, 0:840] / 100
+    waves = np.stack([np.sin(3 * x + y), np.cos(2 * y - x), np.sin(x * y / 2)], axis=2)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray((127 + 100 * waves).astype(np.uint8)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    edges = {"shortest_edge": 150, "longest_edge": 300}
+    exact, size = open_resized(tmp_path / "a.jpg", "", Preprocessing(**edges))
+    fast, fast_size = open_resized(tmp_path / "a.jpg", "", Preprocessing(**edges, backend="torchvision"))
+    assert fast_size == size == ((600, 840) if orientation < 5 else (840, 600))
+    assert fast.shape == exact.shape
+    different = (fast.int() - exact.int()).abs().float()
+    assert 0 < different.mean() < 1.5  # 0: it would not have been reduced
+    assert different.max() <= 12
+
+
+@pytest.mark.parametrize("kind", ["grey", "CMYK", "PNG", "truncated", "text", "missing"])
+def test_the_fast_backend_takes_and_refuses_the_same(tmp_path, kind):
+    path = tmp_path / "a.jpg"
+    image = Image.fromarray(RGB)
+    if kind in ("grey", "CMYK"):
+        image.convert("L" if kind == "grey" else kind).save(path)
+    elif kind == "PNG":
+        image.save(path, "PNG")
+    elif kind == "text":
+        path.write_text("no image")
+    elif kind == "truncated":
+        image.resize((300, 200)).save(path)
+        path.write_bytes(path.read_bytes()[:-2000])
+    if kind in ("text", "truncated", "missing"):
+        with pytest.raises((OSError, ValueError)) as expected:
+            open_resized(path, "a", SMALL)
+        with pytest.raises(expected.type) as got:
+            open_resized(path, "a", replace(SMALL, backend="torchvision"))
+        assert str(got.value) == str(expected.value)
+        return
+    exact, fast = (open_resized(path, "a", replace(SMALL, backend=backend))[0] for backend in ("pil", "torchvision"))
+    assert (fast.int() - exact.int()).abs().max() <= 1
+
+
+def test_opening_shares_no_pixels_with_the_callers_image():
+    image = Image.fromarray(RGB)
+    opened = open_image(image, "")
+    opened.putpixel((0, 0), (1, 2, 3))
+    assert np.array_equal(np.asarray(image), RGB)
+
+
+def test_an_unknown_backend():
+    with pytest.raises(ValueError, match="backend: expected pil or torchvision, got 'cv2'"):
+        Preprocessing(backend="cv2")

@@ -119,6 +119,7 @@ def test_any_state(begun, tmp_path_factory, depth, index, value):
         (("optimizer", "state", 0, "exp_avg"), torch.zeros(7)),
         (("optimizer", "state", 1, "exp_avg_sq"), DROPPED),
         (("optimizer", "state", 1), DROPPED),
+        (("optimizer", "state", 1), torch.zeros(2)),
         *((("optimizer", "state", 0, "step"), torch.tensor(float(step))) for step in (-6738, -2, -1, 0, 2, math.nan)),
         (("optimizer", "state", 1, "step"), -1),
         (("optimizer", "state", 0, "step"), torch.tensor(1, dtype=torch.complex64)),
