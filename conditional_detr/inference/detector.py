@@ -27,7 +27,7 @@ from conditional_detr.inference.postprocessing import (
     make_postprocessing,
     postprocess,
 )
-from conditional_detr.inference.preprocessing import empty_pixels, normalise, open_resized, resize
+from conditional_detr.inference.preprocessing import PixelBuffer, normalise, open_resized, resize
 from conditional_detr.inference.sources import (
     ImageSource,
     ReadableSource,
@@ -233,6 +233,7 @@ class Detector:
         is_list = isinstance(images, Sequence)
         read = self._read_items(images, snapshots=not isinstance(images, list | tuple))
         keep = is_list if keep_images is None else keep_images
+        buffer = PixelBuffer()
         prepared = map_in_threads(partial(self._prepare, keep=keep), read, workers=workers, depth=batch_size + workers)
 
         def key(item: _Prepared | Exception) -> tuple[Any, ...] | None:
@@ -241,7 +242,7 @@ class Detector:
         def run(items: list[_Prepared | Exception]) -> list[Detections | Exception]:
             if isinstance(items[0], Exception):
                 return [items[0]]
-            return self._run([item for item in items if isinstance(item, _Prepared)], postprocessing)
+            return self._run([item for item in items if isinstance(item, _Prepared)], postprocessing, buffer)
 
         with closing(prepared):
             yield from map_in_batches(prepared, key, run, batch_size=batch_size, window=_WINDOW * batch_size)
@@ -289,7 +290,7 @@ class Detector:
     def _detect_one(self, image: ImageSource, postprocessing: Postprocessing) -> Detections | Exception:
         """Detect objects on a single image, without threads."""
         prepared = self._prepare((image, "image"), keep=True)
-        return prepared if isinstance(prepared, Exception) else self._run([prepared], postprocessing)[0]
+        return prepared if isinstance(prepared, Exception) else self._run([prepared], postprocessing, PixelBuffer())[0]
 
     @staticmethod
     def _read_items(images: Iterable[ImageSource], *, snapshots: bool) -> Iterator[_Item]:
@@ -322,17 +323,21 @@ class Detector:
             return error
         return _Prepared(name, kept, state, size, values)
 
-    def _run(self, group: list[_Prepared], postprocessing: Postprocessing) -> list[Detections | Exception]:
+    def _run(
+        self, group: list[_Prepared], postprocessing: Postprocessing, buffer: PixelBuffer
+    ) -> list[Detections | Exception]:
         """Run the model on images of one shape; return the detections of each, or its error."""
         try:
-            return [*self._detect(group, postprocessing)]
+            return [*self._detect(group, postprocessing, buffer)]
         except InferenceError as error:  # the runtime of an exported model refuses this shape
             return [InferenceError(f"{image.name}: {error}") for image in group]
 
-    def _detect(self, group: list[_Prepared], postprocessing: Postprocessing) -> Iterator[Detections | Exception]:
+    def _detect(
+        self, group: list[_Prepared], postprocessing: Postprocessing, buffer: PixelBuffer
+    ) -> Iterator[Detections | Exception]:
         """Run the model on images of one shape; yield the detections of each, or its error."""
         metadata = self.model.metadata
-        output = self._evaluate(self.model, self._pixels([image.values for image in group]))
+        output = self._evaluate(self.model, self._pixels([image.values for image in group], buffer))
         logits, boxes = (x[-1].float().cpu() for x in output)  # (B, N, C), (B, N, 4)
         check_head(logits.shape[-1], metadata.class_names)
         for image, image_logits, image_boxes in zip(group, logits, boxes, strict=True):
@@ -353,12 +358,12 @@ class Detector:
                 state=image.state,
             )
 
-    def _pixels(self, images: Sequence[Tensor]) -> Tensor:
+    def _pixels(self, images: Sequence[Tensor], buffer: PixelBuffer) -> Tensor:
         """Return normalised pixels (B, 3, H, W) of resized images of one shape, on the model's device."""
         preprocessing, device, dtype = self.model.metadata.preprocessing, self.model.device, self.model.dtype
         shape = (len(images), *images[0].shape)
         if device.type == "cpu":
-            pixels = empty_pixels(shape, device=device, dtype=dtype)
+            pixels = buffer.take(shape, dtype)
             for values, out in zip(images, pixels, strict=True):
                 normalise(values, preprocessing, out)
             return pixels

@@ -5,6 +5,7 @@ The backend "pil" has the pixels of the authors' code and of transformers' PIL p
 large JPEG file is reduced while it is decoded.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -145,7 +146,7 @@ def normalise_image(image: Image.Image | Tensor, preprocessing: Preprocessing) -
     """Normalise an opened image without resizing it and return (3, H, W) float32."""
     if isinstance(image, Tensor):
         return normalise(image, preprocessing)
-    pixels = empty_pixels((3, image.height, image.width), device=torch.device("cpu"))
+    pixels = empty_pixels((3, image.height, image.width))
     _normalise_planes(planes_of(image), preprocessing, pixels.numpy())
     return pixels
 
@@ -161,8 +162,10 @@ def normalise(values: Tensor, preprocessing: Preprocessing, out: Tensor | None =
     Returns:
         (..., 3, H, W) contiguous, on the device of the values.
     """
-    if out is None:
-        out = empty_pixels(values.shape, device=values.device)
+    if out is None and values.device.type == "cpu":
+        out = empty_pixels(values.shape)
+    elif out is None:
+        out = torch.empty(values.shape, dtype=torch.float32, device=values.device)
     if values.device.type == "cpu" and (values.dtype, out.dtype) == (torch.uint8, torch.float32):
         shape = (-1, *values.shape[-3:])
         for image, pixels in zip(values.reshape(shape).numpy(), out.view(shape).numpy(), strict=True):
@@ -197,8 +200,22 @@ def _normalise_planes(planes: Sequence[np.ndarray], preprocessing: Preprocessing
                 np.add(block, offset, out=block)
 
 
-def empty_pixels(shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a tensor whose values are not set; numpy asks for huge pages, which the system provides faster."""
-    if device.type != "cpu" or dtype != torch.float32:
-        return torch.empty(shape, dtype=dtype, device=device)
+class PixelBuffer:
+    """Memory that one batch of pixels after the other uses: the system takes long to provide it anew."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor on the CPU, whose values are not set, and which is valid until the next call."""
+        size = math.prod(shape)
+        if self._memory.dtype != dtype or self._memory.numel() < size:
+            self._memory = empty_pixels((size,), dtype)
+        return self._memory[:size].view(shape)
+
+
+def empty_pixels(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor on the CPU whose values are not set; numpy asks for huge pages, which are provided faster."""
+    if dtype != torch.float32:
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.from_numpy(np.empty(tuple(shape), np.float32))

@@ -1,6 +1,7 @@
 """Samples and targets of a dataset in COCO format, batches and collating."""
 
 import json
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -399,3 +400,24 @@ def test_invalid_batch_options(options):
     values = "{batch_size}, {rank} and {processes}".format(**options)
     with pytest.raises(ValueError, match=f"expected batch_size >= 1 and 0 <= rank < processes, got {values}"):
         batches(Plain(9), seed=0, epoch=0, **options)
+
+
+@pytest.mark.parametrize("augmentation", [None, Augmentation.paper(), Augmentation.small(quarter_turn=True)])
+def test_the_fast_backend_has_the_same_boxes_and_nearly_the_same_pixels(shared, augmentation):
+    """Also where a window extends beyond the image and is filled with the mean colour, in 8 bits."""
+    folder = shared / "data/coco"
+    samples = []
+    for backend in ("pil", "torchvision"):
+        preprocessing = Preprocessing(200, 333, backend=backend)
+        options = {"augmentation": augmentation, "preprocessing": preprocessing}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = CocoData(folder / "instances_val2017.json", folder / "val2017", **options)
+        samples.append([data[index] for index in range(0, 24, 3)])
+    for (exact, target), (fast, fast_target) in zip(*samples, strict=True):
+        assert torch.equal(fast_target["boxes"], target["boxes"])
+        assert torch.equal(fast_target["labels"], target["labels"])
+        assert fast.shape == exact.shape
+        difference = (fast - exact).abs() * 0.225 * 255  # levels of 255
+        assert difference.mean() < 0.5  # of several steps, each of which rounds
+        assert difference.max() < 8
