@@ -17,7 +17,30 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants a hub makes it
 os.environ["XDG_CACHE_HOME"] = mkdtemp(prefix="conditional_detr_cache_")  # not the developer's
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # they share the cores, and so do the processes that tests start
+    THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
+    torch.set_num_threads(THREADS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+
 DATA = Path(__file__).parent.parent.parent / "shared"
+LONGEST = ["test_quantize.py", "deploy/test_export.py", "test_benchmark.py", "test_docs.py", "test_loading.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that no worker has one left when the others have finished."""
+
+    def order(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((i for i, name in enumerate(LONGEST) if path.endswith(name)), len(LONGEST))
+
+    items.sort(key=order)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of workers of ``-n auto``: more than four would wait for the longest file."""
+    return min(4, os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")
