@@ -59,8 +59,7 @@ def quantize(
     with one_line_errors(), err.status("loading") as status:
         from conditional_detr.checkpoints.loading import from_pretrained
         from conditional_detr.deploy.export import check_free
-        from conditional_detr.deploy.quantize import check_request
-        from conditional_detr.deploy.quantize import quantize as write
+        from conditional_detr.deploy.quantize import Quantizer, check_request
 
         inputs = [path for path in (source, data, images) if path is not None]
         check_free(check_request(target, keep or ()), *inputs, overwrite=overwrite)  # before AP is measured
@@ -71,11 +70,12 @@ def quantize(
         model = from_pretrained(source, revision=revision)
         check = None if data is None or images is None else _AccuracyCheck(model, data, images, max_loss, status)
         attempts = _FALLBACKS if keep is None and check else (tuple(keep or ()),)
+        options: dict[str, Any] = {"measure": check} if check else {}
+        quantizer = Quantizer(model, target, chosen, top_k=top_k, overwrite=overwrite, progress=status.update)
         description = None
         for kept in attempts:
             with contextlib.suppress(_AccuracyError):
-                options: dict[str, Any] = {"overwrite": overwrite, **({"measure": check} if check else {})}
-                description = write(model, target, chosen, keep=kept, top_k=top_k, progress=status.update, **options)
+                description = quantizer.write(keep=kept, **options)
                 break
     _report(target, description, check)
 

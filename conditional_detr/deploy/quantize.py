@@ -47,7 +47,6 @@ _TRANSFORMATION = "decoder.transformation"
 _KEPT_IN_BACKBONE = {"ScaledDotProductAttention", "MVN"}  # OpenVINO's names of attention and LayerNorm
 
 
-@plain_torch_settings()
 def quantize(
     model: ConditionalDETR,
     target: str | Path,
@@ -91,39 +90,73 @@ def quantize(
         ValueError: no image; an unsupported suffix; an unknown part; a model that is an optimised copy, whose backbone
             cannot be traced, or whose class head does not match its class names; outputs that are not finite.
     """
-    check_model(model)
-    target = check_request(target, keep)
-    check_free(target, overwrite=overwrite)
-    if top_k is not None:
-        check_count("top_k", top_k)
-    _check_list("images", images)
-    if not images:
-        raise ValueError("images: expected at least one, got none")
-    compared = parity_pixels(images[0], model.metadata.preprocessing)
-    progress("tracing")
-    traced = trace(model, dtype=torch.float32, top_k=top_k)
-    network = _quantized(traced, images, model.metadata.preprocessing, keep, progress)
-    description = describe(model, ".xml", precision="int8", top_k=top_k)
-    versions = {**description.versions, "nncf": version_of("nncf")}
-    measured: dict[str, Any] = {"calibration": {"images": len(images), "also in float": sorted(keep)}}
-    image_name = source_name(images[0], "given")
-    description = replace(description, versions=versions, image=image_name, measured=measured)
-    with unfinished_folder(target.parent) as folder:
-        draft = draft_of(target, folder)
-        write_openvino(network, draft, description)
-        progress("comparing with the model")
-        exported = ExportedModel(draft)
-        parity = compare(exported, model, compared)
-        check_parity(
-            parity, [(float("inf"), 1.0)] * len(parity), target
-        )  # finite values suffice: AP measures the accuracy
-        description = replace(description, parity=parity, measured={**measured, **measure(exported)})
-        write_openvino(network, draft, description)
-        move(draft, target)
-    return description
+    check_request(target, keep)
+    quantizer = Quantizer(model, target, images, top_k=top_k, overwrite=overwrite, progress=progress)
+    return quantizer.write(keep=keep, measure=measure)
 
 
-def check_request(target: str | Path, keep: Sequence[str]) -> Path:
+class Quantizer:
+    """Model converted to OpenVINO once, to quantise it with several choices of parts that stay in float32.
+
+    Arguments and errors are those of :func:`quantize`.
+    """
+
+    @plain_torch_settings()
+    def __init__(
+        self,
+        model: ConditionalDETR,
+        target: str | Path,
+        images: Sequence[ImageSource],
+        *,
+        top_k: int | None = None,
+        overwrite: bool = False,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        check_model(model)
+        self.target = check_request(target)
+        check_free(self.target, overwrite=overwrite)
+        if top_k is not None:
+            check_count("top_k", top_k)
+        _check_list("images", images)
+        if not images:
+            raise ValueError("images: expected at least one, got none")
+        self.model, self.images, self.top_k, self.progress = model, images, top_k, progress
+        self.compared = parity_pixels(images[0], model.metadata.preprocessing)  # before tracing, as an early check
+        progress("tracing")
+        self.traced = trace(model, dtype=torch.float32, top_k=top_k)
+        self.network = openvino_network(self.traced)  # nncf quantises a copy of it
+
+    @plain_torch_settings()
+    def write(
+        self,
+        *,
+        keep: Sequence[str] = (),
+        measure: Callable[[ExportedModel], Mapping[str, Any]] = lambda _: {},
+    ) -> Description:
+        """Write the model in int8, except for the parts to keep, and return its description."""
+        check_request(self.target, keep)
+        model, target, images = self.model, self.target, self.images
+        network = _quantized(self.network, self.traced, images, model.metadata.preprocessing, keep, self.progress)
+        description = describe(model, ".xml", precision="int8", top_k=self.top_k)
+        versions = {**description.versions, "nncf": version_of("nncf")}
+        measured: dict[str, Any] = {"calibration": {"images": len(images), "also in float": sorted(keep)}}
+        image_name = source_name(images[0], "given")
+        description = replace(description, versions=versions, image=image_name, measured=measured)
+        with unfinished_folder(target.parent) as folder:
+            draft = draft_of(target, folder)
+            write_openvino(network, draft, description)
+            self.progress("comparing with the model")
+            exported = ExportedModel(draft)
+            parity = compare(exported, model, self.compared)
+            limits = [(float("inf"), 1.0)] * len(parity)  # finite values suffice: AP measures the accuracy
+            check_parity(parity, limits, target)
+            description = replace(description, parity=parity, measured={**measured, **measure(exported)})
+            write_openvino(network, draft, description)
+            move(draft, target)
+        return description
+
+
+def check_request(target: str | Path, keep: Sequence[str] = ()) -> Path:
     """Return the target as a path after validating target and parts; errors as in :func:`quantize`."""
     target = Path(target)
     if target.suffix.lower() != ".xml":
@@ -143,13 +176,14 @@ def _check_list(name: str, given: object) -> None:
 
 
 def _quantized(
+    network: Any,
     traced: Traced,
     images: Sequence[ImageSource],
     preprocessing: Preprocessing,
     keep: Sequence[str],
     progress: Callable[[str], None],
 ) -> Any:
-    """Return the network in int8, except for the operations to keep in float32."""
+    """Return a copy of the network in int8, except for the operations to keep in float32."""
     import nncf
 
     calls = count()
@@ -161,7 +195,6 @@ def _quantized(
         pixels = to_pixels(open_image(image, f"images[{index}]"), preprocessing)[None]
         return input_arrays(pixels, with_sizes=SIZES in traced.inputs)
 
-    network = openvino_network(traced)
     with _silent_nncf():
         return nncf.quantize(
             network,

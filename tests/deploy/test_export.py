@@ -27,6 +27,7 @@ from conditional_detr.data.synthetic import draw_image, image_index
 from conditional_detr.deploy.export import export
 from conditional_detr.inference import runtimes
 from conditional_detr.inference.exported import Description, ExportedModel
+from helpers.exports import OneTrace
 from helpers.models import assert_same_detections, pixels_of, run_example
 from helpers.models import differences as differences_of
 
@@ -62,7 +63,7 @@ class Exports:
     """Exported models that several tests share, each exported on first use, with their descriptions."""
 
     def __init__(self, folder, models, photograph, written):
-        self.folder, self.models, self.photograph = folder, models, photograph
+        self.folder, self.models, self.photograph, self.trace = folder, models, photograph, OneTrace()
         self.written = {(*key, None, torch.float32): (path, None) for key, path in written.items()}
 
     def __call__(self, name, suffix, *, top_k=None, dtype=torch.float32):
@@ -70,7 +71,9 @@ class Exports:
         if key not in self.written:
             path = self.folder / f"{name}-{top_k}-{str(dtype)[6:]}{suffix}"
             image = self.photograph if suffix == ".onnx" else None
-            description = export(self.models[name], path, top_k=top_k, dtype=dtype, image=image)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(module, "trace", self.trace)
+                description = export(self.models[name], path, top_k=top_k, dtype=dtype, image=image)
             self.written[key] = path, description
         return self.written[key]
 
@@ -154,8 +157,9 @@ def test_the_published_architecture(r50, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.ONNX", "model.XML", "model.Pt2"])
-def test_a_suffix_may_be_in_capitals(name, plain, tmp_path):
+def test_a_suffix_may_be_in_capitals(name, plain, exports, tmp_path, monkeypatch):
     """The weights of an .XML are in a .bin in lower case, which OpenVINO looks for."""
+    monkeypatch.setattr(module, "trace", exports.trace)
     description = export(plain, tmp_path / name)
     assert {file.name for file in tmp_path.iterdir()} == {name} | ({"model.bin"} if name == "model.XML" else set())
     exported = Detector.from_file(tmp_path / name).model

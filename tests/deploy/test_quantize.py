@@ -15,11 +15,12 @@ import conditional_detr.deploy.quantize as module
 from conditional_detr import ConditionalDETR, Detector, Metadata, Preprocessing, optimize
 from conditional_detr.cli import app
 from conditional_detr.data.synthetic import draw_image, image_index, write_shapes
-from conditional_detr.deploy.export import openvino_network, trace
+from conditional_detr.deploy.export import openvino_network
 from conditional_detr.deploy.quantize import quantize
 from conditional_detr.evaluation.coco import evaluate
 from conditional_detr.inference.exported import ExportedModel
 from conditional_detr.inference.runtimes import openvino_core
+from helpers.exports import OneTrace
 from helpers.models import TINY_CONFIG, card_metric
 
 
@@ -39,14 +40,7 @@ def shapes():
 @pytest.fixture(scope="module", autouse=True)
 def _converted_once():
     """Trace and convert a model once for all tests: nncf quantises copies of the network, which stays as it is."""
-    traces, networks = {}, {}
-
-    def trace_once(model, *, dtype, top_k):
-        weights = tuple(tensor.double().sum().item() for tensor in model.state_dict().values())
-        key = model.config, model.metadata, weights, dtype, top_k
-        if key not in traces:
-            traces[key] = trace(model, dtype=dtype, top_k=top_k)
-        return traces[key]
+    networks = {}
 
     def convert_once(traced):
         if id(traced) not in networks:
@@ -54,7 +48,7 @@ def _converted_once():
         return networks[id(traced)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "trace", trace_once)
+        patch.setattr(module, "trace", OneTrace())
         patch.setattr(module, "openvino_network", convert_once)
         yield
     assert networks
@@ -260,11 +254,13 @@ def test_command_measures_the_loss_of_ap(dataset, tmp_path):
     assert "shapes.xml: already exists; set overwrite to replace it" in again.stderr
 
 
-def test_command_keeps_more_parts_in_float_until_ap_is_high_enough(dataset, tmp_path, monkeypatch):
+def test_command_keeps_more_parts_in_float_until_ap_is_high_enough(least, dataset, tmp_path, monkeypatch):
     """With a fake AP: it is high enough only with encoder and decoder in float, or never."""
     annotations, images = dataset
-    target = tmp_path / "shapes.xml"
-    kept = []
+    target = tmp_path / "least.xml"
+    kept, converted = [], []
+    convert = module.openvino_network
+    monkeypatch.setattr(module, "openvino_network", lambda traced: converted.append(traced) or convert(traced))
 
     def pretend(least):
         def ap(detector, *_, **__):
@@ -277,14 +273,15 @@ def test_command_keeps_more_parts_in_float_until_ap_is_high_enough(dataset, tmp_
 
     options = ["--calibration", images, "--samples", 1, "--data", annotations, "--images", images]
     pretend(least=True)
-    done = run("quantize", "shapes", target, *options, "--max-loss", 0.0001)
+    done = run("quantize", least, target, *options, "--max-loss", 0.0001)
     assert done.exit_code == 0, done.output
     assert kept == [(), ("encoder",), ("decoder", "encoder")]
+    assert len(converted) == 1
     assert "AP 0.6000 before, 0.5900 after: lost more than 0.0001" in done.stderr
     assert "parts kept in float32: decoder, encoder" in done.stdout
     pretend(least=False)
     before = target.read_bytes()
-    failed = run("quantize", "shapes", target, *options, "--overwrite", "--keep", "encoder")
+    failed = run("quantize", least, target, *options, "--overwrite", "--keep", "encoder")
     assert failed.exit_code == 1
     assert "not written: AP was 0.6000 before and at best 0.5000 after, lost more than 0.005" in failed.stderr
     assert target.read_bytes() == before
