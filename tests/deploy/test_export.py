@@ -714,6 +714,7 @@ def test_an_interrupt_after_openvino_files_were_closed_is_no_crash(exports):
     code = f"""
 import gc, os, signal, time, torch
 from conditional_detr.inference.exported import ExportedModel
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
 first, second = ExportedModel({str(path)!r}), ExportedModel({str(path)!r})
 for opened in (first, second):
     opened(torch.zeros(1, 3, 64, 96))

@@ -215,11 +215,13 @@ def test_an_error_leaves_no_worker(tmp_path, monkeypatch, error):
 def test_a_signal_to_all_processes_saves(tmp_path, which):
     """A run with two workers in a process group of its own, as schedulers and terminals signal it."""
     code = """
+import signal
 import sys
 from pathlib import Path
 from dataclasses import replace
 from test_surroundings import ONE, run
 from helpers.training_runs import Rectangles
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has its children ignore it
 try:
     run(Path(sys.argv[1]), Rectangles(8), replace(ONE, epochs=2000, workers=2, save_every=10**6))
 except KeyboardInterrupt as error:
