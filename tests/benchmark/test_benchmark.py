@@ -26,6 +26,9 @@ from conditional_detr.benchmark.training import OURS, TrainingMeasurement, measu
 from conditional_detr.benchmark.worker import Task, Worker
 from conditional_detr.cli import app
 from conditional_detr.cli.benchmark import _printable
+from conditional_detr.deploy import export as export_module
+from conditional_detr.deploy import quantize as quantize_module
+from helpers.exports import OneTrace
 from helpers.models import TINY_CONFIG
 from helpers.set_prediction import transformers_losses
 
@@ -49,8 +52,11 @@ def training_measurement(kind, engine, seconds, theirs, **options):
     return TrainingMeasurement(kind=kind, **times(engine, seconds, theirs), **values)
 
 
-def test_every_engine_does_the_same_work(least):
+def test_every_engine_does_the_same_work(least, monkeypatch):
     """On two images, of a size that is no multiple of the stride; in half precision and in integers roughly."""
+    trace = OneTrace()
+    for module in (export_module, quantize_module):
+        monkeypatch.setattr(module, "trace", trace)
     names = [name for name in NOT_COMPILED if "cpu" in ENGINES[name].devices]
     assert set(names) <= set(available("cpu"))
     assert {*OUR_FILES} - {"torch.export fp16"} <= set(names)

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from conditional_detr.cli import app
 from conditional_detr.data.synthetic import write_shapes
+from helpers.exports import OneTrace
 
 FORMATS = (".onnx", ".xml", ".pt2")
 EPOCHS = 9
@@ -37,7 +38,7 @@ def one_class(folder, split, images):
 
 
 @pytest.mark.filterwarnings("default")
-def test_one_class_of_24_images_from_training_to_exported_models(tmp_path):
+def test_one_class_of_24_images_from_training_to_exported_models(tmp_path, monkeypatch):
     """The trained weights ``bccd`` on another class; boxes of all formats agree to a hundredth of a pixel."""
     (data, images), (val, val_images) = (one_class(tmp_path, split, n) for split, n in (("train", 24), ("val", 4)))
     output, best = tmp_path / "run", tmp_path / "run" / "best"
@@ -53,6 +54,7 @@ def test_one_class_of_24_images_from_training_to_exported_models(tmp_path):
     run(*detect, tmp_path / "plain", "--weights", best)
     expected = json.loads((tmp_path / "plain" / "000000.json").read_text())["detections"]
     assert expected
+    monkeypatch.setattr("conditional_detr.deploy.export.trace", OneTrace())
     for suffix in FORMATS:
         exported = tmp_path / f"best{suffix}"
         assert f"wrote {exported}" in run("export", best, exported).stdout
