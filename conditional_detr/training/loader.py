@@ -4,8 +4,10 @@ import itertools
 import multiprocessing
 import random
 import signal
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeAlias
 
@@ -18,6 +20,9 @@ from conditional_detr.data.dataset import Sample, collate
 from conditional_detr.data.seeds import derive_seed
 from conditional_detr.system.shutdown import SIGNALS
 from conditional_detr.training.config import TrainConfig
+
+_MUCH_WAITING = 0.1  # share of an epoch
+_LONG_WAITING = 10.0  # seconds: starting the workers takes a part of it
 
 Batch: TypeAlias = tuple[Tensor, Tensor | None, list[dict[str, Any]]]
 """Pixels (B, 3, H, W); padding (B, H, W) bool, True = padded, or None; targets."""
@@ -41,6 +46,38 @@ class SampleDataset(Protocol):
         """Return an image and its target."""
 
 
+@dataclass
+class InputTimes:
+    """Times of loading the images of an epoch, to notice that the model waits for them.
+
+    Attributes:
+        images: number of loaded images.
+        loading: seconds of loading them, summed over the processes that load.
+        waiting: seconds in which the training loop waited for a batch.
+    """
+
+    images: int = 0
+    loading: float = 0.0
+    waiting: float = 0.0
+
+    def record(self, images: int, seconds: float) -> None:
+        """Add a batch."""
+        self.images, self.loading = self.images + images, self.loading + seconds
+
+    def rate(self, workers: int) -> float:
+        """Return the images a second that a number of processes would load alone; 0 without images."""
+        return self.images * max(workers, 1) / self.loading if self.loading else 0.0
+
+    def explain(self, seconds: float, workers: int) -> str:
+        """Return what to do if the model waited for much of an epoch's seconds; an empty string if it did not."""
+        if self.waiting < max(_MUCH_WAITING * seconds, _LONG_WAITING):
+            return ""
+        return (
+            f"the model waited for images for {self.waiting:.0f} of {seconds:.0f} s: {workers} workers load"
+            f" {self.rate(workers):.1f} images a second; use more workers, fast preprocessing or smaller image files"
+        )
+
+
 class _SeededDataset(Dataset[Any]):
     """A dataset that seeds the global generators by seed, epoch and index before each sample.
 
@@ -60,14 +97,18 @@ class _SeededDataset(Dataset[Any]):
             except (OSError, TypeError, ValueError) as error:
                 return error
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[int, Sample | Exception]]:
-        """Return the samples of a batch with their indices; if all are bad and are skipped, the next good one, too."""
+    def __getitems__(self, indices: list[int]) -> tuple[list[tuple[int, Sample | Exception]], float]:
+        """Return the samples of a batch with their indices, and the time at which loading them began.
+
+        If all are bad and are skipped, the next good one is loaded, too.
+        """
+        began = time.perf_counter()
         loaded = [(index, self[index]) for index in indices]
         if self.skips and all(isinstance(sample, OSError | ValueError) for _, sample in loaded):
             following = ((indices[-1] + i) % len(self.data) for i in range(1, len(self.data)))
             others = ((index, self[index]) for index in following)
             loaded += itertools.islice((pair for pair in others if not isinstance(pair[1], Exception)), 1)
-        return loaded
+        return loaded, began
 
 
 def load_batches(
@@ -78,6 +119,7 @@ def load_batches(
     *,
     pin: bool,
     skip: Callable[[int, Exception], None],
+    record: Callable[[int, float], None],
 ) -> Generator[LoadedBatch]:
     """Yield batches with the dataset indices of their images, which the workers load ahead.
 
@@ -89,6 +131,7 @@ def load_batches(
         pin: copy batches to pinned memory, for asynchronous copies to a GPU.
         skip: called with the index and the error of an image that cannot be read and is left out of its batch; raises
             if there are too many of them. Without ``config.max_bad_images``, the first error is raised.
+        record: called with the number of images of a batch, and the seconds that loading it took in one process.
 
     Raises:
         OSError, TypeError, ValueError: as the dataset raises them.
@@ -107,13 +150,14 @@ def load_batches(
         iterator = iter(loader)
     workers = [process for process in multiprocessing.active_children() if process not in before]
     try:
-        for indices, batch, errors in iterator:
+        for indices, batch, errors, seconds in iterator:
             for index, error in errors:
                 if not config.max_bad_images or isinstance(error, TypeError):
                     raise error
                 skip(index, error)
             if batch is None:
                 raise errors[0][1]
+            record(len(indices), seconds)
             yield indices, batch
     finally:
         _end(iterator, workers)
@@ -131,12 +175,17 @@ def _end(iterator: Any, workers: Sequence[BaseProcess]) -> None:
             worker.kill()
 
 
-def _collate(loaded: list[tuple[int, Any]]) -> tuple[list[int], Batch | None, list[tuple[int, Exception]]]:
-    """Return the indices and the batch of the good samples, and the errors of the others with their indices."""
+def _collate(items: Any) -> tuple[list[int], Batch | None, list[tuple[int, Exception]], float]:
+    """Return the indices and the batch of the good samples, the errors of the others, and the seconds of all.
+
+    Args:
+        items: the result of ``_SeededDataset.__getitems__``.
+    """
+    loaded, began = items
     errors = [(index, sample) for index, sample in loaded if isinstance(sample, Exception)]
     good = [(index, sample) for index, sample in loaded if not isinstance(sample, Exception)]
     batch = collate([sample for _, sample in good]) if good else None
-    return [index for index, _ in good], batch, errors
+    return [index for index, _ in good], batch, errors, time.perf_counter() - began
 
 
 @contextmanager

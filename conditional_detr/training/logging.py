@@ -66,7 +66,7 @@ class RunLogger:
         ap = f"  AP {entry['AP']:.3f}  AP50 {entry['AP50']:.3f}  best {best:.3f}" if "AP" in entry else ""
         self.report(
             f"epoch {entry['epoch'] + 1}/{epochs}  step {entry['step']}  mean loss {entry['mean_loss']:.3f}{ap}"
-            f"  {entry['seconds']:.0f} s"
+            f"  {entry['seconds']:.0f} s, {entry['waited']:.0f} s of it waiting for images"
         )
 
     def report(self, text: str) -> None:

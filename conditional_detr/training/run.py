@@ -28,7 +28,7 @@ from conditional_detr.training.checkpoints import (
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.consistency import check_images, parts_of
 from conditional_detr.training.first_epoch import FirstEpochReport, check_first_epoch
-from conditional_detr.training.loader import LoadedBatch, SampleDataset, load_batches
+from conditional_detr.training.loader import InputTimes, LoadedBatch, SampleDataset, load_batches
 from conditional_detr.training.logging import RunLogger
 from conditional_detr.training.optimizer import fit_warmup, have_equal_rates
 from conditional_detr.training.record import describe_run
@@ -89,6 +89,7 @@ class Run:
         self.logger: RunLogger | None = None
         self.saved_step: int | None = None
         self.saved_at = self.epoch_began = time.monotonic()
+        self.input, self.warned = InputTimes(), False
 
     def prepare(self, resume: bool, check: bool, stack: contextlib.ExitStack) -> None:
         """Lock the folder, load the state of a resumed run, check the images and prepare distributed training.
@@ -234,13 +235,14 @@ class Run:
     def _train_epoch(self, shutdown: ShutdownRequest) -> None:
         """Train the remaining steps of the current epoch."""
         progress = self.progress
-        self.epoch_began = time.monotonic()
+        self.epoch_began, self.input = time.monotonic(), InputTimes()
         for part in parts_of(self.train_data):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(progress.epoch)
         plan = self._batches(progress.epoch)
         remaining = plan[progress.batch :]
         options: dict[str, Any] = {"pin": self.accelerator.device.type == "cuda", "skip": self._skip_image}
+        options["record"] = self.input.record
         with contextlib.closing(
             load_batches(self.train_data, remaining, self.config, progress.epoch, **options)
         ) as loaded:
@@ -249,7 +251,7 @@ class Run:
     def _train_batches(self, loaded: Iterator[LoadedBatch], count: int, shutdown: ShutdownRequest) -> None:
         """Train on the remaining batches of an epoch of ``count`` batches."""
         progress = self.progress
-        while group := list(islice(loaded, self.config.accumulation)):
+        while group := self._next_group(loaded):
             epochs = progress.epoch + progress.batch / count
             numbers = self.stepper.train_step(group, step=progress.step, epochs=epochs)
             progress.step, progress.batch = progress.step + 1, progress.batch + len(group)
@@ -259,6 +261,13 @@ class Run:
             if progress.step % self.config.save_every == 0:
                 self._save()
             self._stop_if_requested(shutdown)
+
+    def _next_group(self, loaded: Iterator[LoadedBatch]) -> list[LoadedBatch]:
+        """Return the batches of the next step, and record the time of waiting for them."""
+        began = time.monotonic()
+        group = list(islice(loaded, self.config.accumulation))
+        self.input.waiting += time.monotonic() - began
+        return group
 
     def _skip_image(self, index: int, error: Exception) -> None:
         """Count an image that cannot be read, and warn of it; raise its error if there are too many."""
@@ -293,6 +302,9 @@ class Run:
     def _end_epoch(self) -> None:
         """Evaluate, check the first epoch, log and save."""
         progress, number = self.progress, self.progress.epoch
+        if not self.warned and (slow := self.input.explain(time.monotonic() - self.epoch_began, self.config.workers)):
+            self.warned = True
+            warnings.warn(slow, stacklevel=3)
         entry: dict[str, Any] = {"step": progress.step, "epoch": number}
         entry["mean_loss"] = math.fsum(progress.losses) / max(len(progress.losses), 1)
         evaluate = (number + 1) % self.config.evaluate_every == 0 or number + 1 == self.config.epochs
@@ -313,7 +325,8 @@ class Run:
             )
             self._report(str(self.first_epoch))
         if self.logger is not None:
-            self.logger.log_epoch(entry, epochs=self.config.epochs, best=progress.best)
+            speed = {"images_per_second_loaded": self.input.rate(self.config.workers), "waited": self.input.waiting}
+            self.logger.log_epoch({**entry, **speed}, epochs=self.config.epochs, best=progress.best)
         progress.epoch, progress.batch, progress.losses = number + 1, 0, []
         if better and self.accelerator.is_main_process:
             save_checkpoint(self.stepper.eval_model, self.folder / BEST)

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,7 +18,9 @@ from torch import nn
 
 from conditional_detr import ConditionalDETR, Config, HungarianMatcher, SetLoss
 from conditional_detr.data.dataset import collate
+from conditional_detr.training import loader
 from conditional_detr.training.config import TrainConfig
+from conditional_detr.training.curves import read_log
 from conditional_detr.training.first_epoch import check_first_epoch
 from conditional_detr.training.loader import load_batches
 from conditional_detr.training.loop import train
@@ -482,7 +485,7 @@ def test_global_generators_are_seeded_by_seed_epoch_and_index():
     data, config = Rectangles(5, noise=1.0), replace(ONE_STEP, seed=3)
     torch.manual_seed(7)
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    plan, options = [[0, 1], [4]], {"pin": False, "skip": None}
+    plan, options = [[0, 1], [4]], {"pin": False, "skip": None, "record": lambda *_: None}
     one, two, other = (
         [pixels for _, (pixels, *_) in load_batches(data, plan, replace(config, workers=workers), epoch, **options)]
         for workers, epoch in ((0, 2), (2, 2), (0, 3))
@@ -495,6 +498,31 @@ def test_global_generators_are_seeded_by_seed_epoch_and_index():
     ((indices, last),) = load_batches(data, [[4]], config, 2, **options)
     assert indices == [4]
     assert torch.equal(last[0], one[1])
+
+
+class Slow(Rectangles):
+    """Images that take 50 ms each."""
+
+    def __getitem__(self, index):
+        time.sleep(0.05)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_model_that_waits_for_its_images(tmp_path, monkeypatch, workers):
+    """The log has the rate of the input alone, and the first epoch that waits ends with what to do."""
+    monkeypatch.setattr(loader, "_LONG_WAITING", 0.2)
+    config = TrainConfig(epochs=2, batch_size=2, workers=workers)
+    with pytest.warns(UserWarning, match="the model waited for images for") as caught:
+        run(small_model(), Slow(16), None, config, folder=tmp_path)
+    (message,) = (str(one.message) for one in caught)
+    assert f": {workers} workers load" in message
+    entries = [entry for entry in read_log(tmp_path / "log.jsonl") if "mean_loss" in entry]
+    for entry in entries:
+        assert 0.2 < entry["waited"] <= entry["seconds"]
+        assert 10 * max(workers, 1) < entry["images_per_second_loaded"] <= 20 * max(workers, 1)
+    assert loader.InputTimes(100, 5.0, 9.0).rate(0) == loader.InputTimes(100, 10.0, 9.0).rate(2) == 20.0
+    assert loader.InputTimes(100, 5.0, 0.1).explain(9.0, 2) == ""
 
 
 def test_the_dataset_gets_each_epoch(tmp_path):
