@@ -1,40 +1,26 @@
 """``conditional-detr detect``: detect objects on any number of images."""
 
-import errno
 import os
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 
-from conditional_detr.cli.console import AUTO, FAILED, INTERRUPTED, err, one_line_errors, out, print_line
-from conditional_detr.cli.marks import has_mark, save_marked
+from conditional_detr.cli.console import AUTO, FAILED, one_line_errors, print_line
+from conditional_detr.cli.detection_run import DetectionRun, drawing_of
+from conditional_detr.cli.marks import has_mark
 from conditional_detr.cli.options import DEVICE, FAST_PREPROCESSING, WEIGHTS, open_detector
 from conditional_detr.inference.listing import ListedImage, Listing, list_images
 from conditional_detr.inference.processes import join_processes
-from conditional_detr.inference.results import Format, ResultWriter, open_results
+from conditional_detr.inference.results import Format, open_results
 from conditional_detr.modeling.metadata import PUBLISHED
 from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.outputs import file_ids, is_same_file
-from conditional_detr.system.progress import progress_bar
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from conditional_detr.inference.detections import Detections
-    from conditional_detr.inference.detector import Detector
-    from conditional_detr.inference.postprocessing import Postprocessing
-
-_MOST_FAILURES = 20  # that are printed one by one
 _DEMO, _DEMO_IMAGE = PurePath("demo"), "demo-image.png"
 _DEMO_INDEX = 23  # of the images of the split "demo": one with most of the classes
 _DEMO_WEIGHTS = "shapes"
-_JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}
 _MODEL, _WHAT, _WHERE, _LIMITS = "Model", "What to report", "Output", "Speed and limits"
 
 
@@ -160,7 +146,7 @@ def detect(
                 print_line(f"skipped images that already have results: {len(share) - len(todo)} of {len(share)}")
             if demo:
                 _draw_demo(output / _DEMO_IMAGE, overwrite=overwrite)
-            run = _Run(todo, output if draw else None, font, results)
+            run = DetectionRun(todo, output if draw else None, font, results)
             code = run.run(detector, postprocessing, batch_size, show_progress=process.rank == 0)
             run.report(results.close() or [output])
             failures = process.sum(len(run.failures))
@@ -210,146 +196,10 @@ def _draw_demo(path: Path, *, overwrite: bool) -> None:
     write_atomically({path: lambda unfinished: image.save(unfinished, "PNG")})
 
 
-class _Drawn(NamedTuple):
-    """An image whose annotated copy is written, and whose result is not."""
-
-    listed: ListedImage
-    outcome: "Detections | Exception"
-
-
-@dataclass
-class _Run:
-    """Detect on images, draw and write the results, and count them."""
-
-    inputs: Sequence[ListedImage]
-    drawings: Path | None  # folder; None: no annotated images
-    font: Path | None
-    results: ResultWriter
-    done: int = 0
-    failures: list[str] = field(default_factory=list)
-    objects: Counter[str] = field(default_factory=Counter)  # by class name
-    images: Counter[str] = field(default_factory=Counter)  # by class name
-    last: "Detections | None" = None
-
-    def run(
-        self, detector: "Detector", postprocessing: "Postprocessing", batch_size: int, *, show_progress: bool
-    ) -> int:
-        """Process all images, drawing in threads beside the model; return the exit code of what stopped it, or 0."""
-        from conditional_detr.inference.pipeline import map_in_threads
-
-        images = (listed.image for listed in self.inputs)
-        outcomes = detector.outcomes(images, postprocessing, batch_size=batch_size)
-        drawn = map_in_threads(self._draw, zip(self.inputs, outcomes, strict=True), workers=2, depth=8)
-        bar = progress_bar(err, shown=show_progress and len(self.inputs) > 1)
-        try:
-            with bar, closing(outcomes), closing(drawn):
-                for listed, outcome in bar.track(drawn, total=len(self.inputs), description="detecting"):
-                    self._write(listed, outcome)
-        except KeyboardInterrupt:
-            print_line(f"interrupted after {self.done} of {len(self.inputs)} images; --resume continues")
-            return INTERRUPTED
-        except OSError as error:  # nothing more can be written: later detections would be lost
-            print_line(f"error: {error}", style="red")
-            print_line(f"stopped after {self.done} of {len(self.inputs)} images; --resume continues")
-            return FAILED
-        return 0
-
-    def _draw(self, finished: "tuple[ListedImage, Detections | Exception]") -> _Drawn:
-        """Write the annotated image; runs in a thread."""
-        from conditional_detr.inference.detector import IMAGE_ERRORS
-
-        listed, outcome = finished
-        if self.drawings is None or isinstance(outcome, Exception):
-            return _Drawn(listed, outcome)
-        try:
-            image = outcome.draw(font=self.font)
-        except IMAGE_ERRORS as error:  # the file has changed since
-            return _Drawn(listed, error)
-        path = _drawing(listed, self.drawings)
-
-        def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically({path: lambda unfinished: save_marked(image, unfinished, listed.image, path.suffix)})
-
-        return _Drawn(listed, _error_if_too_long(write) or outcome)
-
-    def _write(self, listed: ListedImage, outcome: "Detections | Exception") -> None:
-        """Write and count the result of an image."""
-        if not isinstance(outcome, Exception):
-            outcome = _error_if_too_long(partial(self.results.write, listed, outcome)) or outcome
-        if isinstance(outcome, Exception):
-            self.failures.append(str(outcome) if listed.image in str(outcome) else f"{listed.image}: {outcome}")
-        else:
-            self.objects.update(outcome.names)
-            self.images.update(set(outcome.names))
-            self.last = outcome
-        self.done += 1
-
-    def report(self, files: Sequence[Path]) -> None:
-        """Print the detections or their counts, the files written, and the failures."""
-        if len(self.inputs) == 1 and self.last is not None:
-            out.print(_objects_table(self.last))
-        elif self.objects:
-            out.print(self._classes_table())
-        finished = self.done - len(self.failures)
-        counts = ", ".join(_count(*numbers) for numbers in ((finished, "image"), (self.objects.total(), "object")))
-        print_line(counts + (f"; written to {', '.join(map(str, files))}" if finished else ""), to=out)
-        if self.failures:
-            print_line(f"{len(self.failures)} of {self.done} images failed:", style="red")
-            for failure in self.failures[:_MOST_FAILURES]:
-                print_line(f"  {failure}")
-            if len(self.failures) > _MOST_FAILURES:
-                print_line(f"  and {len(self.failures) - _MOST_FAILURES} more")
-
-    def _classes_table(self) -> "Table":
-        from rich.table import Table
-
-        table = Table("class", "objects", "images")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for name, count in self.objects.most_common():
-            table.add_row(name, str(count), str(self.images[name]))
-        return table
-
-
-def _objects_table(detections: "Detections") -> "Table":
-    """Return a table of the detections of one image."""
-    from rich.table import Table
-
-    table = Table("object", "score", "x0", "y0", "x1", "y1", title=_count(len(detections), "object"))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for box, score, name in detections:
-        table.add_row(name, f"{score:.3f}", *(f"{value:.1f}" for value in box))
-    return table
-
-
-def _count(number: int, noun: str) -> str:
-    """Return a number with its noun."""
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def _drawing(listed: ListedImage, folder: Path) -> Path:
-    """Return the path of the annotated image: a JPEG file for a JPEG image, a PNG file for any other."""
-    suffix = ".jpg" if Path(listed.image).suffix.lower() in _JPEG else ".png"
-    return folder / listed.output.with_name(listed.output.name + suffix)
-
-
-def _error_if_too_long(write: Callable[[], None]) -> OSError | None:
-    """Write a file; return the error of a name that is too long, which concerns one image only."""
-    try:
-        write()
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        return error
-    return None
-
-
 def _check_inputs_stay(inputs: Sequence[ListedImage], output: Path) -> None:
     """Raise ValueError if an annotated image would overwrite an input image, also through links."""
     images = file_ids(listed.image for listed in inputs)
-    drawings = file_ids(_drawing(listed, output) for listed in inputs)
+    drawings = file_ids(drawing_of(listed, output) for listed in inputs)
     for file in images.keys() & drawings.keys():
         raise ValueError(
             f"--output {output}: {images[file]} is one of the input images and would be overwritten by an annotated"
@@ -360,7 +210,7 @@ def _check_inputs_stay(inputs: Sequence[ListedImage], output: Path) -> None:
 def _check_drawings_are_ours(inputs: Sequence[ListedImage], output: Path) -> None:
     """Raise ValueError if an annotated image would overwrite a file that no earlier run has drawn for this image."""
     for listed in inputs:
-        path = _drawing(listed, output)
+        path = drawing_of(listed, output)
         if os.path.lexists(path) and not has_mark(path, listed.image):
             raise ValueError(
                 f"{path}: expected no file, or the annotated image of an earlier run; --overwrite replaces it,"
