@@ -73,7 +73,7 @@ class DetectionRun:
 
     def _draw(self, finished: "tuple[ListedImage, Detections | Exception]") -> _Drawn:
         """Write the annotated image; runs in a thread."""
-        from conditional_detr.inference.detector import IMAGE_ERRORS
+        from conditional_detr.inference.preparation import IMAGE_ERRORS
 
         listed, outcome = finished
         if self.drawings is None or isinstance(outcome, Exception):

@@ -7,9 +7,8 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Se
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,7 +17,7 @@ from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.downloads import DEFAULT_LIMITS, Limits
 from conditional_detr.inference.drawing import draw_attention
 from conditional_detr.inference.exported import ExportedModel, InferenceError
-from conditional_detr.inference.images import snapshot, to_pil
+from conditional_detr.inference.images import to_pil
 from conditional_detr.inference.pipeline import map_in_batches, map_in_threads
 from conditional_detr.inference.postprocessing import (
     Postprocessing,
@@ -27,15 +26,9 @@ from conditional_detr.inference.postprocessing import (
     make_postprocessing,
     postprocess,
 )
-from conditional_detr.inference.preprocessing import PixelBuffer, normalise, open_resized, resize
-from conditional_detr.inference.sources import (
-    ImageSource,
-    ReadableSource,
-    is_single_image,
-    resolve_source,
-    source_name,
-    source_state,
-)
+from conditional_detr.inference.preparation import PreparedImage, batch_pixels, prepare, read_images
+from conditional_detr.inference.preprocessing import PixelBuffer, to_pixels
+from conditional_detr.inference.sources import ImageSource, is_single_image
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.detection_model import DetectionModel
 from conditional_detr.modeling.layers import evaluation_mode
@@ -43,9 +36,6 @@ from conditional_detr.modeling.metadata import PUBLISHED
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-IMAGE_ERRORS = (OSError, TypeError, ValueError)
-"""The exceptions that opening an image raises."""
 
 _WINDOW = 4  # how many batches an image of a rare shape waits for others of its shape
 
@@ -58,19 +48,6 @@ class _Options(TypedDict, total=False):
     classes: Iterable[str | int] | None
     batch_size: int
     keep_images: bool | None
-
-
-_Item: TypeAlias = tuple[ImageSource | Exception, str]  # an image, or the error of reading it, and its name
-
-
-class _Prepared(NamedTuple):
-    """An image ready for the model."""
-
-    name: str
-    source: ReadableSource | None
-    state: tuple[int, ...] | None
-    size: tuple[int, int]
-    values: Tensor  # (3, H, W), resized and not yet normalised
 
 
 class Detector:
@@ -231,18 +208,19 @@ class Detector:
         """
         workers = min(4, os.cpu_count() or 1)
         is_list = isinstance(images, Sequence)
-        read = self._read_items(images, snapshots=not isinstance(images, list | tuple))
+        read = read_images(images, snapshots=not isinstance(images, list | tuple))
         keep = is_list if keep_images is None else keep_images
         buffer = PixelBuffer()
-        prepared = map_in_threads(partial(self._prepare, keep=keep), read, workers=workers, depth=batch_size + workers)
+        open_one = partial(prepare, preprocessing=self.model.metadata.preprocessing, limits=self.limits, keep=keep)
+        prepared = map_in_threads(open_one, read, workers=workers, depth=batch_size + workers)
 
-        def key(item: _Prepared | Exception) -> tuple[Any, ...] | None:
-            return (item.values.shape, item.values.dtype) if isinstance(item, _Prepared) else None
+        def key(item: PreparedImage | Exception) -> tuple[Any, ...] | None:
+            return (item.values.shape, item.values.dtype) if isinstance(item, PreparedImage) else None
 
-        def run(items: list[_Prepared | Exception]) -> list[Detections | Exception]:
+        def run(items: list[PreparedImage | Exception]) -> list[Detections | Exception]:
             if isinstance(items[0], Exception):
                 return [items[0]]
-            return self._run([item for item in items if isinstance(item, _Prepared)], postprocessing, buffer)
+            return self._run([item for item in items if isinstance(item, PreparedImage)], postprocessing, buffer)
 
         with closing(prepared):
             yield from map_in_batches(prepared, key, run, batch_size=batch_size, window=_WINDOW * batch_size)
@@ -266,8 +244,7 @@ class Detector:
         """
         box, score, name = detections[index]
         opened = detections.open_source()
-        preprocessing = self.model.metadata.preprocessing
-        pixels = normalise(resize(opened, preprocessing), preprocessing)[None]
+        pixels = to_pixels(opened, self.model.metadata.preprocessing)[None]
         maps = self._evaluate(lambda x: self.model.attention_maps(x, layers=layers), pixels)
         query = int(detections.queries[index])
         return draw_attention(
@@ -289,42 +266,11 @@ class Detector:
 
     def _detect_one(self, image: ImageSource, postprocessing: Postprocessing) -> Detections | Exception:
         """Detect objects on a single image, without threads."""
-        prepared = self._prepare((image, "image"), keep=True)
+        prepared = prepare((image, "image"), self.model.metadata.preprocessing, self.limits, keep=True)
         return prepared if isinstance(prepared, Exception) else self._run([prepared], postprocessing, PixelBuffer())[0]
 
-    @staticmethod
-    def _read_items(images: Iterable[ImageSource], *, snapshots: bool) -> Iterator[_Item]:
-        """Yield each image, or the error that reading it raises, and its name; runs in the consumer's thread."""
-        for index, image in enumerate(images):
-            name = source_name(image, f"images[{index}]")
-            in_memory = isinstance(image, Image.Image | np.ndarray | Tensor)
-            item: ImageSource | Exception = image
-            if snapshots or not in_memory:
-                try:
-                    item = snapshot(image, name)
-                except IMAGE_ERRORS as error:
-                    item = error
-            yield item, name
-
-    def _prepare(self, item: _Item, *, keep: bool) -> _Prepared | Exception:
-        """Open and resize an image, or return the error that this raises."""
-        image, default_name = item
-        if isinstance(image, Exception):
-            return image
-        name = source_name(image, default_name)
-        try:
-            source = resolve_source(image, name, self.limits)
-            kept = source if keep or isinstance(source, Path) else None
-            state = source_state(source) if isinstance(source, Path) else None
-            values, size = open_resized(source, name, self.model.metadata.preprocessing)
-            if kept is not None and not isinstance(kept, Path):
-                state = source_state(kept)  # now that a PIL image is decoded
-        except IMAGE_ERRORS as error:
-            return error
-        return _Prepared(name, kept, state, size, values)
-
     def _run(
-        self, group: list[_Prepared], postprocessing: Postprocessing, buffer: PixelBuffer
+        self, group: list[PreparedImage], postprocessing: Postprocessing, buffer: PixelBuffer
     ) -> list[Detections | Exception]:
         """Run the model on images of one shape; return the detections of each, or its error."""
         try:
@@ -333,11 +279,13 @@ class Detector:
             return [InferenceError(f"{image.name}: {error}") for image in group]
 
     def _detect(
-        self, group: list[_Prepared], postprocessing: Postprocessing, buffer: PixelBuffer
+        self, group: list[PreparedImage], postprocessing: Postprocessing, buffer: PixelBuffer
     ) -> Iterator[Detections | Exception]:
         """Run the model on images of one shape; yield the detections of each, or its error."""
         metadata = self.model.metadata
-        output = self._evaluate(self.model, self._pixels([image.values for image in group], buffer))
+        values = [image.values for image in group]
+        pixels = batch_pixels(values, metadata.preprocessing, self.model.device, self.model.dtype, buffer)
+        output = self._evaluate(self.model, pixels)
         logits, boxes = (x[-1].float().cpu() for x in output)  # (B, N, C), (B, N, 4)
         check_head(logits.shape[-1], metadata.class_names)
         for image, image_logits, image_boxes in zip(group, logits, boxes, strict=True):
@@ -357,21 +305,6 @@ class Detector:
                 source=image.source,
                 state=image.state,
             )
-
-    def _pixels(self, images: Sequence[Tensor], buffer: PixelBuffer) -> Tensor:
-        """Return normalised pixels (B, 3, H, W) of resized images of one shape, on the model's device."""
-        preprocessing, device, dtype = self.model.metadata.preprocessing, self.model.device, self.model.dtype
-        shape = (len(images), *images[0].shape)
-        if device.type == "cpu":
-            pixels = buffer.take(shape, dtype)
-            for values, out in zip(images, pixels, strict=True):
-                normalise(values, preprocessing, out)
-            return pixels
-        # 8-bit values are a quarter of the bytes; from pinned memory they are copied while the device computes
-        stacked = torch.empty(shape, dtype=images[0].dtype, device="cpu", pin_memory=device.type == "cuda")
-        for values, place in zip(images, stacked, strict=True):
-            place.copy_(values)
-        return normalise(stacked.to(device, non_blocking=True), preprocessing)
 
     @torch.inference_mode()
     def _evaluate(self, function: Any, pixels: Tensor) -> Any:
