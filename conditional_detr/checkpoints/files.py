@@ -61,6 +61,8 @@ def open_checkpoint(
     recover(path if path.is_dir() else path.parent)
     if path.is_file():
         return _open_files(path, path.parent)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: expected a file or a folder, got a pipe or device")
     folder = path if path.is_dir() else None
     if folder is None or not _has_weights(folder):
         # a folder "shapes" may be a dataset, and then the short name means the shipped weights

@@ -59,9 +59,10 @@ def read_config(json: Mapping[str, Any], path: str) -> Config:
             raise ValueError(f"{path}: expected equal encoder_{part} and decoder_{part}, got {encoder} and {decoder}")
     backbone, stage, dilation = _read_backbone(json, path)
     default = Config()
+    names = _read_names(json, path)
     try:
         return Config(
-            num_classes=len(_read_names(json, path)),
+            num_classes=len(names),
             num_queries=json.get("num_queries", default.num_queries),
             width=json.get("d_model", default.width),
             heads=_typed(json, "encoder_attention_heads", int, default.heads, path),

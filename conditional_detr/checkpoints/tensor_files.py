@@ -26,6 +26,7 @@ _SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
 }
+_EXPECTED_DTYPES = "floating point of 16, 32 or 64 bits"
 _NESTED = ("model", "state_dict")  # the authors' training, Lightning
 
 
@@ -127,8 +128,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     for name, view in reversed(slices.items()):  # there are no gaps: the last tensor ends at the end of the file
         dtype, shape = _SAFETENSORS_DTYPES.get(view.get_dtype()), view.get_shape()
         if dtype is None:
-            expected = "floating point of 16, 32 or 64 bits"
-            raise ValueError(f"{path}: {name}: expected {expected}, got dtype {view.get_dtype()}")
+            raise ValueError(f"{path}: {name}: expected {_EXPECTED_DTYPES}, got dtype {view.get_dtype()}")
         start = end - math.prod(shape) * dtype.itemsize
         data = content[start:end]
         tensors[name] = (data.clone() if start % dtype.itemsize else data).view(dtype).view(shape)
@@ -181,6 +181,8 @@ def _checked(content: Any, path: Path) -> dict[str, Tensor]:
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
             kind = f"{tensor.layout} on {tensor.device}, {tensor.dtype}"
             raise ValueError(f"{path}: {key}: expected a plain tensor, got {kind}")
+        if tensor.dtype not in _SAFETENSORS_DTYPES.values():
+            raise ValueError(f"{path}: {key}: expected {_EXPECTED_DTYPES}, got dtype {tensor.dtype}")
         total += tensor.numel() * tensor.itemsize
         if total > size:
             raise ValueError(f"{path}: expected tensors of at most the file's {size} bytes, got more up to {key}")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -339,3 +340,23 @@ sys.exit("the child hangs" if hangs else child.exitcode)
 """
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+def test_messages_name_the_file_once_and_what_it_is(tmp_path, least):
+    """A pipe, a precision that torch cannot read everywhere, and a count that no memory holds."""
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(ValueError, match=r"pipe\.safetensors: expected a file or a folder, got a pipe or device$"):
+        ConditionalDETR.from_pretrained(tmp_path / "pipe.safetensors")
+    weights = ConditionalDETR.from_pretrained(least).state_dict()
+    weights["class_head.weight"] = weights["class_head.weight"].to(torch.float8_e4m3fn)
+    torch.save(weights, tmp_path / "a.pth")
+    with pytest.raises(
+        ValueError, match=r"a\.pth: class_head\.weight: expected floating .*, got dtype .*float8_e4m3fn"
+    ):
+        ConditionalDETR.from_pretrained(tmp_path / "a.pth")
+    config = json.loads((least / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in ("id2label", "label2id")}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_labels": 10**9}))
+    shutil.copy(least / "model.safetensors", tmp_path)
+    with pytest.raises(ValueError, match=r"^[^ ]*config\.json: num_classes: expected at most 1000000, got 10+$"):
+        ConditionalDETR.from_pretrained(tmp_path)
