@@ -64,7 +64,9 @@ class Description:
     def to_json(self) -> str:
         """Return the description as the JSON text that is stored in the file."""
         options: Any = {"ensure_ascii": False, "default": lambda number: number.item()}  # of numpy and torch
-        return json.dumps({"format": FORMAT, **asdict(self)}, **options)
+        content = asdict(self)
+        del content["metadata"]["preprocessing"]["backend"]  # a choice of who runs the model, as for checkpoints
+        return json.dumps({"format": FORMAT, **content}, **options)
 
     @classmethod
     def from_json(cls, text: str) -> "Description":

@@ -29,7 +29,7 @@ class Preprocessing:
             "stretch", which resizes images to exactly ``size``; or "none", which keeps the size of images.
         size: height and width in pixels for "fit" and "stretch"; None otherwise.
         backend: "pil", which has the pixels of the authors' code to the last bit; or "torchvision", which is faster
-            and differs by rounding. Checkpoints do not store it.
+            and differs by rounding. Neither checkpoints nor exported models store it.
 
     Raises:
         TypeError: a value has the wrong type.
