@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from conditional_detr.cli.attention import attention
 from conditional_detr.cli.benchmark import benchmark
 from conditional_detr.cli.check_data import check_data
-from conditional_detr.cli.console import PIPE_CLOSED, one_line_errors, warn_in_one_line
+from conditional_detr.cli.console import one_line_errors, warn_in_one_line
 from conditional_detr.cli.convert import convert
 from conditional_detr.cli.detect import detect
 from conditional_detr.cli.evaluate import evaluate
@@ -25,7 +25,7 @@ from conditional_detr.cli.export import export
 from conditional_detr.cli.info import info
 from conditional_detr.cli.quantize import quantize
 from conditional_detr.cli.train import train
-from conditional_detr.system.console import printable
+from conditional_detr.system.console import PIPE_CLOSED, printable
 
 
 @contextmanager
@@ -38,6 +38,8 @@ def _clear_errors() -> Iterator[None]:
         raise typer.Exit(PIPE_CLOSED) from error
     except OSError as error:
         with one_line_errors():
+            if error.filename is not None:  # not of a stream
+                raise
             raise OSError(f"standard output: cannot be written: {error.strerror or error}") from error
     except Exception as error:
         if isinstance(message := getattr(error, "message", None), str):  # the class of usage errors is not public

@@ -21,9 +21,6 @@ UNUSABLE = 2
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C has stopped, as in shells."""
 
-PIPE_CLOSED = 141
-"""Exit code of a command whose standard output the reader has closed, as in shells."""
-
 AUTO = "auto"
 """Default of ``--device``: an accelerator if there is one."""
 
@@ -50,8 +47,6 @@ def one_line_errors(code: int = UNUSABLE) -> Iterator[None]:
     """Turn errors of input, files and missing packages into one line on stderr and an exit code."""
     try:
         yield
-    except BrokenPipeError:
-        raise
     except (ImportError, OSError, TypeError, ValueError) as error:
         print_line(f"error: {error}", style="red")
         raise typer.Exit(code) from error

@@ -29,7 +29,7 @@ class RotatedBoxes(str, Enum):
 
 
 def open_detector(weights: str, device: str, *, fast_preprocessing: bool = False) -> "Detector":
-    """Load a checkpoint or an exported model, with the preprocessing backend "torchvision" if it shall be fast.
+    """Load a checkpoint or an exported model; fast preprocessing is that of the backend "torchvision".
 
     Raises:
         OSError, ValueError: as ``Detector.from_pretrained`` and ``Detector.from_file``.

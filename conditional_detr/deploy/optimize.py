@@ -5,6 +5,7 @@ once, projections of the same tensor are joined, and activations and additions a
 """
 
 import copy
+import hashlib
 import threading
 from collections.abc import Sequence
 from itertools import islice
@@ -94,6 +95,7 @@ class OptimizedDETR(ConditionalDETR):
         nn.Module.__init__(self)
         self.config, self.metadata, self.load_report = model.config, model.metadata, model.load_report
         self.plain_parameters = count_parameters(model)
+        self._digest = f"{model.weights_digest()} {computation}"  # packed weights cannot be read
         dtype, kernels, compile = computation
         self.backbone = copy.copy(model.backbone)
         self.backbone._modules = {"body": FastBackbone(model.backbone.body, computation)}
@@ -108,6 +110,10 @@ class OptimizedDETR(ConditionalDETR):
         self._positions: dict[tuple[int, int], Tensor] = {}
         self._lock = threading.Lock()
         self._compiled: Any = torch.compile(super().forward, dynamic=True) if compile else None
+
+    def weights_digest(self) -> str:
+        """Return a SHA-256 of the plain model's weights, and of the dtype and the kernels."""
+        return hashlib.sha256(self._digest.encode()).hexdigest()
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, padding: Tensor | None = None) -> Output:

@@ -51,7 +51,7 @@ class Detections:
         source: the image, for :meth:`draw`: a path, the given object, or the bytes of a URL, base64 or open file;
             None if it was not kept, as for images from an iterator.
         state: state of the source when it was opened, to notice that a file was replaced or an array overwritten;
-            None if the source cannot change.
+            None if the source cannot change, or is not to be compared.
     """
 
     boxes: Tensor
@@ -195,7 +195,7 @@ class Detections:
                 " draw(), or keep_images=True to the detector"
             )
         opened = open_image(self.source, "image")
-        if source_state(self.source) != self.state:
+        if self.state not in (None, source_state(self.source)):
             name = f"{self.source}: the file" if isinstance(self.source, Path) else "image: it"
             raise OSError(f"{name} has changed since the detection; pass the detected image to draw()")
         return opened

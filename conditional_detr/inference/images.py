@@ -83,18 +83,13 @@ def open_image(image: ImageSource, name: str, limits: Limits = DEFAULT_LIMITS) -
 
 
 def open_fast(
-    image: ImageSource,
-    name: str,
-    limits: Limits = DEFAULT_LIMITS,
-    *,
-    needed: Callable[[int, int], tuple[int, int]] | None = None,
+    image: ImageSource, name: str, needed: Callable[[int, int], tuple[int, int]] | None = None
 ) -> tuple[Image.Image | Tensor, tuple[int, int]]:
     """Open an image like :func:`open_image`, JPEG files faster, with values that may differ slightly.
 
     Args:
         image: the image.
         name: as in :func:`open_image`.
-        limits: as in :func:`open_image`.
         needed: returns the (height, width) that an image of a height and width is resized to; given it, large JPEG
             files are reduced to a half, a quarter or an eighth while they are decoded, but not below that size.
 
@@ -105,11 +100,11 @@ def open_fast(
         OSError, TypeError, ValueError: as :func:`open_image`.
     """
     name = source_name(image, name)
-    source = resolve_source(image, name, limits)
-    if isinstance(source, Path | bytes):
+    source = resolve_source(image, name)
+    if isinstance(source, bytes) or (isinstance(source, Path) and source.is_file()):
         with suppress(Exception):  # open_image() raises the documented errors
             return _open_jpeg(source, name, needed)
-    opened = open_image(source, name, limits)
+    opened = open_image(source, name)
     return opened, size_of(opened)
 
 
@@ -119,8 +114,7 @@ def _open_jpeg(
     """Open a JPEG file by torchvision, or reduced by PIL; raises an error of any type for other files."""
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    content = file if isinstance(file, bytes) else file.read_bytes()
-    with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=("JPEG",)) as image:
         if image.mode not in ("RGB", "L"):
             raise ValueError(f"{name}: expected RGB or grey, got {image.mode}")
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -131,8 +125,8 @@ def _open_jpeg(
             width, height = target[::-1] if orientation < 5 else target
             image.draft("RGB", (width, height))
         elif orientation == 1:
-            values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            return decode_jpeg(values, mode=ImageReadMode.RGB), upright
+            content = bytearray(file if isinstance(file, bytes) else file.read_bytes())  # torch wants it writable
+            return decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), mode=ImageReadMode.RGB), upright
         return _decode(image, name, own=True), upright
 
 

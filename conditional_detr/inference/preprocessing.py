@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from conditional_detr.inference.downloads import DEFAULT_LIMITS, Limits
 from conditional_detr.inference.images import open_fast, open_image, size_of
 from conditional_detr.inference.sources import ImageSource
 from conditional_detr.modeling.metadata import Preprocessing
@@ -53,16 +52,13 @@ def edges_size(height: int, width: int, shortest_edge: int, longest_edge: float)
     return new_short, max(int(shortest * width / height), 1)
 
 
-def open_resized(
-    image: ImageSource, name: str, preprocessing: Preprocessing, limits: Limits = DEFAULT_LIMITS
-) -> tuple[Tensor, tuple[int, int]]:
+def open_resized(image: ImageSource, name: str, preprocessing: Preprocessing) -> tuple[Tensor, tuple[int, int]]:
     """Open and resize an image.
 
     Args:
         image: the image.
         name: name for messages, such as ``images[3]``.
-        preprocessing: the resizing.
-        limits: limits of a download.
+        preprocessing: the resizing, and the backend.
 
     Returns:
         The resized values, as of :func:`resize`; and the (height, width) of the original.
@@ -71,7 +67,7 @@ def open_resized(
         OSError, TypeError, ValueError: as :func:`~conditional_detr.inference.images.open_image`.
     """
     needed = partial(resized_size, preprocessing=preprocessing)
-    opened, size = open_by_backend(image, name, preprocessing, limits, needed=needed)
+    opened, size = open_by_backend(image, name, preprocessing, needed)
     return _resize_to(opened, needed(*size), preprocessing), size
 
 
@@ -79,8 +75,6 @@ def open_by_backend(
     image: ImageSource,
     name: str,
     preprocessing: Preprocessing,
-    limits: Limits = DEFAULT_LIMITS,
-    *,
     needed: Callable[[int, int], tuple[int, int]] | None = None,
 ) -> tuple[Image.Image | Tensor, tuple[int, int]]:
     """Open an image exactly, or fast, as the backend says.
@@ -89,7 +83,6 @@ def open_by_backend(
         image: the image.
         name: name for messages, such as ``images[3]``.
         preprocessing: the backend.
-        limits: limits of a download.
         needed: as in :func:`~conditional_detr.inference.images.open_fast`; the backend "pil" does not use it.
 
     Returns:
@@ -99,8 +92,8 @@ def open_by_backend(
         OSError, TypeError, ValueError: as :func:`~conditional_detr.inference.images.open_image`.
     """
     if preprocessing.backend == "torchvision":
-        return open_fast(image, name, limits, needed=needed)
-    opened = open_image(image, name, limits)
+        return open_fast(image, name, needed)
+    opened = open_image(image, name)
     return opened, size_of(opened)
 
 

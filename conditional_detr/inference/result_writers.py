@@ -74,8 +74,9 @@ class ResultWriter(ABC):
 
     def check_settings(self, content: Mapping[str, Any], where: str) -> None:
         """Raise ValueError if the results of an image were made with other settings than those of this run."""
-        before, now = content.get("settings") or {}, self.settings or {}
-        if isinstance(before, Mapping) and before == now:
+        before, now = content.get("settings"), self.settings or {}
+        before = before if isinstance(before, Mapping) else {}
+        if before == now:
             return
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         found = ", ".join(f"{name} {before.get(name)}, not {now.get(name)}" for name in names)
@@ -142,7 +143,8 @@ class JsonFiles(ResultWriter):
             return False
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            image, _ = content["image"], content["detections"]
+            _check_form(content)
+            image = content["image"]
         except (ValueError, TypeError, KeyError):
             image = None
         if image is None or _file_of(image) != _file_of(listed.image):
@@ -274,10 +276,16 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 return
             try:
                 content = json.loads(line)
-                content["image"], content["detections"]
+                _check_form(content)
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path}, line {number}: expected the detections of one image as JSON") from error
             yield content
+
+
+def _check_form(content: Any) -> None:
+    """Raise KeyError or TypeError unless this is the result of an image."""
+    if not isinstance(content["image"], str) or not isinstance(content["detections"], list):
+        raise TypeError("expected the name of an image and a list of detections")
 
 
 def _drop_broken_line(path: Path) -> None:

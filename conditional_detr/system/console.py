@@ -1,10 +1,14 @@
 """Print text of any origin, such as class names and file names, verbatim and without effect on the terminal."""
 
 import unicodedata
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+
+PIPE_CLOSED = 141
+"""Exit code of a command whose standard output the reader has closed, as in shells."""
 
 # U+202A to U+202E and U+2066 to U+2069 change the order in which a terminal shows the text that follows.
 _DIRECTION = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
@@ -29,8 +33,10 @@ class PlainConsole(Console):
     """
 
     def on_broken_pipe(self) -> None:
-        """Raise the BrokenPipeError that is being handled, instead of rich's exit code 1."""
-        raise  # rich calls this method in an except block
+        """Exit as a shell does, instead of with rich's 1, when the reader of the output has closed it."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()  # also leads what is still written to nowhere
+        raise SystemExit(PIPE_CLOSED)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return a string as styled text."""

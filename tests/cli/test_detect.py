@@ -358,6 +358,19 @@ def test_csv_safe_needs_a_table(detect, folder):
     assert detect(folder, "--csv-safe", "--format", "csv", "--no-draw").exit_code == 0
 
 
+@pytest.mark.parametrize("change", [{"image": 3}, {"detections": 3}, {"settings": [1]}, {"settings": "none"}])
+@pytest.mark.parametrize("format", ["json", "jsonl"])
+def test_results_of_another_form_are_named(detect, folder, tmp_path, change, format):
+    options = (folder / "a.jpg", "--no-draw", "--format", format)
+    assert detect(*options).exit_code == 0
+    path = tmp_path / "out" / ("a.json" if format == "json" else "detections.jsonl")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}) + "\n")
+    result = detect(*options, "--resume")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {path}")
+    assert "expected" in result.stderr
+
+
 def test_csv_has_a_row_an_object(detect, folder, tmp_path):
     result = detect(folder, "--format", "csv", "--no-draw", "--threshold", 0, "--top-k", 3)
     assert result.exit_code == 0

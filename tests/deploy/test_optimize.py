@@ -218,3 +218,14 @@ def test_own_modules_are_refused(plain, tmp_path):
     assert list(tmp_path.iterdir()) == []
     attention.value = value
     optimize(model)
+
+
+def test_digests_of_optimised_copies_differ_as_the_models_do(plain):
+    """Also where only packed weights of the backbone differ, which the state dict does not hold."""
+    other = copy.deepcopy(plain)
+    with torch.no_grad():
+        next(other.backbone.parameters()).add_(1e-3)
+    copies = [optimize(plain), optimize(plain), optimize(other), optimize(plain, dtype=torch.bfloat16)]
+    digests = [one.weights_digest() for one in copies]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3

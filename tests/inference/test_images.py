@@ -1,5 +1,6 @@
 """Pixels of images of every kind equal those of transformers' processor."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -226,7 +227,7 @@ def test_the_fast_backend_turns_and_reduces_photographs(tmp_path, orientation):
     assert different.max() <= 12
 
 
-@pytest.mark.parametrize("kind", ["grey", "CMYK", "PNG", "truncated", "text", "missing"])
+@pytest.mark.parametrize("kind", ["grey", "CMYK", "PNG", "truncated", "text", "missing", "pipe"])
 def test_the_fast_backend_takes_and_refuses_the_same(tmp_path, kind):
     path = tmp_path / "a.jpg"
     image = Image.fromarray(RGB)
@@ -236,10 +237,12 @@ def test_the_fast_backend_takes_and_refuses_the_same(tmp_path, kind):
         image.save(path, "PNG")
     elif kind == "text":
         path.write_text("no image")
+    elif kind == "pipe":
+        os.mkfifo(path)
     elif kind == "truncated":
         image.resize((300, 200)).save(path)
         path.write_bytes(path.read_bytes()[:-2000])
-    if kind in ("text", "truncated", "missing"):
+    if kind in ("text", "truncated", "missing", "pipe"):
         with pytest.raises((OSError, ValueError)) as expected:
             open_resized(path, "a", SMALL)
         with pytest.raises(expected.type) as got:

@@ -4,6 +4,7 @@ import os
 import threading
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -165,6 +166,7 @@ def test_an_image_overwritten_in_memory_is_noticed(detector, frames, kind, many)
         image = (image / 255).to(torch.bfloat16) if kind == "bfloat16" else image
     found = detector([image])[0] if many else detector(image)
     assert found.draw().size == (128, 96)
+    assert replace(found, state=None).draw().size == (128, 96)  # as a program makes it
     if kind == "PIL":
         image.putpixel((3, 4), tuple(255 - value for value in image.getpixel((3, 4))))
     else:
