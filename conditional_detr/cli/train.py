@@ -9,14 +9,13 @@ import typer
 
 from conditional_detr.cli.console import INTERRUPTED, Precision, one_line_errors, out, print_line
 from conditional_detr.cli.options import FAST_PREPROCESSING, ROTATED, RotatedBoxes
+from conditional_detr.cli.train_data import Augment, make_augmentation, open_datasets, resized_preprocessing
 from conditional_detr.cli.train_model import make_model, resumed_model, with_dropout
 from conditional_detr.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from conditional_detr.data.augmentation import Augmentation
     from conditional_detr.data.dataset import CocoData
     from conditional_detr.modeling.conditional_detr import ConditionalDETR
-    from conditional_detr.modeling.metadata import Preprocessing
     from conditional_detr.training.run import TrainResult
 
 _DATA, _MODEL, _IMAGES = "Data", "Model", "Image size and augmentation"
@@ -29,14 +28,6 @@ class Preset(str, Enum):
     FROM_SCRATCH = "from_scratch"
     FINETUNE = "finetune"
     FINETUNE_SMALL = "finetune_small"
-
-
-class Augment(str, Enum):
-    """Augmentations, by the names of Augmentation's constructors."""
-
-    PAPER = "paper"
-    SMALL = "small"
-    NOTHING = "none"
 
 
 class Schedule(str, Enum):
@@ -227,61 +218,16 @@ def train(
         if dropout is not None:
             model = with_dropout(model, dropout)
         edges = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
-        preprocessing = _preprocessing(model.metadata.preprocessing, edges)
+        preprocessing = resized_preprocessing(model.metadata.preprocessing, edges)
         preprocessing = replace(preprocessing, backend="torchvision" if fast_preprocessing else "pil")
-        chosen = _augmentation(augmentation, preset, vertical_flip, quarter_turn)
+        choice = augmentation or (Augment.SMALL if preset is Preset.FINETUNE_SMALL else Augment.PAPER)
+        chosen = make_augmentation(choice, vertical_flip, quarter_turn)
         options: dict[str, Any] = {"preprocessing": preprocessing, "rotated": rotated.value}
-        datasets = _datasets(data, images, val_data, val_images, chosen, seed, **options)
+        datasets = open_datasets(data, images, val_data, val_images, chosen, seed, **options)
         model.metadata = datasets[0].metadata
         result = _run(model, *datasets, config, output, resume, not no_check)
     if result is not None:
         _show(result)
-
-
-def _preprocessing(present: "Preprocessing", edges: dict[str, int | None]) -> "Preprocessing":
-    """Return the preprocessing with other sizes; the longer side follows the shorter one unless it is given."""
-    short, long = edges["shortest_edge"], edges["longest_edge"]
-    if short is None and long is None:
-        return present
-    if short is not None and long is None:
-        long = round(short * present.longest_edge / present.shortest_edge)
-    short, long = short or present.shortest_edge, long or present.longest_edge
-    return replace(present, shortest_edge=short, longest_edge=long, resizing="edges", size=None)
-
-
-def _augmentation(
-    wish: Augment | None, preset: Preset, vertical_flip: bool, quarter_turn: bool
-) -> "Augmentation | None":
-    """Return the augmentation of training images; None: none."""
-    from conditional_detr.data.augmentation import Augmentation
-
-    if wish is None:
-        wish = Augment.SMALL if preset is Preset.FINETUNE_SMALL else Augment.PAPER
-    chosen = Augmentation() if wish is Augment.NOTHING else getattr(Augmentation, wish.value)()
-    if vertical_flip:
-        chosen = replace(chosen, vertical_flip=0.5)
-    if quarter_turn:
-        chosen = replace(chosen, quarter_turn=0.5)
-    return None if chosen == Augmentation() else chosen
-
-
-def _datasets(
-    data: Path,
-    images: Path,
-    val_data: Path | None,
-    val_images: Path | None,
-    augmentation: "Augmentation | None",
-    seed: int,
-    **options: Any,
-) -> "tuple[CocoData, CocoData | None]":
-    """Return the datasets for training and validation."""
-    from conditional_detr.data.dataset import CocoData
-
-    training = CocoData(data, images, augmentation=augmentation, seed=seed, **options)
-    if val_data is None:
-        return training, None
-    names = training.class_names
-    return training, CocoData(val_data, val_images or images, class_names=names, **options)
 
 
 def _run(

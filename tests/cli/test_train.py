@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from conditional_detr import ConditionalDETR, Detector
 from conditional_detr.cli import app
-from conditional_detr.cli.train import Augment, Preset, _augmentation
+from conditional_detr.cli.train_data import Augment, make_augmentation
 from conditional_detr.cli.train_model import with_dropout
 from conditional_detr.data.synthetic import CLASS_NAMES, write_shapes
 from conditional_detr.training.logging import RunLogger
@@ -119,11 +119,11 @@ def test_a_backbone_that_has_weights(shapes, tmp_path):
 
 @pytest.mark.parametrize(("wish", "most"), [("none", 0.0), ("small", 0.2)])
 def test_vertical_flips_and_turns_come_on_top(wish, most):
-    augmentation = _augmentation(Augment(wish), Preset.FINETUNE, vertical_flip=True, quarter_turn=False)
+    augmentation = make_augmentation(Augment(wish), vertical_flip=True, quarter_turn=False)
     assert (augmentation.vertical_flip, augmentation.quarter_turn, augmentation.brightness) == (0.5, 0.0, most)
-    augmentation = _augmentation(Augment(wish), Preset.FINETUNE, vertical_flip=False, quarter_turn=True)
+    augmentation = make_augmentation(Augment(wish), vertical_flip=False, quarter_turn=True)
     assert (augmentation.vertical_flip, augmentation.quarter_turn, augmentation.brightness) == (0.0, 0.5, most)
-    assert _augmentation(Augment.NOTHING, Preset.FINETUNE, vertical_flip=False, quarter_turn=False) is None
+    assert make_augmentation(Augment.NOTHING, vertical_flip=False, quarter_turn=False) is None
 
 
 def test_another_dropout_and_the_same_weights(small):
