@@ -12,9 +12,10 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
-from conditional_detr.deploy.kernels import Computation, FusedConv, mark_dynamic_size
+from conditional_detr.deploy.kernels import Computation, FusedConv, MapMemory, mark_dynamic_size
 
 _EXAMPLE_SHAPE = (2, 3, 160, 224)  # large enough that different feature maps have different sizes
+_NEW_MAPS = (FusedConv, nn.MaxPool2d)  # never return a view of their first input
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
@@ -73,8 +74,8 @@ def _trace(backbone: nn.Module) -> fx.GraphModule:
     return traced
 
 
-def _module(graph: fx.GraphModule, node: Any, expected: type[nn.Module]) -> Any:
-    """Return the module that a node calls if it is of the expected type, else None."""
+def _module(graph: fx.GraphModule, node: Any, expected: type[nn.Module] | tuple[type[nn.Module], ...]) -> Any:
+    """Return the module that a node calls if it is of an expected type, else None."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
     module = graph.get_submodule(str(node.target))
@@ -124,6 +125,7 @@ def _fuse(graph: fx.GraphModule) -> None:
     """Fuse each convolution with the ReLU after it, or the addition of a map of the same size, also with ReLU."""
     once = _called_once(graph)
     parameter = next(graph.parameters())
+    memory = MapMemory()
     ShapeProp(graph).propagate(parameter.new_zeros(_EXAMPLE_SHAPE))
     for node in list(graph.graph.nodes):
         convolution = _module(graph, node, nn.Conv2d)
@@ -140,7 +142,7 @@ def _fuse(graph: fx.GraphModule) -> None:
         relu = _module(graph, user, nn.ReLU) is not None
         last = user if relu else last
         path = f"{str(node.target).replace('.', '_')}_fused"
-        graph.add_submodule(path, FusedConv(convolution, relu=relu))
+        graph.add_submodule(path, FusedConv(convolution, relu=relu, memory=memory))
         with graph.graph.inserting_before(last):
             fused = graph.graph.call_module(path, (node.args[0], other) if other else (node.args[0],))
         fused.meta = dict(last.meta)
@@ -150,7 +152,21 @@ def _fuse(graph: fx.GraphModule) -> None:
             graph.graph.erase_node(last)
             last = before
         graph.graph.erase_node(node)
+    _add_in_place(graph)
     _finish(graph)
+
+
+def _add_in_place(graph: fx.GraphModule) -> None:
+    """Let each fused addition write to the memory of the map that it adds, if nothing reads that map afterwards."""
+    position = {node: i for i, node in enumerate(graph.graph.nodes)}
+    for node in position:
+        if _module(graph, node, FusedConv) is None or len(node.args) == 1:
+            continue
+        x, other = node.args
+        # the output of another module could be a view, whose memory something else reads
+        known = all(_module(graph, each, _NEW_MAPS) is not None for each in (other, *other.users))
+        if known and x is not other and max(other.users, key=position.__getitem__) is node:
+            node.args = (x, other, True)
 
 
 def pads_with_zeros(convolution: nn.Conv2d) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from conditional_detr.checkpoints.meta_init import other_modules
 from conditional_detr.deploy.backbone import FastBackbone
-from conditional_detr.deploy.kernels import Computation, FusedConv, has_kernels, mark_dynamic_size
+from conditional_detr.deploy.kernels import Computation, FusedConv, MapMemory, has_kernels, mark_dynamic_size
 from conditional_detr.deploy.layers import FastDecoder, fast_encoder
 from conditional_detr.deploy.parameters import count_parameters
 from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output, check_input
@@ -100,7 +100,8 @@ class OptimizedDETR(ConditionalDETR):
         self.backbone = copy.copy(model.backbone)
         self.backbone._modules = {"body": FastBackbone(model.backbone.body, computation)}
         projection: Any = copy.deepcopy(model.projection).to(dtype).to(memory_format=torch.channels_last)
-        self.projection = FusedConv(projection, relu=False) if kernels and not compile else projection
+        fused = kernels and not compile
+        self.projection = FusedConv(projection, relu=False, memory=MapMemory()) if fused else projection
         self.encoder = fast_encoder(model.encoder, computation)
         self.decoder = FastDecoder(model.decoder, model.object_queries.weight, computation)
         self.class_head = copy.deepcopy(model.class_head).float()

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from conditional_detr import ConditionalDETR, Config, Detector, export, optimize, quantize
 from conditional_detr.deploy import layers
 from conditional_detr.deploy.backbone import FastBackbone
-from conditional_detr.deploy.kernels import Computation
+from conditional_detr.deploy.kernels import Computation, FusedConv, MapMemory
 from conditional_detr.deploy.summary import summarise
 from helpers.models import differences, pixels_of, two_images
 
@@ -123,6 +124,81 @@ def test_a_resnet_consists_of_fused_convolutions(plain):
     fast = FastBackbone(plain.backbone.body, Computation(torch.float32, kernels=True))
     kinds = {type(module).__name__ for module in fast.modules()}
     assert kinds == {"FastBackbone", "GraphModule", "FusedConv", "MaxPool2d"} | ({"Module"} & kinds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maps_in_kept_memory_are_the_same(plain, dtype, monkeypatch):
+    """As for large images: every map of the backbone is in memory that is used again."""
+    pixels = [pixels_of(*size) for size in [*SIZES, (1, 131, 97), (2, 97, 131)]]
+    computation = Computation(dtype, kernels=True)
+    expected = [FastBackbone(plain.backbone.body, computation)(x)[0] for x in pixels]
+    monkeypatch.setattr(MapMemory, "MIN_BYTES", 1)
+    fast = FastBackbone(plain.backbone.body, computation)
+    one_by_one = [fast(x)[0] for x in pixels]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda x: fast(x)[0], pixels * 4))
+    for i, found in enumerate([*one_by_one, *together]):
+        torch.testing.assert_close(found, expected[i % len(pixels)], rtol=1e-5, atol=1e-5)
+
+
+def test_kept_memory_is_used_again_when_its_tensors_are_deleted():
+    memory = MapMemory()
+    first = memory.zeros((1, 256, 160, 160), torch.float32)
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    address, part = first.data_ptr(), first[:, :3]
+    del first
+    other = memory.zeros((1, 256, 160, 160), torch.float32)
+    assert other.data_ptr() != address  # a view still uses it
+    assert address % 64 == 0
+    part.fill_(1)
+    del part
+    again = memory.zeros((2, 128, 128, 160), torch.float32)  # smaller
+    assert again.data_ptr() == address
+    assert not again.any()
+    del again, other
+    larger = memory.zeros((1, 256, 200, 200), torch.float32)
+    assert len(memory._unused) == 1  # it replaces a block
+    assert larger.shape == (1, 256, 200, 200)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 100, 100), (8, 256, 200, 200)])
+def test_small_and_huge_maps_are_left_to_the_c_library(shape):
+    assert MapMemory().zeros(shape, torch.float32) is None
+
+
+class Residuals(nn.Module):
+    """Additions of maps that are read afterwards, by a convolution and through a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third, self.fourth = (nn.Conv2d(3, 3, 1) for _ in range(4))
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.second(x) + x  # x is read again
+        z = self.third(y) + y  # by the convolution itself, whose input y is
+        view = z.flatten(2)
+        w = self.fourth(x) + z  # z is read again, through its view
+        return [w, view]
+
+
+def test_an_addition_does_not_overwrite_a_map_that_is_read_afterwards():
+    torch.manual_seed(0)
+    plain = Residuals()
+    pixels = pixels_of(2, 33, 47)
+    with torch.no_grad():
+        found = FastBackbone(plain, Computation(torch.float32, kernels=True))(pixels)
+        for one, expected in zip(found, plain(pixels), strict=True):
+            torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_block_of_a_resnet_adds_in_place(plain):
+    graph = FastBackbone(plain.backbone.body, Computation(torch.float32, kernels=True)).graph
+    additions = [node for node in graph.graph.nodes if node.op == "call_module" and len(node.args) > 1]
+    assert additions
+    assert all(
+        isinstance(graph.get_submodule(node.target), FusedConv) and node.args[2:] == (True,) for node in additions
+    )
 
 
 @pytest.mark.parametrize("name", OTHERS)
