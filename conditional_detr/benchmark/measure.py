@@ -1,7 +1,7 @@
 """Measure engines: time, memory, and differences from the plain model."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 
 from conditional_detr.benchmark.engines import ENGINES, write_weights
 from conditional_detr.benchmark.timing import Timing, check_rounds
-from conditional_detr.benchmark.worker import EXPECTED, Task, Worker
+from conditional_detr.benchmark.worker import EXPECTED, EngineTask, Task, Worker
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 
@@ -77,22 +77,46 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         tasks = [Task(name, folder, str(device), threads, size, batch, seed) for name in names]
         tasks = _prepare(model, tasks, lambda text: progress(f"{label}: {text}"), on_failure)
-        measurements = []
-        with Worker(tasks[0]) as first:
-            progress(f"{label}: {names[0]}")
-            first.ready()
-            seconds = [first.seconds() for _ in range(rounds)]
-            for task in tasks[1:]:
-                progress(f"{label}: {task.engine}")
-                try:
-                    measurements.append(_compare(task, first, rounds, case))
-                except OSError as error:
-                    if on_failure is None or first.ended:
-                        raise
-                    on_failure(str(error))
-            first.finish()
-        times: dict[str, Any] = {"seconds": tuple(seconds), "ratios": (1.0,) * rounds}
-        return [Measurement(engine=names[0], **case, **times, **first.results), *measurements]
+        timed = time_in_processes(tasks, rounds, lambda text: progress(f"{label}: {text}"), on_failure)
+    return [Measurement(engine=name, **case, **results) for name, results in timed.items()]
+
+
+def time_in_processes(
+    tasks: Sequence[EngineTask],
+    rounds: int,
+    progress: Callable[[str], None],
+    on_failure: Callable[[str], None] | None,
+) -> dict[str, dict[str, Any]]:
+    """Time engines, each in its own process and each alternating with the first, the reference.
+
+    Args:
+        tasks: the tasks, the reference first.
+        rounds: number of timed calls per engine.
+        progress: called with the name of the engine that is timed.
+        on_failure: see :func:`measure`.
+
+    Returns:
+        By engine, the ``seconds`` and ``ratios`` of a :class:`~conditional_detr.benchmark.timing.Timing`, and the
+        results of its process.
+
+    Raises:
+        OSError: see :func:`measure`.
+    """
+    timed = {}
+    with Worker(tasks[0]) as first:
+        progress(tasks[0].engine)
+        first.ready()
+        seconds = tuple(first.seconds() for _ in range(rounds))
+        for task in tasks[1:]:
+            progress(task.engine)
+            try:
+                timed[task.engine] = _compare(task, first, rounds)
+            except OSError as error:
+                if on_failure is None or first.ended:
+                    raise
+                on_failure(str(error))
+        first.finish()
+    return {tasks[0].engine: {"seconds": seconds, "ratios": (1.0,) * rounds, **first.results}, **timed}
 
 
 @torch.no_grad()
@@ -124,15 +148,14 @@ def _prepare(
     return ready
 
 
-def _compare(task: Task, first: Worker, rounds: int, case: Mapping[str, Any]) -> Measurement:
-    """Time an engine, alternating with the first."""
+def _compare(task: EngineTask, first: Worker, rounds: int) -> dict[str, Any]:
+    """Time an engine, alternating with the first; return its seconds, ratios and results."""
     with Worker(task) as worker:
         worker.ready()
         pairs = [(first.seconds(), worker.seconds()) for _ in range(rounds)]
         worker.finish()
     ratios = tuple(reference / own for reference, own in pairs)
-    times: dict[str, Any] = {"seconds": tuple(own for _, own in pairs), "ratios": ratios}
-    return Measurement(engine=task.engine, **case, **times, **worker.results)
+    return {"seconds": tuple(own for _, own in pairs), "ratios": ratios, **worker.results}
 
 
 def check(name: str, device: str) -> None:

@@ -56,13 +56,18 @@ def check_rounds(rounds: int, names: Sequence[str]) -> None:
         raise ValueError(f"expected at least one round and one engine, got {rounds} and {len(names)}")
 
 
-def warm_up(call: Callable[[], T], device: torch.device) -> tuple[T, float | None]:
+def warm_up(call: Callable[[], T], device: torch.device, *, calls: int = WARM_UP) -> tuple[T, float | None]:
     """Call a function until compiling and packing weights are done.
+
+    Args:
+        call: the function.
+        device: device that it runs on.
+        calls: number of calls.
 
     Returns:
         The result of the last call, and on a GPU its peak memory in MB without the memory allocated before, else None.
     """
-    for _ in range(WARM_UP - 1):
+    for _ in range(calls - 1):
         call()
     if device.type != "cuda":
         return call(), None

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,27 +23,35 @@ from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
 EXPECTED = "expected.pt"
 _PREFIX = "benchmark: "  # marks messages to the parent process; libraries may print other lines
-_START = "from conditional_detr.benchmark.worker import main; main()"
 
 
 @dataclass(frozen=True)
-class Task:
-    """Task of a worker process.
+class EngineTask:
+    """Task of a worker process, which runs the function ``main`` of the module that defines the task's class.
 
     Attributes:
         engine: name of the engine.
-        folder: folder of the checkpoint, the expected output and the engine's files.
+        folder: folder of the checkpoint and of other files that the engine reads.
         device: device, such as "cpu".
         threads: number of CPU threads.
-        size: image height and width.
-        batch: images per call.
-        seed: random seed of the pixels.
     """
 
     engine: str
     folder: str
     device: str
     threads: int
+
+
+@dataclass(frozen=True)
+class Task(EngineTask):
+    """Task to run an engine of ``ENGINES`` on random pixels; the folder also has the expected output.
+
+    Attributes:
+        size: image height and width.
+        batch: images per call.
+        seed: random seed of the pixels.
+    """
+
     size: tuple[int, int]
     batch: int
     seed: int
@@ -60,18 +69,19 @@ class Worker:
         task: the task.
 
     Attributes:
-        results: after ``ready``, by name: ``logits`` and ``boxes``, the largest absolute differences from the plain
-            model, and ``megabytes``, the peak memory.
+        results: what the process has sent, by name: on ``ready``, differences from the plain model or the like; after
+            ``finish`` also ``megabytes``, the peak memory.
 
     Raises:
         OSError: the process cannot be started or ends early; the message contains its last line of output.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: EngineTask) -> None:
         self.task = task
         self.results: dict[str, Any] = {}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process
-        command = [sys.executable, "-c", _START, json.dumps(asdict(task))]
+        start = f"from {type(task).__module__} import main; main()"
+        command = [sys.executable, "-c", start, json.dumps(asdict(task))]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
         self._process = subprocess.Popen(command, text=True, **pipes)
 
@@ -98,12 +108,13 @@ class Worker:
         return float(self._receive())
 
     def finish(self) -> None:
-        """Stop the worker and record its peak memory in MB, which is None except on Linux."""
+        """Stop the worker and record its last results, with the peak memory in MB, which is None except on Linux."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        peak = json.loads(self._receive())
-        if self.results.get("megabytes") is None:  # on a GPU it is that of a call
-            self.results["megabytes"] = peak
+        last = json.loads(self._receive())
+        if self.results.get("megabytes") is not None:  # on a GPU it is that of a call
+            del last["megabytes"]
+        self.results.update(last)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._process.kill()
@@ -142,10 +153,29 @@ def main() -> None:
         expected = torch.load(folder / EXPECTED, map_location=device, weights_only=True)
         logits, boxes = ((a.float() - b).abs().max().item() for a, b in zip(outputs, expected, strict=True))
         del expected
-        _send({"logits": logits, "boxes": boxes, "megabytes": megabytes})
-        for _ in sys.stdin:
-            _send(seconds_of(lambda: run(pixels), device))
-    _send(process_peak_memory() if device.type == "cpu" and Path("/proc/self/status").exists() else None)
+        results = {"logits": logits, "boxes": boxes, "megabytes": megabytes}
+        serve(results, lambda: seconds_of(lambda: run(pixels), device), device)
+
+
+def serve(
+    results: Mapping[str, Any],
+    call: Callable[[], float],
+    device: torch.device,
+    last: Callable[[], Mapping[str, Any]] = dict,
+) -> None:
+    """Answer the requests of the parent process's :class:`Worker` until it closes standard input.
+
+    Args:
+        results: results of the warm-up.
+        call: runs the engine once and returns the time in seconds.
+        device: device of the engine.
+        last: returns the results of all calls, at the end.
+    """
+    _send(results)
+    for _ in sys.stdin:
+        _send(call())
+    known = device.type == "cpu" and Path("/proc/self/status").exists()
+    _send({"megabytes": process_peak_memory() if known else None, **last()})
 
 
 def _send(message: Any) -> None:
