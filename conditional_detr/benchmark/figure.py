@@ -1,7 +1,7 @@
 """Draw the report: bars for engines and training, lines for scaling."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ _LABELS = {STEP: "training step", CRITERION: "loss"}
 
 
 def draw(report: Report, target: Path) -> None:
-    """Draw the seconds of every engine and of training, and below them the scaling, if measured.
+    """Draw the seconds of every engine and of training, and below them the pipeline and the scaling, if measured.
 
     Args:
         report: the report.
@@ -24,7 +24,9 @@ def draw(report: Report, target: Path) -> None:
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(one.kind for one in report.training))
-    heights = [max(0.35 * len(report.measurements) + 1.6, 1.8 * len(kinds)), *([3.5] if report.scaling else [])]
+    heights = [max(0.35 * len(report.measurements) + 1.6, 1.8 * len(kinds))]
+    heights += [0.35 * len(report.pipeline) + 1.2] if report.pipeline else []
+    heights += [3.5] if report.scaling else []
     figure = Figure(figsize=(11 if kinds or report.scaling else 7, sum(heights)), layout="constrained")
     figure.suptitle(report.title)
     above, *below = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -34,17 +36,28 @@ def draw(report: Report, target: Path) -> None:
         for axes, kind in zip(part.subplots(len(kinds), squeeze=False)[:, 0], kinds, strict=True):
             own = [one for one in report.training if one.kind == kind]
             _bars(axes, own, f"seconds per {_LABELS[kind]}")
-    for part in below:
-        _lines(part, report.scaling)
+    if report.pipeline:
+        label = f"images per second from files to detections, {report.pipeline[0].images} images"
+        _bars(below[0].subplots(), report.pipeline, label, unit="", value=lambda one: one.rate)
+    if report.scaling:
+        _lines(below[-1], report.scaling)
     figure.savefig(target, format="png", dpi=100)
 
 
-def _bars(axes: Any, timings: Sequence[Timing], label: str) -> None:
+def _bars(
+    axes: Any,
+    timings: Sequence[Timing],
+    label: str,
+    *,
+    unit: str = " s",
+    value: Callable[[Any], float] = lambda one: one.median,
+) -> None:
     """Draw a bar for each engine, with another colour for transformers."""
     names = [one.engine for one in timings]
     colours = [_THEIRS if "transformers" in name else _OURS for name in names]
-    bars = axes.barh(names, [one.median for one in timings], color=colours)
-    axes.bar_label(bars, [f"{f'{one.median:#.3g}'.rstrip('.')} s, {one.ratio:.2f}x" for one in timings], padding=3)
+    bars = axes.barh(names, [value(one) for one in timings], color=colours)
+    texts = [f"{f'{value(one):#.3g}'.rstrip('.')}{unit}, {one.ratio:.2f}x" for one in timings]
+    axes.bar_label(bars, texts, padding=3)
     axes.margins(x=0.6)
     axes.invert_yaxis()
     axes.set_xlabel(label)

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from conditional_detr.benchmark.measure import Measurement
+from conditional_detr.benchmark.pipeline import PipelineMeasurement
+from conditional_detr.benchmark.stages import Stages
 from conditional_detr.benchmark.timing import Timing
 from conditional_detr.benchmark.training import TrainingMeasurement
 
 _TIMES = ("ms", "speedup", "speedup range", "peak MB")
 HEAD = ("engine", *_TIMES, "logits diff", "boxes diff")
 TRAINING_HEAD = ("training", *_TIMES, "loss")
+PIPELINE_HEAD = ("engine", "images/s", "speedup", "speedup range", "of model", "peak MB", "objects")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Report:
         measurements: all engines at one image size and batch size.
         scaling: some engines at several image sizes, batch sizes and thread counts.
         training: the training step and the criterion.
+        pipeline: the engines from image files to detections.
+        stages: the stages of an image, by backend of the preprocessing.
     """
 
     title: str
@@ -50,11 +55,15 @@ class Report:
     measurements: Sequence[Measurement]
     scaling: Sequence[Measurement] = ()
     training: Sequence[TrainingMeasurement] = ()
+    pipeline: Sequence[PipelineMeasurement] = ()
+    stages: Sequence[Stages] = ()
 
     def tables(self) -> list[Table]:
-        """Return the table of the engines, and that of training if measured."""
+        """Return the table of the engines, and those of training, the pipeline and its stages if measured."""
         tables = [table(self.measurements, self.title)]
-        return [*tables, training_table(self.training)] if self.training else tables
+        tables += [training_table(self.training)] if self.training else []
+        tables += [pipeline_table(self.pipeline)] if self.pipeline else []
+        return tables + ([stages_table(self.stages)] if self.stages else [])
 
     def markdown(self) -> str:
         """Return the tables in Markdown, each below its title."""
@@ -62,7 +71,13 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all numbers as a JSON-compatible dict."""
-        parts = {"measurements": self.measurements, "scaling": self.scaling, "training": self.training}
+        parts: dict[str, Sequence[Timing | Stages]] = {
+            "measurements": self.measurements,
+            "scaling": self.scaling,
+            "training": self.training,
+            "pipeline": self.pipeline,
+            "stages": self.stages,
+        }
         numbers = {name: [one.to_dict() for one in part] for name, part in parts.items()}
         return {"machine": self.title, "GFLOP/s": dict(self.rates), **numbers}
 
@@ -79,6 +94,25 @@ def training_table(measurements: Sequence[TrainingMeasurement]) -> Table:
     title = f"Training: {'; '.join(dict.fromkeys(f'{one.kind} on {one.inputs}' for one in measurements))}"
     rows = [(f"{one.kind}, {one.engine}", *_times(one), f"{one.loss:.1f}") for one in measurements]
     return Table(title, TRAINING_HEAD, rows)
+
+
+def pipeline_table(measurements: Sequence[PipelineMeasurement]) -> Table:
+    """Return the table of the engines from image files to detections."""
+    first, rows = measurements[0], []
+    for one in measurements:
+        _, *times, peak = _times(one)
+        rows.append((one.engine, f"{one.rate:.2f}", *times, f"{one.share:.0%}", peak, f"{one.objects}"))
+    height, width = first.size
+    return Table(f"From files to detections: {first.images} images, most {height} x {width}", PIPELINE_HEAD, rows)
+
+
+def stages_table(stages: Sequence[Stages]) -> Table:
+    """Return the table of the milliseconds of each stage."""
+    rows = [
+        (one.backend, *(f"{seconds * 1e3:.1f}" for seconds in (*one.seconds.values(), sum(one.seconds.values()))))
+        for one in stages
+    ]
+    return Table("Milliseconds per image and stage, one thread", ("backend", *stages[0].seconds, "total"), rows)
 
 
 def _times(timing: Timing) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """``conditional-detr benchmark``: compare the speed, memory and accuracy of engines on this machine."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -55,6 +56,15 @@ def benchmark(
     ] = False,
     training_size: Annotated[int, typer.Option(min=32, help="Height and width of training images, in pixels.")] = 512,
     training_batch_size: Annotated[int, typer.Option(min=1, help="Images per training step.")] = 2,
+    pipeline: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pipeline",
+            help="Also time image files to detections, beside transformers' pipeline and a plain loop: a folder, glob "
+            "or file; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for benchmark.md, benchmark.json and benchmark.png.")
     ] = None,
@@ -74,6 +84,10 @@ def benchmark(
 
     A training step is forward, loss and backward, with the same dropout and the same frozen backbone layers in both
     libraries. The loss, with matching and backward, is also timed on random outputs of COCO's size.
+
+    With --pipeline, every engine opens the same files, and the column "of model" is its rate as a share of that of its
+    model alone, on one image at a time of the most common size. "Fast" is the preprocessing of torchvision. "Objects"
+    are the detections above 0.5 on all images. The stages are those of the optimised model.
     """
     images: dict[str, Any] = {"size": (height, width), "batch": batch_size}
     step: dict[str, Any] = {"size": (training_size, training_size), "batch": training_batch_size}
@@ -82,12 +96,15 @@ def benchmark(
 
         from conditional_detr.benchmark.engines import REFERENCE
         from conditional_detr.benchmark.measure import check, measure
+        from conditional_detr.benchmark.pipeline import common_size, measure_pipeline
         from conditional_detr.benchmark.report import Report
         from conditional_detr.benchmark.scaling import measure_scaling
+        from conditional_detr.benchmark.stages import measure_stages
         from conditional_detr.benchmark.timing import product_rate
         from conditional_detr.benchmark.training import measure_training, step_peak_memory
         from conditional_detr.checkpoints.loading import checked_device, from_pretrained
 
+        files = _listed(pipeline, output) if pipeline else []
         torch_device = checked_device(pick_device(device))
         if threads is not None:
             torch.set_num_threads(threads)
@@ -103,10 +120,13 @@ def benchmark(
             raise ValueError(f"--scaling: expected one of {expected} among the engines, got {', '.join(names)}")
         if training:
             check(REFERENCE, torch_device.type)
+        if files:
+            common_size(files, model.metadata.preprocessing)  # an image that cannot be read ends it before it begins
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
+            inputs = [*([weights] if weights else []), *files]
             for name in _FILES:
-                check_output(output / name, inputs=[weights] if weights else [], overwrite=overwrite)
+                check_output(output / name, inputs=inputs, overwrite=overwrite)
     with one_line_errors(), err.status("") as status:
         options: dict[str, Any] = {"rounds": rounds, "progress": status.update}
         report = Report(
@@ -115,6 +135,8 @@ def benchmark(
             measure(model, names, **images, **options, on_failure=_warn_skipped),
             measure_scaling(model, scaling_names, **options, on_failure=_warn_skipped) if scaling else (),
             measure_training(model, **step, **options) if training else (),
+            measure_pipeline(model, files, **options, on_failure=_warn_skipped) if files else (),
+            measure_stages(model, files, progress=status.update) if files else (),
         )
         if training and torch_device.type == "cpu" and Path("/proc/self/status").exists():
             arguments = ["--device", torch_device, *_option("--weights", weights), *_option("--threads", threads)]
@@ -124,6 +146,21 @@ def benchmark(
     if output is not None:
         with one_line_errors():
             _write(report, output)
+
+
+def _listed(images: list[str], output: Path | None) -> list[str]:
+    """Return the image files that arguments of --pipeline stand for.
+
+    Raises:
+        ValueError: no image, or one that is no file.
+    """
+    from conditional_detr.inference.listing import list_images
+
+    files = [listed.image for listed in list_images(images, output=output or os.devnull).images]
+    for file in files:
+        if not Path(file).is_file():
+            raise ValueError(f"--pipeline: expected image files, got {file}")
+    return files
 
 
 def _untrained() -> "ConditionalDETR":
