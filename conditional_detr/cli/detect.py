@@ -10,7 +10,14 @@ import typer
 from conditional_detr.cli.console import AUTO, FAILED, one_line_errors, print_line
 from conditional_detr.cli.detection_run import DetectionRun, drawing_of
 from conditional_detr.cli.marks import has_mark
-from conditional_detr.cli.options import DEVICE, FAST_PREPROCESSING, WEIGHTS, open_detector
+from conditional_detr.cli.options import (
+    BATCH_SIZE,
+    BATCH_SIZE_DEFAULT,
+    DEVICE,
+    FAST_PREPROCESSING,
+    WEIGHTS,
+    open_detector,
+)
 from conditional_detr.inference.listing import ListedImage, Listing, list_images
 from conditional_detr.inference.processes import join_processes
 from conditional_detr.inference.results import Format, open_results
@@ -49,8 +56,9 @@ def detect(
     ] = None,
     device: Annotated[str, typer.Option(help=DEVICE, rich_help_panel=_MODEL)] = AUTO,
     batch_size: Annotated[
-        int, typer.Option(help="Run at most this many images of one shape together.", min=1, rich_help_panel=_LIMITS)
-    ] = 8,
+        int | None,
+        typer.Option(help=BATCH_SIZE, min=1, show_default=BATCH_SIZE_DEFAULT, rich_help_panel=_LIMITS),
+    ] = None,
     fast_preprocessing: Annotated[
         bool, typer.Option("--fast-preprocessing", help=FAST_PREPROCESSING, rich_help_panel=_LIMITS)
     ] = False,

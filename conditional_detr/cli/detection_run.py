@@ -49,7 +49,7 @@ class DetectionRun:
     last: "Detections | None" = None
 
     def run(
-        self, detector: "Detector", postprocessing: "Postprocessing", batch_size: int, *, show_progress: bool
+        self, detector: "Detector", postprocessing: "Postprocessing", batch_size: int | None, *, show_progress: bool
     ) -> int:
         """Process all images, drawing in threads beside the model; return the exit code of what stopped it, or 0."""
         from conditional_detr.inference.pipeline import map_in_threads

@@ -8,6 +8,8 @@ import typer
 
 from conditional_detr.cli.console import AUTO, err, one_line_errors, out, print_line
 from conditional_detr.cli.options import (
+    BATCH_SIZE,
+    BATCH_SIZE_DEFAULT,
     DEVICE,
     FAST_PREPROCESSING,
     OVERWRITE,
@@ -51,7 +53,7 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
     device: Annotated[str, typer.Option(help=DEVICE, rich_help_panel="Model")] = AUTO,
-    batch_size: Annotated[int, typer.Option(min=1, help="Run at most this many images together.")] = 8,
+    batch_size: Annotated[int | None, typer.Option(min=1, help=BATCH_SIZE, show_default=BATCH_SIZE_DEFAULT)] = None,
     fast_preprocessing: Annotated[bool, typer.Option("--fast-preprocessing", help=FAST_PREPROCESSING)] = False,
 ) -> None:
     """Measure detections by COCO's twelve metrics.

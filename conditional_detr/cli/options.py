@@ -13,6 +13,8 @@ WEIGHTS = "A folder, a file, the name of shipped weights, a hub id 'owner/name',
 SOURCE = "Checkpoint: a folder, a file, the name of shipped weights, or a hub id 'owner/name'."
 REVISION = "Branch, tag or commit on the hub."
 TOP_K = "Include post-processing that keeps this many detections per image."
+BATCH_SIZE = "Run at most this many images of one shape together."
+BATCH_SIZE_DEFAULT = "8, on a CPU fewer large ones"
 OVERWRITE = "Replace existing files."
 FAST_PREPROCESSING = (
     "Resize by torchvision: faster, pixels differ by rounding; large JPEG files are reduced while decoded."

@@ -60,7 +60,7 @@ def evaluate(
     annotations: str | Path | Mapping[str, Any] | Annotations,
     images: str | Path,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     rotated: Rotated = "box",
     progress: Callable[[int, int], None] | None = None,
 ) -> CocoResult:
@@ -71,7 +71,7 @@ def evaluate(
             dataset, and only these are detected.
         annotations: a COCO JSON file, or its content, or annotations that are already read.
         images: the folder of the images.
-        batch_size: the maximum number of images that run together.
+        batch_size: the maximum number of images that run together; default: that of the detector.
         rotated: which box to use of an annotation whose attributes rotate its box, as CVAT writes them: "box", its box
             before the rotation, with a warning; or "hull", the smallest upright box around the rotated one.
         progress: called with the number of processed images, and the total, both of this process.
@@ -158,7 +158,7 @@ def _detect(
     detector: Detector,
     data: Annotations,
     paths: Mapping[Id, Path],
-    batch_size: int,
+    batch_size: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> ImageDetections:
     """Return the detections of each image."""

@@ -37,7 +37,9 @@ from conditional_detr.modeling.metadata import PUBLISHED
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+DEFAULT_BATCH_SIZE = 8
 _WINDOW = 4  # how many batches an image of a rare shape waits for others of its shape
+_BATCH_PIXELS_ON_CPU = 400_000  # above, the feature maps of a batch leave the caches: it takes longer than its images
 
 
 class _Options(TypedDict, total=False):
@@ -46,7 +48,7 @@ class _Options(TypedDict, total=False):
     threshold: float
     top_k: int
     classes: Iterable[str | int] | None
-    batch_size: int
+    batch_size: int | None
     keep_images: bool | None
 
 
@@ -113,7 +115,7 @@ class Detector:
         threshold: float = 0.5,
         top_k: int = 100,
         classes: Iterable[str | int] | None = None,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         keep_images: bool | None = None,
         on_error: str = "raise",
     ) -> Any:
@@ -128,7 +130,8 @@ class Detector:
             threshold: report detections with a higher score, in [0, 1].
             top_k: report at most this many detections per image, those with the highest scores.
             classes: names or class head rows of the classes to report; None: all.
-            batch_size: run at most this many images together.
+            batch_size: run at most this many images together. Default: 8; on a CPU, as many of these as have 400,000
+                pixels after resizing, because larger batches take longer there.
             keep_images: whether Detections keep the image, to draw it later. Default: yes for one image and a list,
                 whose images the caller holds anyway; for an iterator only paths are kept, not frames.
             on_error: "raise" the error of an image that cannot be opened, or "skip" the image with a warning.
@@ -148,7 +151,8 @@ class Detector:
         one = is_single_image(images)
         if not one and (not isinstance(images, Iterable) or isinstance(images, Mapping | Set)):
             raise TypeError(f"images: expected an image, or a list or iterator of them, got {type(images).__name__}")
-        check_count("batch_size", batch_size)
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
         postprocessing = self.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
         if one:
             return self._settle(self._detect_one(images, postprocessing), on_error)  # type: ignore[arg-type]
@@ -158,6 +162,12 @@ class Detector:
             return (self._settle(outcome, on_error) for outcome in outcomes)
         with closing(outcomes):  # an error that the caller keeps would keep the threads
             return [self._settle(outcome, on_error) for outcome in outcomes]
+
+    def default_batch_size(self, height: int, width: int) -> int:
+        """Return how many images of a size after resizing run together by default."""
+        if self.model.device.type != "cpu":
+            return DEFAULT_BATCH_SIZE
+        return min(max(_BATCH_PIXELS_ON_CPU // (height * width), 1), DEFAULT_BATCH_SIZE)
 
     def postprocessing(
         self, *, threshold: float = 0.5, top_k: int = 100, classes: Iterable[str | int] | None = None
@@ -191,7 +201,7 @@ class Detector:
         images: Iterable[ImageSource],
         postprocessing: Postprocessing,
         *,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         keep_images: bool | None = None,
     ) -> Generator[Detections | Exception, None, None]:
         """Detect objects on many images, in order and in bounded memory; yield errors instead of raising them.
@@ -200,19 +210,20 @@ class Detector:
             images: read a few batches ahead. The pixels of an iterator's image are taken when it is read, so that the
                 iterator may overwrite the image for the next one.
             postprocessing: what to report, from :meth:`postprocessing`.
-            batch_size: run at most this many images together.
+            batch_size: as in a call.
             keep_images: as in a call.
 
         Returns:
             A generator with the Detections of each image, or the error that opening it raised.
         """
         workers = min(4, os.cpu_count() or 1)
+        largest = batch_size or DEFAULT_BATCH_SIZE
         is_list = isinstance(images, Sequence)
         read = read_images(images, snapshots=not isinstance(images, list | tuple))
         keep = is_list if keep_images is None else keep_images
         buffer = PixelBuffer()
         open_one = partial(prepare, preprocessing=self.model.metadata.preprocessing, limits=self.limits, keep=keep)
-        prepared = map_in_threads(open_one, read, workers=workers, depth=batch_size + workers)
+        prepared = map_in_threads(open_one, read, workers=workers, depth=largest + workers)
 
         def key(item: PreparedImage | Exception) -> tuple[Any, ...] | None:
             return (item.values.shape, item.values.dtype) if isinstance(item, PreparedImage) else None
@@ -222,8 +233,12 @@ class Detector:
                 return [items[0]]
             return self._run([item for item in items if isinstance(item, PreparedImage)], postprocessing, buffer)
 
+        def limit(key: Any) -> int:
+            (_, height, width), _ = key
+            return batch_size or self.default_batch_size(height, width)
+
         with closing(prepared):
-            yield from map_in_batches(prepared, key, run, batch_size=batch_size, window=_WINDOW * batch_size)
+            yield from map_in_batches(prepared, key, run, batch_size=limit, window=_WINDOW * largest)
 
     def draw_attention(self, detections: Detections, index: int = 0, *, layers: Sequence[int] = (-1,)) -> Image.Image:
         """Draw the cross-attention maps of one detection's query: the paper's figure 1.

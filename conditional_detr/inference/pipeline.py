@@ -55,7 +55,7 @@ def map_in_batches(
     key: Callable[[Item], Hashable | None],
     run: Callable[[list[Item]], Iterable[Result]],
     *,
-    batch_size: int,
+    batch_size: Callable[[Hashable], int],
     window: int,
 ) -> Iterator[Result]:
     """Apply a function to batches of items that have equal keys, and yield the results in the order of the items.
@@ -66,7 +66,7 @@ def map_in_batches(
         items: may have their keys in any order.
         key: returns the key of an item; None: the item runs at once, in a batch of one.
         run: takes a batch and returns its results in the same order.
-        batch_size: maximum number of items in a batch.
+        batch_size: returns the maximum number of items in a batch of a key.
         window: a batch runs before it is full once its first item is this many items back. This bounds the number of
             items and results in memory, even for a rare key.
 
@@ -95,7 +95,7 @@ def map_in_batches(
         else:
             batch = waiting.setdefault(item_key, [])
             batch.append((index, item))
-            if len(batch) == batch_size:
+            if len(batch) == batch_size(item_key):
                 run_batch(waiting.pop(item_key))
         if waiting and index - next(iter(waiting.values()))[0][0] + 1 >= window:
             run_batch(waiting.pop(next(iter(waiting))))

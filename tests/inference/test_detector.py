@@ -265,3 +265,21 @@ for times in (1, 10):
 """
     few, many = map(int, subprocess.check_output([sys.executable, "-c", code]).split())
     assert many < 1.05 * few, (few, many)
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "batch_size", "expected"),
+    [
+        ((600, 700), 3, None, [1, 1, 1]),
+        ((400, 450), 5, None, [2, 2, 1]),
+        ((32, 32), 11, None, [8, 3]),
+        ((600, 700), 3, 4, [3]),
+    ],
+)
+def test_large_images_run_in_smaller_batches_on_a_cpu(tiny, size, count, batch_size, expected):
+    model = ConditionalDETR.from_pretrained(tiny.folder)
+    model.metadata = Metadata(model.metadata.class_names, preprocessing=Preprocessing(resizing="none"))
+    runs = []
+    model.register_forward_pre_hook(lambda _, arguments: runs.append(len(arguments[0])))
+    Detector(model)([Image.new("RGB", size[::-1])] * count, batch_size=batch_size)
+    assert runs == expected

@@ -67,7 +67,7 @@ def test_results_are_in_the_order_of_the_items(keys, size, window):
 
     results = []
     for result in map_in_batches(
-        items(), lambda item: item[1].strip("-") or None, run, batch_size=size, window=window
+        items(), lambda item: item[1].strip("-") or None, run, batch_size=lambda key: size, window=window
     ):
         results.append(result)
         held -= 1
@@ -86,7 +86,7 @@ def test_full_batches_where_the_keys_allow():
         runs.append("".join(batch))
         return batch
 
-    list(map_in_batches(keys, lambda key: key, run, batch_size=4, window=8))
+    list(map_in_batches(keys, lambda key: key, run, batch_size=lambda key: 4, window=8))
     assert runs == ["aaaa", "bbbb"]
 
 
@@ -96,7 +96,7 @@ def test_an_error_of_the_iterator_is_raised_after_all_earlier_results():
         raise KeyError("camera")
 
     ahead = map_in_threads(lambda i: 10 * i, broken(), workers=2, depth=4)
-    together = map_in_batches(ahead, lambda item: item % 20, list, batch_size=4, window=16)
+    together = map_in_batches(ahead, lambda item: item % 20, list, batch_size=lambda key: 4, window=16)
     assert [next(together) for _ in range(5)] == [0, 10, 20, 30, 40]
     with pytest.raises(KeyError, match="camera"):
         next(together)
