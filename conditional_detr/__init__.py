@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from conditional_detr.inference.detector import Detector
     from conditional_detr.inference.downloads import Limits
     from conditional_detr.inference.exported import ExportedModel
+    from conditional_detr.inference.url_guard import UrlGuard
     from conditional_detr.modeling.conditional_detr import AttentionMaps, ConditionalDETR, Config, Output
     from conditional_detr.modeling.metadata import Metadata, Preprocessing
     from conditional_detr.set_prediction.losses import SetLoss
@@ -34,6 +35,7 @@ __all__ = [
     "Output",
     "Preprocessing",
     "SetLoss",
+    "UrlGuard",
     "export",
     "from_pretrained",
     "optimize",
@@ -53,6 +55,7 @@ _MODULES = {
     "Output": "modeling.conditional_detr",
     "Preprocessing": "modeling.metadata",
     "SetLoss": "set_prediction.losses",
+    "UrlGuard": "inference.url_guard",
     "export": "deploy.export",
     "from_pretrained": "checkpoints.loading",
     "optimize": "deploy.optimize",

@@ -9,12 +9,15 @@ import urllib.parse
 import urllib.request
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
+
+from conditional_detr.inference.url_guard import RefusedUrlError, UrlGuard
 
 DOWNLOAD = "conditional_detr_download"
 """Name of the threads of downloads."""
 
 _CHUNK = 1 << 16
+_MAX_GUARDED_REDIRECTS = 3
 
 
 class Limits(NamedTuple):
@@ -23,10 +26,12 @@ class Limits(NamedTuple):
     Attributes:
         timeout: seconds for the whole download.
         max_bytes: largest size of the file.
+        guard: which URLs may be downloaded; None for all, which is for URLs that the program's own user gives.
     """
 
     timeout: float = 10.0
     max_bytes: int = 64 * 2**20
+    guard: UrlGuard | None = None
 
 
 DEFAULT_LIMITS = Limits()
@@ -38,6 +43,11 @@ def fetch_url(url: str, name: str, limits: Limits) -> bytes:
 
     The download runs in a thread, because urllib's timeout limits each read, not the total time of slow headers and
     redirects. At the deadline its connections are shut down, which ends the thread.
+
+    Raises:
+        OSError: the URL cannot be fetched or takes too long.
+        RefusedUrlError: the guard of the limits refuses the URL or one that it redirects to.
+        ValueError: the download is above the limit.
     """
     download = _Download(url, name, limits)
     done: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
@@ -57,6 +67,8 @@ def fetch_url(url: str, name: str, limits: Limits) -> bytes:
         download.stop()
     if isinstance(outcome, _TooLargeError):
         raise outcome
+    if isinstance(outcome, RefusedUrlError):
+        raise RefusedUrlError(f"{name}: the URL is refused: {outcome}") from outcome
     if isinstance(outcome, Exception):
         raise OSError(f"{name}: the URL cannot be fetched: {outcome}") from outcome
     return outcome
@@ -72,7 +84,7 @@ class _Download:
     Args:
         url: the URL, http or https.
         name: name for messages.
-        limits: the size limit, and the timeout of each read.
+        limits: the size limit, the timeout of each read, and the guard.
     """
 
     def __init__(self, url: str, name: str, limits: Limits) -> None:
@@ -83,9 +95,13 @@ class _Download:
 
     def run(self) -> bytes:
         """Download the URL and return the bytes; stop at the size limit."""
+        handlers: list[urllib.request.BaseHandler] = [_Opener(self), _Redirects(self.limits.guard)]
+        if self.limits.guard:
+            self.limits.guard.check_url(self.url)
+            handlers.append(urllib.request.ProxyHandler({}))
         quoted = urllib.parse.quote(self.url, safe="%/:=&?~#+!$,;'@()*[]")  # spaces and letters beyond ASCII
         request = urllib.request.Request(quoted, headers={"User-Agent": "conditional-detr"})
-        opener = urllib.request.build_opener(_Opener(self))
+        opener = urllib.request.build_opener(*handlers)
         try:
             with opener.open(request, timeout=self.limits.timeout) as response:
                 declared = int(response.headers.get("Content-Length") or 0)
@@ -129,13 +145,32 @@ class _HttpConnection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         self.download.add(self)
-        super().connect()
+        if self.download.limits.guard:
+            self.sock = self._connect_guarded(self.download.limits.guard)
+        else:
+            super().connect()
         self.kept = self.sock.dup()  # TLS replaces the socket itself
         try:
             self.download.check()  # a name server or a proxy may have been slow
         except TimeoutError:
             self.kept.close()
             raise
+
+    def _connect_guarded(self, guard: UrlGuard) -> socket.socket:
+        """Connect to the first address that answers, without another look-up."""
+        failure = OSError("the host has no address")
+        for family, address in guard.resolve(self.host, self.port):
+            self.download.check()
+            connecting = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                connecting.settimeout(self.timeout)
+                connecting.connect(address)
+            except OSError as error:
+                connecting.close()
+                failure = error
+            else:
+                return connecting
+        raise failure
 
     def shut_down(self) -> None:
         """End the reads that are waiting; the thread that reads closes the socket itself."""
@@ -168,3 +203,28 @@ class _Opener(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         connection = kind(host, **options)
         connection.download = self._download
         return connection
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows the redirects of a download that its guard allows."""
+
+    def __init__(self, guard: UrlGuard | None) -> None:
+        self._guard = guard
+        self._followed = 0
+
+    def redirect_request(
+        self,
+        request: urllib.request.Request,
+        response: IO[bytes],
+        code: int,
+        message: str,
+        headers: http.client.HTTPMessage,
+        url: str,
+    ) -> urllib.request.Request | None:
+        response.close()  # urllib would read its body, of any length
+        if self._guard:
+            self._followed += 1
+            if self._followed > _MAX_GUARDED_REDIRECTS:
+                raise RefusedUrlError(f"more than {_MAX_GUARDED_REDIRECTS} redirects")
+            self._guard.check_url(url, redirected_from=request.full_url)
+        return super().redirect_request(request, response, code, message, headers, url)
