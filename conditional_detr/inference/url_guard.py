@@ -12,9 +12,7 @@ _MAX_LENGTH = 4096  # characters
 _DEFAULT_PORTS = (80, 443)
 _PLAIN_HOST = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f.]*:[0-9a-f:.]+\]"
 # Narrower than the standards: where parsers disagree about the host, the URL does not match.
-_URL = re.compile(
-    rf"(https?)://(?:{_PLAIN_HOST})(?::[0-9]{{1,5}})?(?:/[^\x00-\x20\\\x7f]*)?", re.ASCII | re.IGNORECASE
-)
+_URL = re.compile(rf"(https?)://({_PLAIN_HOST})(?::[0-9]{{1,5}})?(?:/[^\x00-\x20\\\x7f]*)?", re.ASCII | re.IGNORECASE)
 _ENTRY = re.compile(rf"(\*|(?:\*\.)?(?:{_PLAIN_HOST}))(?::([1-9][0-9]{{0,4}}))?", re.ASCII | re.IGNORECASE)
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)
 
@@ -55,6 +53,7 @@ class UrlGuard:
             refused.
 
     Raises:
+        TypeError: a host that is no string.
         ValueError: a host of another form.
     """
 
@@ -62,7 +61,7 @@ class UrlGuard:
         self._entries = [_parse_entry(host) for host in hosts]
 
     def check_url(self, url: str, redirected_from: str = "") -> None:
-        """Check all of a URL except its host and port, which :meth:`resolve` checks.
+        """Check the form of a URL; :meth:`resolve` checks its host and port.
 
         Raises:
             RefusedUrlError: a URL of another form, or a redirect from https to http.
@@ -75,6 +74,7 @@ class UrlGuard:
                 "expected http:// or https://, a host name in ASCII or an IP address, and a path, without user name,"
                 " spaces, control characters and backslashes"
             )
+        _canonical_host(found[2])
         if redirected_from.lower().startswith("https:") and found[1].lower() != "https":
             raise RefusedUrlError("a redirect leads from https to http")
 
@@ -126,6 +126,8 @@ def _canonical_host(host: str) -> str:
 
 def _parse_entry(text: str) -> _Entry:
     """Return an entry of the allow list."""
+    if not isinstance(text, str):
+        raise TypeError(f"hosts: expected strings, got {type(text).__name__}")
     found = _ENTRY.fullmatch(text)
     if not found:
         raise ValueError(
