@@ -59,7 +59,8 @@ class Detector:
         model: the network, its optimised copy, or an exported model. Its metadata has the preprocessing and the class
             names. The model stays on its device. A model in train mode is set to eval mode while it runs, so it must
             not run in several threads at once.
-        limits: timeout and largest file size for images that are given as URLs.
+        limits: timeout, largest file size and guard for images that are given as URLs. URLs of strangers need a
+            guard.
 
     Raises:
         TypeError: ``model`` is no :class:`~conditional_detr.modeling.detection_model.DetectionModel`.

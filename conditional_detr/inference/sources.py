@@ -63,7 +63,7 @@ def resolve_source(image: ImageSource, name: str, limits: Limits = DEFAULT_LIMIT
     Raises:
         OSError: the URL cannot be fetched or takes too long, or the open file cannot be read.
         TypeError: an unsupported type.
-        ValueError: an invalid URL or base64 string, or a download above the limit.
+        ValueError: an invalid URL or base64 string, a download above the limit, or a URL that the guard refuses.
     """
     name = source_name(image, name)
     if isinstance(image, Image.Image | np.ndarray | Tensor):

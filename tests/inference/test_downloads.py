@@ -37,10 +37,15 @@ def server():
                 except OSError:
                     pass  # the client has disconnected
                 return
-            if path == "moved.png":
+            if path in ("moved.png", "moved-endless.png"):
                 self.send_response(302)
                 self.send_header("Location", "/image.png")
                 self.end_headers()
+                try:
+                    for _ in range(100_000 if path == "moved-endless.png" else 0):
+                        self.wfile.write(bytes(1 << 16))
+                except OSError:
+                    pass  # the client has disconnected
                 return
             known = path.split("?")[0] in ("image.png", "an%20image%20%C3%BC.png")
             self.send_response(200 if known or path in ("trickle", "silent", "lies", "page", "endless") else 404)
@@ -73,7 +78,9 @@ def server():
     server.server_close()
 
 
-@pytest.mark.parametrize("path", ["image.png", "moved.png", "an image ü.png", "image.png?size=1&x=%20"])
+@pytest.mark.parametrize(
+    "path", ["image.png", "moved.png", "moved-endless.png", "an image ü.png", "image.png?size=1&x=%20"]
+)
 def test_url(server, path):
     assert resolve_source(server + path, "image") == PNG
     assert np.array_equal(np.asarray(open_image(server + path, "image")), RGB)
