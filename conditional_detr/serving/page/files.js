@@ -1,4 +1,4 @@
-// Files that the user drops, pastes or chooses.
+// Files that the user drops, pastes, chooses or saves.
 
 /** Call `open` with a file that the user gives, and `warn` where something else or more than one was given. */
 export function connectFiles(input, open, warn) {
@@ -25,4 +25,11 @@ export function connectFiles(input, open, warn) {
     if (files.length) take(files);
     else warn("What was dropped is not a file. Save the image first, or copy and paste it.");
   });
+}
+
+export function saveFile(blob, name) {
+  const link = document.createElement("a");
+  [link.href, link.download] = [URL.createObjectURL(blob), name];
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // the browser reads it after the click
 }

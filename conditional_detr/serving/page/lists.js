@@ -2,7 +2,7 @@
 
 import { css } from "./drawing.js";
 
-export function make(name, properties, ...content) {
+function make(name, properties, ...content) {
   const made = Object.assign(document.createElement(name), properties);
   made.append(...content);
   return made;
@@ -14,13 +14,13 @@ function swatch(colour) {
   return made;
 }
 
-/** List classes, a Map of name to colour, with checkboxes; `toggle` gets a name and whether it is to be shown. */
+/** List classes, a Map of name to colour, with checkboxes; `toggle` gets names and whether to show them. */
 export function listClasses(list, colours, hidden, toggle) {
   const listed = [...list.children].map(({ dataset }) => dataset.label);
   if (listed.length === colours.size && listed.every((label) => colours.has(label))) return; // the focus stays
   list.replaceChildren(...[...colours].map(([label, colour]) => {
     const box = make("input", { type: "checkbox", checked: !hidden.has(label) });
-    box.addEventListener("change", () => toggle(label, box.checked));
+    box.addEventListener("change", () => toggle([label], box.checked));
     const text = make("span", { className: "text" }, label);
     const item = make("li", {}, make("label", { className: "check" }, box, swatch(colour), text, make("output", {})));
     item.dataset.label = label;

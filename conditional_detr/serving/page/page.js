@@ -2,8 +2,8 @@
 
 import { answerFrames, closeCamera, openCamera, takePhoto } from "./camera.js";
 import { annotate, colourOf, drawOverlay } from "./drawing.js";
-import { connectFiles } from "./files.js";
-import { connect, countClasses, listClasses, listRows, make, offerToKeyboard } from "./lists.js";
+import { connectFiles, saveFile } from "./files.js";
+import { connect, countClasses, listClasses, listRows, offerToKeyboard } from "./lists.js";
 import { detect, drawAttention, hasKey, listModels, setKey } from "./service.js";
 import { copy, snippet } from "./snippets.js";
 
@@ -18,7 +18,8 @@ const state = {
   detections: [], // the whole answer, each with its index and colour
   classes: new Map(), // class name to colour: those of this image, or of all frames of the camera so far
   hidden: new Set(), // class names that are switched off
-  timing: "",
+  answered: false, // whether the detections are an answer about what is shown
+  note: "", // how long the answer took
 };
 let running = new AbortController(); // the last detection
 let inspecting = new AbortController(); // the last attention map
@@ -58,7 +59,7 @@ async function loadModels() {
 
 function describeModel() {
   const { class_names: names = [], licence } = model() ?? {};
-  $("model-note").textContent = [`${names.length} classes`, licence].filter(Boolean).join(" · ");
+  $("model-note").textContent = [`${names.filter(Boolean).length} classes`, licence].filter(Boolean).join(" · ");
 }
 
 /* The image and its detections */
@@ -82,7 +83,7 @@ async function open(file) {
   report(null);
   image.hidden = true;
   state.classes.clear();
-  setDetections([], "Detecting …");
+  setDetections(null, "Detecting …");
   const shown = show(file);
   try {
     await ready;
@@ -93,25 +94,27 @@ async function open(file) {
     if (!signal.aborted) setDetections(answer, `${Math.round(elapsed)} ms`);
   } catch (error) {
     if (signal.aborted) return;
-    setDetections([], "");
+    setDetections(null, "");
     report(error);
   }
 }
 
-function setDetections(answer, timing) {
+/** Take an answer of the service, or null while there is none. */
+function setDetections(given, note) {
+  const answer = given ?? [];
+  [state.answered, state.note] = [given !== null, note];
   const order = new Set([...(model()?.class_names ?? []), ...answer.map(({ label }) => label)]);
   const rank = new Map([...order].map((label, index) => [label, index]));
   const colour = ({ label }) => colourOf(rank.get(label));
   state.detections = answer.map((detection, index) => ({ ...detection, index, colour: colour(detection) }));
-  state.timing = timing;
   for (const { label, colour } of state.detections) state.classes.set(label, colour);
   $("filter").hidden = state.classes.size === 0;
-  listClasses($("classes"), state.classes, state.hidden, toggleClass);
+  listClasses($("classes"), state.classes, state.hidden, toggleClasses);
   render();
 }
 
-function toggleClass(label, shown) {
-  state.hidden[shown ? "delete" : "add"](label);
+function toggleClasses(labels, shown) {
+  for (const label of labels) state.hidden[shown ? "delete" : "add"](label);
   render();
 }
 
@@ -128,6 +131,7 @@ function fit(size) {
     $("frame").style.height = `${size.height * scale}px`;
   }
   drawBoxes();
+  writeStatus();
 }
 
 function drawBoxes() {
@@ -155,14 +159,15 @@ function render() {
 
 function hint(count) {
   if (count) return model()?.attention ? "Select one to see where the model looks." : "";
-  return state.detections.length ? "None with this score and these classes." : "Nothing to list yet.";
+  if (state.detections.length) return "None with this score and these classes.";
+  return state.answered ? "The model detects nothing on this image." : "Nothing to list yet.";
 }
 
 function writeStatus() {
   const count = visible().length;
   const size = state.size ? [`${state.size.width} × ${state.size.height} pixels`] : [];
-  const answered = /\d/.test(state.timing) ? [`${count} ${count === 1 ? "detection" : "detections"}`] : [];
-  $("status").textContent = state.file ? [...size, ...answered, state.timing].filter(Boolean).join(" · ") : "";
+  const counted = state.answered ? [`${count} ${count === 1 ? "detection" : "detections"}`] : [];
+  $("status").textContent = state.file ? [...size, ...counted, state.note].filter(Boolean).join(" · ") : "";
 }
 
 /* Attention, download, code */
@@ -193,9 +198,7 @@ async function download() {
   const blob = await new Promise((resolve) => annotate(image, visible()).toBlob(resolve, "image/png"));
   if (!blob) return report(new Error("The browser cannot draw an image of this size."));
   const name = `${state.file.name.replace(/\.[^.]*$/, "")}-detections.png`;
-  const link = make("a", { href: URL.createObjectURL(blob), download: name });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // the browser reads it after the click
+  saveFile(blob, name);
 }
 
 function writeSnippet() {
@@ -220,18 +223,18 @@ function showCamera(on) {
 }
 
 async function startCamera() {
-  restart();
   report(null);
   try {
     await openCamera(video);
   } catch (error) {
     return report(error);
   }
+  restart();
   state.file = null;
   state.classes.clear();
   showCamera(true);
   fit({ width: video.videoWidth, height: video.videoHeight });
-  setDetections([], "");
+  setDetections(null, "");
   $("name").textContent = "Camera";
 }
 
@@ -245,6 +248,7 @@ async function freeze() {
   if (video.hidden) return;
   restart();
   stopCamera();
+  state.note = "";
   if (state.file) return show(state.file);
   $("name").textContent = "";
   fit(null);
@@ -270,9 +274,7 @@ async function detectLive() {
 
 /* The user's actions */
 
-function on(id, name, action) {
-  $(id).addEventListener(name, action);
-}
+const on = (id, name, action) => $(id).addEventListener(name, action);
 
 connectFiles($("file"), open, (message) => report(new Error(message)));
 on("model", "change", () => {
@@ -292,7 +294,8 @@ on("key-form", "submit", async (event) => {
 on("threshold", "input", render);
 for (const [id, shown] of [["all", true], ["none", false]]) {
   on(id, "click", () => {
-    for (const box of $("classes").querySelectorAll("input")) if (box.checked !== shown) box.click();
+    for (const box of $("classes").querySelectorAll("input")) box.checked = shown;
+    toggleClasses(state.classes.keys(), shown);
   });
 }
 for (const radio of document.querySelectorAll("[name=form]")) radio.addEventListener("change", writeSnippet);
