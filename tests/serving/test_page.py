@@ -4,9 +4,14 @@ import base64
 import io
 import json
 import re
+import shutil
+import subprocess
+import sys
 import time
 import urllib.request
 from contextlib import suppress
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from PIL import Image
@@ -223,3 +228,33 @@ def test_the_page_works_behind_a_path_prefix(page, page_url):
     choose(page, SHAPES)
     expect(page.locator("#rows tr").first).to_be_visible()
     expect(page.locator("#snippet")).to_contain_text("/some/where/v1/detect?model=shapes&threshold=0.5'")
+
+
+def test_the_code_to_copy_runs_also_with_quotes_in_the_name(page, page_url, tmp_path, monkeypatch):
+    name = """it's "$HOME".png"""
+    (tmp_path / name).write_bytes(SHAPES)
+    monkeypatch.chdir(tmp_path)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    choose(page, SHAPES, name)
+    expect(page.locator("#rows tr").first).to_be_visible()
+    page.locator("#code summary").click()
+    code = {}
+    for form in ("curl", "python", "json"):
+        page.locator(f"[name=form][value={form}]").check()
+        page.get_by_role("button", name="Copy").click()
+        expect(page.locator("#copy")).to_have_text("Copied")
+        code[form] = page.evaluate("navigator.clipboard.readText()")
+        expect(page.locator("#copy")).to_have_text("Copy")
+    expected = json.loads(ask(page_url, "detect?model=shapes&threshold=0.5"))
+    assert json.loads(code["json"]) == expected
+    if shutil.which("curl"):
+        assert json.loads(subprocess.check_output(["bash", "-c", code["curl"] + " --silent"])) == expected
+    client = MagicMock()
+    monkeypatch.setitem(sys.modules, "openai", SimpleNamespace(OpenAI=client))
+    exec(code["python"], {})
+    assert client.call_args.kwargs["base_url"] == f"{page_url}v1/"
+    sent = client.return_value.chat.completions.create.call_args.kwargs
+    assert sent["model"] == "shapes"
+    prefix, data = sent["messages"][0]["content"][0]["image_url"]["url"].split(",")
+    assert prefix == "data:image/png;base64"
+    assert base64.b64decode(data) == SHAPES
