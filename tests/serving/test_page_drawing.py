@@ -78,6 +78,17 @@ def test_labels_of_equal_boxes_lie_apart_and_inside_the_image(page):
             assert beside or a["y"] + a["height"] <= b["y"] + 0.1 or b["y"] + b["height"] <= a["y"] + 0.1
 
 
+def test_a_label_without_room_is_shown_while_its_row_is_highlighted(page):
+    reply(page, [detection("name", 0.9, 0, 0, 150, 60) for _ in range(60)])
+    choose(page, BLANK)
+    expect_count(page, 60)
+    last = page.locator("#overlay .label[data-index='59']")
+    expect(page.locator("#overlay .label[data-index='0']")).to_be_visible()
+    expect(last).to_be_hidden()
+    page.locator("#rows tr").last.hover()
+    expect(last).to_be_visible()
+
+
 def test_live_detection_asks_one_frame_at_a_time(page):
     page.context.grant_permissions(["camera"])
     open_requests, most, answered = 0, 0, 0

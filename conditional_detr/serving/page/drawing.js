@@ -38,13 +38,13 @@ function shorten(text, width) {
 }
 
 /**
- * Give each label the place at its box that covers the least of the labels before it.
- * Boxes are {x, y, width, height} in the same units as the area; labels stay inside the area.
+ * Give each label the place at its box that covers the least of the labels before it. A label that would cover much of
+ * them is marked as crowded: it is shown only while its box is highlighted. Boxes are {x, y, width, height} in the same units as the area; labels stay inside the area.
  */
 function placeLabels(items, area, unit) {
   pen.font = `500 ${TEXT * unit}px ${FONT}`;
   const placed = [];
-  for (const { box, label, score } of items) {
+  return items.map(({ box, label, score }) => {
     const suffix = ` ${score.toFixed(2)}`;
     const room = area.width - 2 * PADDING * unit - pen.measureText(suffix).width;
     const text = shorten(label, Math.min(room, 220 * unit)) + suffix;
@@ -66,9 +66,10 @@ function placeLabels(items, area, unit) {
       if (cost < least) [best, least] = [place, cost];
       if (cost === 0) break;
     }
-    placed.push({ ...best, text });
-  }
-  return placed;
+    const crowded = least > 0.2 * width * height;
+    if (!crowded) placed.push(best);
+    return { ...best, text, crowded };
+  });
 }
 
 /** Return detections with boxes as {x, y, width, height}, scaled. */
@@ -102,8 +103,9 @@ export function drawOverlay(svg, detections, area, scale) {
     return { group, size: box.width * box.height };
   });
   const names = items.map(({ index, colour }, i) => {
-    const { text, ...place } = labels[i];
-    const group = element("g", { "data-index": index, class: "label", "aria-hidden": true });
+    const { text, crowded, ...place } = labels[i];
+    const kind = crowded ? "label crowded" : "label";
+    const group = element("g", { "data-index": index, class: kind, "aria-hidden": true });
     const start = { x: place.x + PADDING * unit, y: place.y + place.height / 2 };
     const words = element("text", { ...start, "font-size": TEXT * unit, fill: textOn(colour) });
     words.textContent = text;
@@ -135,7 +137,8 @@ export function annotate(image, detections) {
   }
   [context.font, context.textBaseline] = [pen.font, "middle"];
   for (let i = items.length - 1; i >= 0; i -= 1) {
-    const { x, y, width, height, text } = labels[i];
+    const { x, y, width, height, text, crowded } = labels[i];
+    if (crowded) continue;
     context.fillStyle = css(items[i].colour);
     context.fillRect(x, y, width, height);
     context.fillStyle = textOn(items[i].colour);
