@@ -56,5 +56,6 @@ def page(browser, page_url):
     page.on("pageerror", lambda error: faults.append(str(error)))
     assert "default-src 'none'" in page.goto(page_url).headers["content-security-policy"]
     yield page
+    page.unroute_all(behavior="ignoreErrors")  # of requests that nobody waits for, such as the icon's
     context.close()
     assert [fault for fault in faults if not fault.startswith(REFUSED)] == []

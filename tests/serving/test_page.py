@@ -78,6 +78,7 @@ def test_box_and_row_are_highlighted_together(page):
     expect_count(page, 2)
     page.locator("#overlay .box[data-index='1']").hover()  # it lies within the other one
     expect(page.locator("#rows tr.active")).to_contain_text("b")
+    expect(page.locator("#overlay .label").last).to_have_text("b 0.80")  # over the others
     page.locator("#rows tr").first.hover()
     expect(page.locator("#overlay .label.active")).to_have_text("a 0.90")
     page.locator("h1").hover()
