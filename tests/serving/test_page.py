@@ -125,6 +125,8 @@ def test_the_whole_way_by_keyboard(page):
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("ArrowDown")
     expect(page.locator("#rows tr.active")).to_have_attribute("data-index", "1")
+    page.keyboard.press("Tab")  # the table is one stop
+    expect(page.locator("#code summary")).to_be_focused()
 
 
 def test_names_are_text(page):
