@@ -28,7 +28,11 @@ ALLOWED = {
     "evaluation": {"modeling", "inference", "data"},
     "training": {"modeling", "system", "set_prediction", "inference", "checkpoints", "data", "deploy", "evaluation"},
     "benchmark": {"modeling", "set_prediction", "inference", "deploy", "training"},
-    "cli": {"modeling", "system", "inference", "checkpoints", "data", "deploy", "evaluation", "training", "benchmark"},
+    "serving": {"modeling", "inference"},
+    "cli": {
+        *("modeling", "system", "inference", "checkpoints", "data", "deploy", "evaluation", "training", "benchmark"),
+        "serving",
+    },
 }
 # The class methods of the network, two lines each.
 UPWARD = {("modeling", "checkpoints", "from_pretrained"), ("modeling", "checkpoints", "save_pretrained")}

@@ -24,6 +24,7 @@ from conditional_detr.cli.evaluate import evaluate
 from conditional_detr.cli.export import export
 from conditional_detr.cli.info import info
 from conditional_detr.cli.quantize import quantize
+from conditional_detr.cli.serve import serve
 from conditional_detr.cli.train import train
 from conditional_detr.system.console import PIPE_CLOSED, printable
 
@@ -65,7 +66,7 @@ _PANELS = {
     "Detect": (detect, attention),
     "Train and evaluate": (train, evaluate, check_data),
     "Checkpoints": (info, convert),
-    "Deploy": (export, quantize, benchmark),
+    "Deploy": (serve, export, quantize, benchmark),
 }
 
 

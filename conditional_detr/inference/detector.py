@@ -232,7 +232,8 @@ class Detector:
         def run(items: list[PreparedImage | Exception]) -> list[Detections | Exception]:
             if isinstance(items[0], Exception):
                 return [items[0]]
-            return self._run([item for item in items if isinstance(item, PreparedImage)], postprocessing, buffer)
+            group = [item for item in items if isinstance(item, PreparedImage)]
+            return self.run_batch(group, [postprocessing] * len(group), buffer)
 
         def limit(key: Any) -> int:
             (_, height, width), _ = key
@@ -282,20 +283,42 @@ class Detector:
 
     def _detect_one(self, image: ImageSource, postprocessing: Postprocessing) -> Detections | Exception:
         """Detect objects on a single image, without threads."""
-        prepared = prepare((image, "image"), self.model.metadata.preprocessing, self.limits, keep=True)
-        return prepared if isinstance(prepared, Exception) else self._run([prepared], postprocessing, PixelBuffer())[0]
+        prepared = self.prepare(image, "image", keep=True)
+        return prepared if isinstance(prepared, Exception) else self.run_batch([prepared], [postprocessing])[0]
 
-    def _run(
-        self, group: list[PreparedImage], postprocessing: Postprocessing, buffer: PixelBuffer
+    def prepare(self, image: ImageSource, name: str, *, keep: bool) -> PreparedImage | Exception:
+        """Open and resize an image for :meth:`run_batch`, also in another thread; return the error that this raises.
+
+        Args:
+            image: the image.
+            name: name for messages if the image has no path or URL, such as ``images[3]``.
+            keep: whether Detections keep the image, to draw it later.
+        """
+        return prepare((image, name), self.model.metadata.preprocessing, self.limits, keep=keep)
+
+    def run_batch(
+        self,
+        group: Sequence[PreparedImage],
+        postprocessings: Sequence[Postprocessing],
+        buffer: PixelBuffer | None = None,
     ) -> list[Detections | Exception]:
-        """Run the model on images of one shape; return the detections of each, or its error."""
+        """Run the model on prepared images whose values have one shape and dtype.
+
+        Args:
+            group: the images, from :meth:`prepare`.
+            postprocessings: what to report of each, from :meth:`postprocessing`.
+            buffer: memory that batches after one another use.
+
+        Returns:
+            The detections on each image, or its error.
+        """
         try:
-            return [*self._detect(group, postprocessing, buffer)]
+            return [*self._detect(group, postprocessings, buffer or PixelBuffer())]
         except InferenceError as error:  # the runtime of an exported model refuses this shape
             return [InferenceError(f"{image.name}: {error}") for image in group]
 
     def _detect(
-        self, group: list[PreparedImage], postprocessing: Postprocessing, buffer: PixelBuffer
+        self, group: Sequence[PreparedImage], postprocessings: Sequence[Postprocessing], buffer: PixelBuffer
     ) -> Iterator[Detections | Exception]:
         """Run the model on images of one shape; yield the detections of each, or its error."""
         metadata = self.model.metadata
@@ -304,7 +327,9 @@ class Detector:
         output = self._evaluate(self.model, pixels)
         logits, boxes = (x[-1].float().cpu() for x in output)  # (B, N, C), (B, N, 4)
         check_head(logits.shape[-1], metadata.class_names)
-        for image, image_logits, image_boxes in zip(group, logits, boxes, strict=True):
+        for image, postprocessing, image_logits, image_boxes in zip(
+            group, postprocessings, logits, boxes, strict=True
+        ):
             if not (image_logits.isfinite().all() and image_boxes.isfinite().all()):
                 yield ValueError(f"{image.name}: the model returned logits or boxes that are not finite")
                 continue

@@ -112,7 +112,7 @@ def _resolve_string(text: str, name: str, limits: Limits) -> Path | bytes:
     if start.startswith(("http://", "https://")):
         return fetch_url(text, name, limits)
     if start.startswith("data:"):
-        return _decode_data_uri(text, name)
+        return decode_data_uri(text, name)
     if _exists(text):
         return Path(text)
     if scheme := re.match(r"[a-z][a-z0-9+.-]+(?=://)", start):
@@ -150,7 +150,7 @@ def _decode_base64(text: str) -> bytes | None:
         return None
 
 
-def _decode_data_uri(text: str, name: str) -> bytes:
+def decode_data_uri(text: str, name: str) -> bytes:
     """Return the bytes of a data URI, which is base64 or percent-encoded."""
     try:
         with urllib.request.urlopen("".join(text.split())) as response:
