@@ -19,7 +19,8 @@ def deployment(
     """Return the service as an application of Ray Serve, for ``serve.run`` or the command ``serve run``.
 
     Ray starts the replicas, on any machine of its cluster, replaces those that die, and spreads the requests over
-    them. Requests in flight in a replica that dies get 500, which OpenAI's clients repeat. Each replica creates its own application, and runs images of its requests together.
+    them. Requests in flight in a replica that dies get 500, which OpenAI's clients repeat. Each replica creates its
+    own application, and runs images of its requests together.
 
     Args:
         create: called in each replica; loads the models and returns ``create_app(...)``.
