@@ -1,14 +1,16 @@
 """Data loading for the training loop: random numbers of a sample depend only on seed, epoch and index."""
 
 import itertools
+import math
 import multiprocessing
 import random
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -81,28 +83,46 @@ class InputTimes:
 class _SeededDataset(Dataset[Any]):
     """A dataset that seeds the global generators by seed, epoch and index before each sample.
 
-    An error is returned instead of raised, so that the traceback of a worker does not hide its message.
+    Workers live longer than an epoch, so it gets the epoch with the indices of each batch. An error is returned
+    instead of raised, so that the traceback of a worker does not hide its message.
     """
 
-    def __init__(self, data: SampleDataset, config: TrainConfig, epoch: int) -> None:
+    def __init__(self, data: SampleDataset, parts: Sequence[Any], config: TrainConfig) -> None:
         self.data = data
+        self.parts = parts
         self.seed = config.seed
-        self.epoch = epoch
+        self.epoch: int | None = None
         self.skips = config.max_bad_images > 0
 
+    def set_epoch(self, epoch: int) -> None:
+        """Call ``set_epoch`` of the datasets that have it, if this process has not done so for this epoch."""
+        if epoch == self.epoch:
+            return
+        with _seeded_generators(derive_seed(self.seed, epoch, bits=63)):  # the same in all processes
+            for part in self.parts:
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(epoch)
+        self.epoch = epoch
+
     def __getitem__(self, index: int) -> Sample | Exception:
+        assert self.epoch is not None
         with _seeded_generators(derive_seed(self.seed, self.epoch, index, bits=63)):
             try:
                 return self.data[index]
             except (OSError, TypeError, ValueError) as error:
                 return error
 
-    def __getitems__(self, indices: list[int]) -> tuple[list[tuple[int, Sample | Exception]], float]:
+    def __getitems__(self, batch: tuple[int, list[int]]) -> tuple[list[tuple[int, Sample | Exception]], float]:
         """Return the samples of a batch with their indices, and the time at which loading them began.
 
         If all are bad and are skipped, the next good one is loaded, too.
+
+        Args:
+            batch: the epoch and the indices.
         """
         began = time.perf_counter()
+        epoch, indices = batch
+        self.set_epoch(epoch)
         loaded = [(index, self[index]) for index in indices]
         if self.skips and all(isinstance(sample, OSError | ValueError) for _, sample in loaded):
             following = ((indices[-1] + i) % len(self.data) for i in range(1, len(self.data)))
@@ -111,60 +131,92 @@ class _SeededDataset(Dataset[Any]):
         return loaded, began
 
 
-def load_batches(
-    data: SampleDataset,
-    batches: Sequence[list[int]],
-    config: TrainConfig,
-    epoch: int,
-    *,
-    pin: bool,
-    skip: Callable[[int, Exception], None],
-    record: Callable[[int, float], None],
-) -> Generator[LoadedBatch]:
-    """Yield batches with the dataset indices of their images, which the workers load ahead.
+class BatchLoader:
+    """Context manager that loads the batches of one epoch after the other.
+
+    Its workers start with the first batch and live until the end of the context: with the start method "spawn", each
+    imports torch anew, which takes seconds.
 
     Args:
         data: the dataset.
-        batches: the sample indices of each batch.
         config: the settings.
-        epoch: index of the epoch.
+        parts: the datasets whose ``set_epoch`` is called, if they have it, in each process that loads.
         pin: copy batches to pinned memory, for asynchronous copies to a GPU.
         skip: called with the index and the error of an image that cannot be read and is left out of its batch; raises
             if there are too many of them. Without ``config.max_bad_images``, the first error is raised.
-        record: called with the number of images of a batch, and the seconds that loading it took in one process.
-
-    Raises:
-        OSError, TypeError, ValueError: as the dataset raises them.
     """
-    loader: DataLoader[Any] = DataLoader(
-        _SeededDataset(data, config, epoch),
-        batch_sampler=batches,
-        num_workers=min(config.workers, len(batches)),
-        collate_fn=_collate,
-        pin_memory=pin,
-        # the loader draws a base seed, which must not come from the global generator
-        generator=torch.Generator(device="cpu"),
-    )
-    before = multiprocessing.active_children()
-    with _blocked_signals():
-        iterator = iter(loader)
-    workers = [process for process in multiprocessing.active_children() if process not in before]
-    try:
-        for indices, batch, errors, seconds in iterator:
+
+    def __init__(
+        self,
+        data: SampleDataset,
+        config: TrainConfig,
+        *,
+        parts: Sequence[Any],
+        pin: bool,
+        skip: Callable[[int, Exception], None],
+    ) -> None:
+        self._data = _SeededDataset(data, parts, config)
+        self._skips, self._skip = config.max_bad_images > 0, skip
+        self._plan: list[tuple[int, list[int]]] = []
+        workers = min(config.workers, math.ceil(len(data) / config.batch_size))
+        self._loader: DataLoader[Any] = DataLoader(
+            self._data,
+            batch_sampler=self._plan,  # type: ignore[arg-type]  # torch passes each of its items to __getitems__()
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin,
+            persistent_workers=workers > 0,
+            # the loader draws a base seed, which must not come from the global generator
+            generator=torch.Generator(device="cpu"),
+        )
+        self._iterator: Any = None
+        self._workers: list[BaseProcess] = []
+
+    def __enter__(self) -> "BatchLoader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _end(self._iterator, self._workers)
+
+    def load(
+        self, batches: Sequence[list[int]], epoch: int, record: Callable[[int, float], None]
+    ) -> Iterator[LoadedBatch]:
+        """Yield the batches of an epoch with the dataset indices of their images, which the workers load ahead.
+
+        Args:
+            batches: the sample indices of each batch.
+            epoch: index of the epoch.
+            record: called with the number of images of a batch, and the seconds that loading it took in one process.
+
+        Raises:
+            OSError, TypeError, ValueError: as the dataset raises them.
+            RuntimeError: a worker died.
+        """
+        self._data.set_epoch(epoch)
+        self._plan[:] = [(epoch, indices) for indices in batches]
+        self._begin()
+        for indices, batch, errors, seconds in self._iterator:
             for index, error in errors:
-                if not config.max_bad_images or isinstance(error, TypeError):
+                if not self._skips or isinstance(error, TypeError):
                     raise error
-                skip(index, error)
+                self._skip(index, error)
             if batch is None:
                 raise errors[0][1]
             record(len(indices), seconds)
             yield indices, batch
-    finally:
-        _end(iterator, workers)
+
+    def _begin(self) -> None:
+        """Begin to load the plan; the first time, start the workers."""
+        before = multiprocessing.active_children()
+        with _blocked_signals():
+            self._iterator = iter(self._loader)
+        self._workers += [process for process in multiprocessing.active_children() if process not in before]
 
 
 def _end(iterator: Any, workers: Sequence[BaseProcess]) -> None:
-    """End the workers of a loader's iterator.
+    """End the workers of a loader's iterator, if it has any.
 
     They block SIGTERM, with which multiprocessing ends its processes at exit, and would be waited for without end.
     """

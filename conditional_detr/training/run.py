@@ -28,7 +28,7 @@ from conditional_detr.training.checkpoints import (
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.consistency import check_images, parts_of
 from conditional_detr.training.first_epoch import FirstEpochReport, check_first_epoch
-from conditional_detr.training.loader import InputTimes, LoadedBatch, SampleDataset, load_batches
+from conditional_detr.training.loader import BatchLoader, InputTimes, LoadedBatch, SampleDataset
 from conditional_detr.training.logging import RunLogger
 from conditional_detr.training.optimizer import fit_warmup, have_equal_rates
 from conditional_detr.training.record import describe_run
@@ -138,11 +138,14 @@ class Run:
             why = "AP stopped improving" if self.stopped_early else f"all {self.config.epochs} epochs are done"
             self._report(f"the run is finished: {why}; nothing to train")
             self._save()
+        pin, parts = self.accelerator.device.type == "cuda", parts_of(self.train_data)
+        loader = BatchLoader(self.train_data, self.config, parts=parts, pin=pin, skip=self._skip_image)
         try:
-            while not self.finished:
-                self._train_epoch(shutdown)
-                self._end_epoch()
-                self._stop_if_requested(shutdown)
+            with loader:
+                while not self.finished:
+                    self._train_epoch(loader, shutdown)
+                    self._end_epoch()
+                    self._stop_if_requested(shutdown)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(*error.args or (f"stopped at once; {self._last_checkpoint}",)) from None
         except (OSError, ValueError) as error:
@@ -232,21 +235,13 @@ class Run:
         sharing = {"rank": self.accelerator.process_index, "processes": self.accelerator.num_processes}
         return batches(self.train_data, self.config.batch_size, seed=self.config.seed, epoch=epoch, **sharing)
 
-    def _train_epoch(self, shutdown: ShutdownRequest) -> None:
+    def _train_epoch(self, loader: BatchLoader, shutdown: ShutdownRequest) -> None:
         """Train the remaining steps of the current epoch."""
         progress = self.progress
         self.epoch_began, self.input = time.monotonic(), InputTimes()
-        for part in parts_of(self.train_data):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(progress.epoch)
         plan = self._batches(progress.epoch)
-        remaining = plan[progress.batch :]
-        options: dict[str, Any] = {"pin": self.accelerator.device.type == "cuda", "skip": self._skip_image}
-        options["record"] = self.input.record
-        with contextlib.closing(
-            load_batches(self.train_data, remaining, self.config, progress.epoch, **options)
-        ) as loaded:
-            self._train_batches(loaded, len(plan), shutdown)
+        loaded = loader.load(plan[progress.batch :], progress.epoch, self.input.record)
+        self._train_batches(loaded, len(plan), shutdown)
 
     def _train_batches(self, loaded: Iterator[LoadedBatch], count: int, shutdown: ShutdownRequest) -> None:
         """Train on the remaining batches of an epoch of ``count`` batches."""
