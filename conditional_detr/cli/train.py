@@ -9,7 +9,7 @@ import typer
 
 from conditional_detr.cli.console import INTERRUPTED, Precision, one_line_errors, out, print_line
 from conditional_detr.cli.options import FAST_PREPROCESSING, ROTATED, RotatedBoxes
-from conditional_detr.cli.train_data import Augment, make_augmentation, open_datasets, resized_preprocessing
+from conditional_detr.cli.train_data import Augment, Caching, make_augmentation, open_datasets, resized_preprocessing
 from conditional_detr.cli.train_model import make_model, resumed_model, with_dropout
 from conditional_detr.training.config import TrainConfig
 
@@ -160,6 +160,14 @@ def train(
     workers: Annotated[
         int | None, typer.Option(help="Processes that load images; 0: none.", rich_help_panel=_SPEED)
     ] = None,
+    cache: Annotated[
+        Caching | None,
+        typer.Option(
+            help="Decode each training image once: 'ram' keeps all in memory, 'disk' in ~/.cache/conditional_detr.",
+            show_default="decode in each epoch",
+            rich_help_panel=_SPEED,
+        ),
+    ] = None,
     evaluate_every: Annotated[
         int | None, typer.Option(help="Epochs between evaluations.", rich_help_panel=_CHECKPOINTS)
     ] = None,
@@ -193,8 +201,8 @@ def train(
 
     --output receives the checkpoints "best" and "last", log.jsonl, curves.png and tensorboard. To continue a stopped
     run, repeat the command with --resume. Options of the model and the data must then be the same, or left out; only
-    --epochs, --workers, --patience, --evaluate-every, --save-every, --max-bad-images and --gradient-checkpointing may
-    differ.
+    --epochs, --workers, --cache, --patience, --evaluate-every, --save-every, --max-bad-images and
+    --gradient-checkpointing may differ.
 
     Several processes train together under torchrun --nproc-per-node 2 --no-python conditional-detr train ..., or
     under accelerate launch --no_python.
@@ -223,7 +231,7 @@ def train(
         choice = augmentation or (Augment.SMALL if preset is Preset.FINETUNE_SMALL else Augment.PAPER)
         chosen = make_augmentation(choice, vertical_flip, quarter_turn)
         options: dict[str, Any] = {"preprocessing": preprocessing, "rotated": rotated.value}
-        datasets = open_datasets(data, images, val_data, val_images, chosen, seed, **options)
+        datasets = open_datasets(data, images, val_data, val_images, chosen, seed, cache, **options)
         model.metadata = datasets[0].metadata
         result = _run(model, *datasets, config, output, resume, not no_check)
     if result is not None:

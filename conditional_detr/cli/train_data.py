@@ -19,6 +19,13 @@ class Augment(str, Enum):
     NOTHING = "none"
 
 
+class Caching(str, Enum):
+    """Caches of decoded images, by the names of CocoData's."""
+
+    RAM = "ram"
+    DISK = "disk"
+
+
 def resized_preprocessing(present: "Preprocessing", edges: dict[str, int | None]) -> "Preprocessing":
     """Return the preprocessing with other sizes; the longer side follows the shorter one unless it is given."""
     short, long = edges["shortest_edge"], edges["longest_edge"]
@@ -49,12 +56,14 @@ def open_datasets(
     val_images: Path | None,
     augmentation: "Augmentation | None",
     seed: int,
+    cache: Caching | None,
     **options: Any,
 ) -> "tuple[CocoData, CocoData | None]":
-    """Return the datasets for training and validation."""
+    """Return the datasets for training and validation; only training opens an image more than once by its dataset."""
     from conditional_detr.data.dataset import CocoData
 
-    training = CocoData(data, images, augmentation=augmentation, seed=seed, **options)
+    kept: Any = None if cache is None else cache.value
+    training = CocoData(data, images, augmentation=augmentation, seed=seed, cache=kept, **options)
     if val_data is None:
         return training, None
     names = training.class_names

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert
@@ -26,10 +27,11 @@ from conditional_detr.data.annotations import (
 from conditional_detr.data.augmentation import Augmentation as Augmentation
 from conditional_detr.data.augmentation import make_scene
 from conditional_detr.data.coco import check_size, image_paths, read_annotations, stated_size
+from conditional_detr.data.image_cache import Cache, make_cache
 from conditional_detr.data.json_values import Id
 from conditional_detr.data.rotated_boxes import ROTATED, Rotated, choose_boxes, rotated_indices
 from conditional_detr.data.seeds import derive_seed
-from conditional_detr.inference.images import size_of_file
+from conditional_detr.inference.images import size_of, size_of_file
 from conditional_detr.inference.preprocessing import normalise_image, open_by_backend, resized_size
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
 
@@ -58,6 +60,7 @@ class CocoData(Dataset[Sample]):
         category_ids: the dataset's category id of each class.
         preprocessing: image sizes without augmentation, mean and std, and the backend that opens and resizes.
         shapes: (height, width) of each sample's pixels without augmentation.
+        cache: the decoded images; None without a cache.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class CocoData(Dataset[Sample]):
         class_names: Sequence[str | None] | None = None,
         seed: int = 0,
         rotated: Rotated = "box",
+        cache: Cache | None = None,
     ) -> None:
         """Read the annotations and check that the image files exist, without decoding them.
 
@@ -83,11 +87,15 @@ class CocoData(Dataset[Sample]):
             seed: another seed gives other augmentations.
             rotated: what to use of an annotation whose attributes rotate its box, as CVAT writes them: "box", its box
                 before the rotation, with a warning; or "hull", the smallest upright box around the rotated one.
+            cache: where each image is kept as it is decoded first, so that later epochs need not decode it: "ram",
+                memory that all workers share; or "disk", files in the user's cache folder, which later runs use, too.
+                Samples are the same.
 
         Raises:
-            OSError: a file cannot be read or does not exist.
+            OSError: a file cannot be read or does not exist, or the folder of the cache cannot be made.
             ValueError: the annotations are invalid, have nothing to train on, or have boxes that seem to be in another
-                format; class_names lacks a category; seed is negative; rotated is unknown.
+                format; class_names lacks a category; seed is negative; rotated or cache is unknown; the images do not
+                fit in the cache.
         """
         if seed < 0:
             raise ValueError(f"seed: expected at least 0, got {seed}")
@@ -107,6 +115,7 @@ class CocoData(Dataset[Sample]):
         self.shapes = [resized_size(*sizes[image_id], preprocessing) for image_id in self._image_ids]
         self.class_names, self.category_ids = map_classes(self.annotations, class_names)
         self._boxes, self._labels = self._targets(sizes)
+        self.cache = make_cache(cache, list(self._paths.values()), list(sizes.values()), preprocessing.backend)
         # persistent workers see it, too
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
@@ -141,8 +150,8 @@ class CocoData(Dataset[Sample]):
         """
         image_id = self._image_ids[index]
         path = self._paths[image_id]
-        image, size = open_by_backend(path, str(path), self.preprocessing)
-        check_size(self.annotations, image_id, size, path)
+        image = self._open(index % len(self), path)
+        check_size(self.annotations, image_id, size_of(image), path)
         seed = derive_seed(self.seed, int(self._epoch), index % len(self))
         generator = torch.Generator(device="cpu").manual_seed(seed)
         scene = make_scene(image, self._boxes[image_id], self._labels[image_id])
@@ -150,6 +159,14 @@ class CocoData(Dataset[Sample]):
         target = {"labels": scene.labels, "boxes": _relative_boxes(scene.boxes, scene.size), "image_id": image_id}
         image = scene.image.as_subclass(Tensor) if isinstance(scene.image, Tensor) else scene.image
         return normalise_image(image, self.preprocessing), target
+
+    def _open(self, index: int, path: Path) -> Image.Image | Tensor:
+        """Open an image, or take it from the cache."""
+
+        def decode() -> Image.Image | Tensor:
+            return open_by_backend(path, str(path), self.preprocessing)[0]
+
+        return decode() if self.cache is None else self.cache.open(index, decode)
 
     def _targets(self, sizes: Mapping[Id, tuple[int, int]]) -> tuple[dict[Id, Tensor], dict[Id, Tensor]]:
         """Return the boxes (T, 4) x0 y0 x1 y1 in pixels and the labels (T,) to train on, by image id."""

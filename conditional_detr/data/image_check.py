@@ -54,7 +54,7 @@ def _known_sizes(folder: Path) -> Iterator[dict[str, tuple[int, int]]]:
     A cache that is damaged or cannot be written is not used.
     """
     name = hashlib.sha256(os.path.realpath(folder).encode("utf-8", "surrogateescape")).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "conditional_detr" / f"{name}.json"
+    cache = cache_folder() / f"{name}.json"
     sizes: dict[str, tuple[int, int]] = {}
     with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
         content = json.loads(cache.read_text(encoding="utf-8"))
@@ -66,6 +66,11 @@ def _known_sizes(folder: Path) -> Iterator[dict[str, tuple[int, int]]]:
             cache.parent.mkdir(parents=True, exist_ok=True)
             remove_unfinished(cache.parent)
             write_atomically({cache: lambda path: path.write_text(json.dumps(sizes), encoding="utf-8")})
+
+
+def cache_folder() -> Path:
+    """Return this library's folder in the user's cache folder; it may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "conditional_detr"
 
 
 def digest_of(data: Annotations) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from conditional_detr.data.dataset import batches
+from conditional_detr.data.image_cache import ImageCache
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.system.atomic_files import remove_unfinished
@@ -127,6 +128,9 @@ class Run:
         total = self.steps_per_epoch * self.config.epochs
         done = {"step": self.progress.step, "epoch": self.progress.epoch}
         with RunLogger(self.folder, **done, total=total, shown=shown) as self.logger:
+            for part in parts_of(self.train_data):
+                if isinstance(cache := getattr(part, "cache", None), ImageCache):
+                    self._report(str(cache))
             if self.stepper.config.warmup != self.config.warmup:
                 fitted, wanted = self.stepper.config.warmup, self.config.warmup
                 self._report(f"warm-up of {fitted} steps instead of {wanted}: the whole run has {total} steps")
