@@ -13,6 +13,7 @@ from conditional_detr import ConditionalDETR, Detector
 from conditional_detr.cli import app
 from conditional_detr.cli.train_data import Augment, make_augmentation
 from conditional_detr.cli.train_model import with_dropout
+from conditional_detr.data import image_cache
 from conditional_detr.data.synthetic import CLASS_NAMES, write_shapes
 from conditional_detr.training.logging import RunLogger
 from helpers.models import assert_same
@@ -39,6 +40,41 @@ def data_of(shapes, *, val=True):
 
 
 SHORT = ("--shortest-edge", 64, "--batch-size", 4, "--accumulation", 1, "--workers", 0)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_cache_changes_no_number_and_may_change_on_resume(shapes, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = (*data_of(shapes, val=False), *SHORT, "--weights", small)
+    told = {
+        "ram": "cache: 8 images, 0.1 MB in memory\n",
+        "disk": f"cache: 8 images, 0.1 MB in {tmp_path / 'cache' / 'conditional_detr' / 'images'}\n",
+    }
+    for epochs, cache in ((1, "ram"), (2, "disk"), (3, "disk"), (4, None)):
+        chosen = ("--cache", cache) if cache else ()
+        done = run("train", *options, "--output", tmp_path / "kept", "--epochs", epochs, "--resume", *chosen)
+        assert done.exit_code == 0, done.output
+        assert [text for text in told.values() if text in done.stderr] == ([told[cache]] if cache else [])
+        done = run("train", *options, "--output", tmp_path / "plain", "--epochs", epochs, "--resume")
+        assert done.exit_code == 0, done.output
+        assert "cache" not in done.stderr
+    assert len(steps_of(tmp_path / "kept")) == 8
+    assert steps_of(tmp_path / "kept") == steps_of(tmp_path / "plain")
+    assert len(list((tmp_path / "cache" / "conditional_detr" / "images").iterdir())) == 8
+    refused = run("train", *options, "--output", tmp_path / "other", "--cache", "tape")
+    assert refused.exit_code == 2
+    assert "'tape' is not one of 'ram', 'disk'" in " ".join(refused.stderr.replace("│", " ").split())
+    assert not (tmp_path / "other").exists()
+
+
+def test_images_that_do_not_fit_in_the_cache(shapes, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_cache, "_free_memory", lambda: 1e5)
+    options = (*data_of(shapes, val=False), *SHORT, "--weights", small, "--output", tmp_path / "run")
+    refused = run("train", *options, "--cache", "ram")
+    assert (refused.exit_code, (tmp_path / "run").exists()) == (2, False)
+    assert refused.stderr == (
+        "error: cache: expected at most 0.1 MB, 80% of the free memory, got 8 images of 0.1 MB; use cache='disk'\n"
+    )
 
 
 @pytest.mark.filterwarnings("default")

@@ -173,6 +173,23 @@ def test_the_message_of_a_dead_worker_has_the_checkpoint(tmp_path):
         run(tmp_path, DiesAt7(8), replace(ONE, epochs=2, workers=1))
 
 
+def test_workers_that_die_during_an_evaluation(tmp_path):
+    """The first evaluation or the next epoch, for which they wait, ends with an error; none is left."""
+
+    class Kills(Rectangles):
+        def __getitem__(self, index):
+            for worker in multiprocessing.active_children():
+                if worker not in before:
+                    os.kill(worker.pid, signal.SIGKILL)
+            return super().__getitem__(index)
+
+    before = multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match=r"(?s)DataLoader worker .*; there is no checkpoint yet$|, of step 2$"):
+        run(tmp_path, Rectangles(8), replace(ONE, epochs=3, workers=2), val=Kills(2))
+    assert len(steps_of(tmp_path)) == 2
+    assert multiprocessing.active_children() == before
+
+
 def test_other_errors_of_a_dataset_keep_their_type_and_have_the_checkpoint(tmp_path):
     class Broken(Rectangles):
         def __getitem__(self, index):
