@@ -38,7 +38,7 @@ class SampleDataset(Protocol):
     """A map-style dataset of training samples.
 
     A sample is an image's pixels (3, H, W), normalised, and its target {"labels", "boxes"}. If the dataset has a
-    method ``set_epoch``, it is called before each epoch.
+    method ``set_epoch``, it is called before each epoch, in each process that loads images.
     """
 
     def __len__(self) -> int:
