@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.detector import Detector
 from conditional_detr.serving import openai_answers, schemas
-from conditional_detr.serving.errors import ApiError, error_body
+from conditional_detr.serving.errors import ApiError, ErrorAnswer, http_error, internal_error, invalid_request
 from conditional_detr.serving.gate import Gate
 from conditional_detr.serving.keys import ApiKeys
 from conditional_detr.serving.metrics import CONTENT_TYPE
@@ -36,9 +36,10 @@ _DOCS_POLICY = (  # the script of that page is in it
     " frame-ancestors 'none'"
 )
 _BINARY = ("", "application/octet-stream", "application/x-www-form-urlencoded")  # the last one is curl's default
+_BYTES = {"schema": {"type": "string", "format": "binary"}}
 _SHOWN = 60  # characters of a wrong value
 
-router = APIRouter()
+router = APIRouter(responses={"default": {"model": ErrorAnswer, "description": "An error."}})
 
 
 def create_app(
@@ -75,9 +76,10 @@ def create_app(
     app.state.service = service
     app.include_router(router)
     app.mount("/page", StaticFiles(directory=_PAGE))
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(ValidationError, _invalid)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, invalid_request)
+    app.add_exception_handler(ValidationError, invalid_request)
+    app.add_exception_handler(Exception, internal_error)
     return Gate(app, service, keys, {"/": _PAGE_POLICY, "/docs": _DOCS_POLICY})
 
 
@@ -158,11 +160,9 @@ async def infer(body: schemas.InferRequest, request: Request, service: Service) 
     openapi_extra={
         "requestBody": {
             "content": {
-                "image/*": {"schema": {"type": "string", "format": "binary"}},
-                "application/json": {"schema": schemas.DetectRequest.model_json_schema()},
-                "multipart/form-data": {
-                    "schema": {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}}
-                },
+                "image/*": _BYTES,
+                "application/json": {"schema": schemas.inlined_schema(schemas.DetectRequest)},
+                "multipart/form-data": {"schema": {"type": "object", "properties": {"file": _BYTES["schema"]}}},
             }
         }
     },
@@ -185,7 +185,13 @@ async def detect(
     return Response(await service.in_thread(lambda: _as_png(found.draw())), media_type="image/png")
 
 
-@router.post("/v1/attention", dependencies=[_known_query(("model", "threshold", "top_k", "index"))])
+@router.post(
+    "/v1/attention",
+    response_class=Response,
+    responses={200: {"content": {"image/png": {}}}},
+    dependencies=[_known_query(("model", "threshold", "top_k", "index"))],
+    openapi_extra={"requestBody": {"content": {"image/*": _BYTES}}},
+)
 async def attention(
     request: Request,
     service: Service,
@@ -195,8 +201,9 @@ async def attention(
     top_k: int | None = None,
 ) -> Response:
     """Draw the attention maps of one detection of an image; the index is that of ``/v1/detect``."""
-    options = Options(threshold, top_k)
-    drawn = await service.draw_attention(service.model(model), await request.body(), options, index)
+    served = service.model(model)
+    request.state.log.update(model=served.name, images=1)
+    drawn = await service.draw_attention(served, await request.body(), Options(threshold, top_k), index)
     return Response(await service.in_thread(lambda: _as_png(drawn)), media_type="image/png")
 
 
@@ -292,26 +299,3 @@ def _as_png(image: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """Answer with an error in OpenAI's form."""
-    assert isinstance(error, HTTPException)
-    if isinstance(error, ApiError):
-        body = error.body()
-    else:
-        body = error_body(error.status_code, str(error.detail), code=str(error.detail).lower().replace(" ", "_")[:40])
-    return Response(body, error.status_code, error.headers, media_type="application/json")
-
-
-async def _invalid(request: Request, error: Exception) -> Response:
-    """Answer 400 with what was expected where, and the start of what was got."""
-    assert isinstance(error, RequestValidationError | ValidationError)
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
-    got = repr(first.get("input"))
-    got = got if len(got) <= _SHOWN else f"{got[:_SHOWN]}..."
-    message = f"{place or 'body'}: {first['msg']}, got {got}"
-    return Response(
-        error_body(400, message, code="invalid_request", param=place or None), 400, media_type="application/json"
-    )

@@ -48,6 +48,7 @@ class _Progress:
     key: str | None = None
     status: int = 500
     started: bool = False
+    finished: bool = False
     bytes: int = 0
     error: str | None = None
     began: float = field(default_factory=time.perf_counter)
@@ -119,6 +120,7 @@ class Gate:
                 if self.draining:
                     answered["connection"] = "close"
             await send(message)
+            progress.finished = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         self.metrics.in_progress.inc()
         try:
@@ -127,9 +129,10 @@ class Gate:
             await _refuse(error, receive, answer)
         except Exception as error:
             progress.error = "".join(traceback.format_exception(error))
-            if progress.started:
-                raise
-            await _refuse(ApiError(500, "the service failed", code="internal_error"), receive, answer)
+            if progress.started and not progress.finished:
+                raise  # the server closes the connection
+            if not progress.started:
+                await _refuse(ApiError(500, "the service failed", code="internal_error"), receive, answer)
         finally:
             self.metrics.in_progress.dec()
             self._record(scope, progress, logged)

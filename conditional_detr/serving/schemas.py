@@ -25,7 +25,7 @@ class OptionFields(BaseModel):
 
     threshold: Number | None = Field(None, description="Report detections with a higher score, in [0, 1].")
     top_k: Count | None = Field(None, description="Report at most this many detections per image.")
-    classes: list[str | int] | None = Field(None, description="Class names or rows to report; default: all.")
+    classes: list[str | Count] | None = Field(None, description="Class names or rows to report; default: all.")
 
 
 class _Request(OptionFields):
@@ -241,6 +241,16 @@ def nim_answer(every: Sequence[Detections], megabytes: float) -> dict[str, Any]:
             boxes.setdefault(name, []).append({**box, "confidence": score})
         data.append({"index": i, "bounding_boxes": boxes})
     return {"data": data, "usage": {"images_size_mb": megabytes}}
+
+
+def inlined_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the JSON schema of a body with those of its parts in it, for a place where references do not work."""
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})
+    for name, field in schema["properties"].items():
+        if "$ref" in field:
+            schema["properties"][name] = parts[field["$ref"].rpartition("/")[2]]
+    return schema
 
 
 def new_id(prefix: str) -> str:

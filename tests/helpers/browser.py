@@ -7,6 +7,7 @@ from PIL import Image
 
 from conditional_detr.data.synthetic import draw_image
 
+CONSOLE_KINDS = ("error", "warning")  # that a page must not print
 DETECT = re.compile(r"/v1/detect\?")
 
 

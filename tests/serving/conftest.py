@@ -1,13 +1,12 @@
 """The service with the small network that is shipped, and its page in a real browser."""
 
 import shutil
-import socket
-import threading
 
 import pytest
 
 from conditional_detr import Detector
-from conditional_detr.data.synthetic import draw_image
+from helpers.browser import CONSOLE_KINDS
+from helpers.serving import served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -15,24 +14,17 @@ ARGUMENTS += ["--disable-component-update", "--disable-sync", "--use-fake-device
 REFUSED = "Failed to load resource: the server responded with a status of"  # a request that a test lets fail
 
 
-@pytest.fixture(scope="module")
-def page_url():
-    uvicorn = pytest.importorskip("uvicorn")
-    from conditional_detr.serving import create_app
+@pytest.fixture(scope="session")
+def service():
+    """A service of the shipped weights, without keys and image URLs."""
+    pytest.importorskip("fastapi")
+    with served({"shapes": Detector.from_pretrained("shapes")}) as running:
+        yield running
 
-    detector = Detector.from_pretrained("shapes")
-    detector(draw_image(0, 0)[0])  # the first call is slower
-    config = uvicorn.Config(create_app({"shapes": detector}), log_level="warning", ws="none")
-    server = uvicorn.Server(config)
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen()  # a browser that comes before the server waits
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    server.should_exit = True
-    thread.join(10)
-    listener.close()
+
+@pytest.fixture(scope="session")
+def page_url(service):
+    return f"{service.url}/"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +44,7 @@ def page(browser, page_url):
     page = context.new_page()
     page.set_default_timeout(10_000)
     faults = []
-    page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("console", lambda message: faults.append(message.text) if message.type in CONSOLE_KINDS else None)
     page.on("pageerror", lambda error: faults.append(str(error)))
     assert "default-src 'none'" in page.goto(page_url).headers["content-security-policy"]
     yield page
