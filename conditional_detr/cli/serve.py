@@ -1,7 +1,6 @@
 """``conditional-detr serve``: detect objects for other programs, over HTTP."""
 
 import ipaddress
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from conditional_detr.cli.console import AUTO, one_line_errors, print_line
 from conditional_detr.cli.options import DEVICE, FAST_PREPROCESSING, WEIGHTS, open_detector
 
 if TYPE_CHECKING:
+    from conditional_detr.inference.detector import Detector
     from conditional_detr.serving.gate import Gate
     from conditional_detr.serving.settings import ServiceSettings
 
@@ -127,11 +127,17 @@ def serve(
         create = _Application(
             _named(weights or ["shapes"]), device, fast_preprocessing, threads, settings, api_key_file
         )
-        listener = listen(host, port)
-        log_to_stderr()
-        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        started = partial(print_line, f"serving {', '.join(create.weights)} on {address}")
-        code = run(create, listener, ServerOptions(workers, drain_seconds), started)
+        if workers > 1:
+            create.load()  # an error here is one line, and not one of each process
+        try:
+            listener = listen(host, port)
+        except OSError as error:
+            raise OSError(f"--host {host} --port {port}: {error}") from error
+        with listener:
+            log_to_stderr()
+            address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+            started = partial(print_line, f"serving {', '.join(create.weights)} on {address}")
+            code = run(create, listener, ServerOptions(workers, drain_seconds), started)
     if code:
         raise typer.Exit(code)
 
@@ -156,35 +162,44 @@ class _Application:
     settings: "ServiceSettings"
     keys: Path | None
 
+    def load(self) -> "dict[str, Detector]":
+        """Load the models."""
+        return {
+            name: open_detector(source, self.device, fast_preprocessing=self.fast_preprocessing)
+            for name, source in self.weights.items()
+        }
+
     def __call__(self) -> "Gate":
         """Load the models and return the application."""
         import torch
 
+        from conditional_detr.checkpoints.model_card import read_licence
         from conditional_detr.serving.app import create_app
         from conditional_detr.serving.keys import ApiKeys
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        models = {
-            name: open_detector(source, self.device, fast_preprocessing=self.fast_preprocessing)
-            for name, source in self.weights.items()
-        }
         keys = None if self.keys is None else ApiKeys(self.keys)
-        return create_app(models, self.settings, keys=keys)
+        licences = {name: read_licence(source) for name, source in self.weights.items()}
+        stated = {name: licence for name, licence in licences.items() if licence is not None}
+        return create_app(self.load(), self.settings, keys=keys, licences=stated)
 
 
 def _named(weights: list[str]) -> dict[str, str]:
     """Return weights by the name that requests use: what stands before "=", else a short or hub name, else the file's.
 
     Raises:
-        ValueError: two models of one name.
+        ValueError: two models of one name, or no name or weights beside "=".
     """
     named: dict[str, str] = {}
     for text in weights:
         name, equals, source = text.partition("=")
-        if not equals or os.path.lexists(text):
-            source = text
-            name = Path(text).expanduser().resolve().stem if os.path.lexists(Path(text).expanduser()) else text
+        path = Path(text).expanduser()
+        if not equals or path.exists():
+            source, path = text, path.resolve()
+            name = text if not path.exists() else path.name if path.is_dir() else path.stem
+        if not name or not source:
+            raise ValueError(f"--weights: expected WEIGHTS or NAME=WEIGHTS, got {text!r}")
         if name in named:
             raise ValueError(f"--weights: expected different names, got {name!r} twice; NAME=WEIGHTS gives another")
         named[name] = source

@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 
 _HASH = re.compile(r"sha256:([0-9a-f]{64})", re.IGNORECASE)
+_COMMENT = re.compile(r"(^|\s)#.*")
 _SHORTEST = 16  # characters
 
 
 class ApiKeys:
-    """The keys of a file: one a line, as it is or as ``sha256:`` and 64 hexadecimal digits; # begins a comment.
+    """The keys of a file: one a line, as it is or as ``sha256:`` and 64 hexadecimal digits.
+
+    A ``#`` at the start of a line or after a space begins a comment.
 
     Args:
         path: the file.
@@ -45,9 +48,13 @@ class ApiKeys:
         return digest.hex()[:8] if scheme.lower() == "bearer" and any(matches) else None
 
     def _read(self) -> list[bytes]:
+        try:
+            content = self.path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: expected text in UTF-8: {error}") from error
         digests = []
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
-            text = line.partition("#")[0].strip()
+        for number, line in enumerate(content.splitlines(), 1):
+            text = _COMMENT.sub("", line).strip()
             if not text:
                 continue
             hashed = _HASH.fullmatch(text)

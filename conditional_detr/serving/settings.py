@@ -3,6 +3,10 @@
 import os
 from dataclasses import dataclass, field
 
+from limits import parse
+from limits.errors import ConfigurationError
+from limits.storage import storage_from_string
+
 from conditional_detr.inference.url_guard import UrlGuard
 
 
@@ -30,7 +34,7 @@ class ServiceSettings:
         top_k: maximum number of detections per image, unless a request says otherwise.
 
     Raises:
-        ValueError: a number out of range, or a rate limit in another notation.
+        ValueError: a number out of range, a rate limit in another notation, or a storage that cannot be used.
     """
 
     max_batch: int = 8
@@ -63,3 +67,12 @@ class ServiceSettings:
             raise ValueError(f"max_wait: expected 0 to 1 seconds, got {self.max_wait}")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold: expected 0..1, got {self.threshold}")
+        if self.rate_limit is not None:
+            try:
+                parse(self.rate_limit)
+            except ValueError as error:
+                raise ValueError(f"rate_limit: expected one such as 60/minute, got {self.rate_limit!r}") from error
+        try:
+            storage_from_string(f"async+{self.rate_storage}")
+        except ConfigurationError as error:
+            raise ValueError(f"rate_storage: {error}, got {self.rate_storage!r}") from error
