@@ -23,6 +23,7 @@ PACKAGES = {
     "evaluation": "COCO's twelve numbers.",
     "training": "The training loop and its settings.",
     "deploy": "Optimised copies, exported models, quantization.",
+    "serving": "The HTTP service.",
     "benchmark": "Time this library and others side by side.",
     "system": "Atomic files, shutdown requests, progress bars.",
 }

@@ -6,8 +6,12 @@ import re
 import runpy
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +55,9 @@ class Block(NamedTuple):
 
     @property
     def runs(self) -> bool:
-        return self.language in ("python", "bash") and not self.mark.startswith("run: ")  # .ci/run runs those
+        return self.language in ("python", "bash", "javascript") and not self.mark.startswith(
+            "run: "
+        )  # .ci/run runs those
 
 
 def blocks_of(page: Path) -> list[Block]:
@@ -121,18 +127,74 @@ def assert_printed(block: Block, printed: str) -> None:
         assert re.fullmatch(expected, "\n".join(got), re.DOTALL), (str(block), shown, got)
 
 
-def run_in_shell(block: Block, line: str, hub: Path) -> None:
-    """Run a line with pipes or with several processes."""
-    command = line.partition("conditional-detr ")[2].split()[0]
-    line = " ".join([line, *SHORTER.get(command, [])])
+def environment_of(hub: Path) -> dict[str, str]:
+    """Return the environment of a command that runs in a process of its own."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "HF_HUB_CACHE": str(hub), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True)
+    return {**os.environ, "PATH": path, "HF_HUB_CACHE": str(hub), "OMP_NUM_THREADS": "1"}
+
+
+def run_in_shell(block: Block, line: str, hub: Path) -> str:
+    """Run a line with pipes, with several processes, or of another program, and return what it prints."""
+    command = line.partition("conditional-detr ")[2].split()
+    line = " ".join([line, *(SHORTER.get(command[0], []) if command else [])])
+    ended = subprocess.run(["bash", "-c", line], env=environment_of(hub), capture_output=True, text=True)
     assert ended.returncode == 0, (str(block), line, ended.stderr)
+    return ended.stdout
 
 
-def run_commands(block: Block, hub: Path) -> str:
-    """Run the ``conditional-detr`` commands of a block, most in this process, and return what those print."""
+class Service:
+    """The service of a page: it runs until the page's end, at a free port instead of 8000."""
+
+    def __init__(self, hub: Path) -> None:
+        self._hub = hub
+        self._process: subprocess.Popen[bytes] | None = None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None
+
+    def start(self, words: list[str]) -> None:
+        command = [sys.executable, "-m", "conditional_detr", *words[1:], "--port", str(self.port)]
+        self._process = subprocess.Popen(command, env=environment_of(self._hub), stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not self.ready():
+            assert self._process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def ready(self) -> bool:
+        try:
+            urllib.request.urlopen(f"http://localhost:{self.port}/health/ready", timeout=5).close()
+        except urllib.error.URLError:  # also 503
+            return False
+        return True
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+@pytest.fixture
+def service(hub):
+    service = Service(hub)
+    yield service
+    service.stop()
+
+
+def run_javascript(code: str) -> str | None:
+    """Run a script in Node and return what it prints; None without Node."""
+    if shutil.which("node") is None:
+        return None
+    Path("script.mjs").write_text(code)
+    return subprocess.check_output(["node", "script.mjs"], text=True)
+
+
+def run_commands(block: Block, hub: Path, service: Service) -> str:
+    """Run the commands of a block, most in this process, and return what they print."""
     from conditional_detr.cli import app
 
     printed = ""
@@ -142,7 +204,10 @@ def run_commands(block: Block, hub: Path) -> str:
         if not words:
             continue
         if words[0] != "conditional-detr":
-            run_in_shell(block, line, hub)
+            printed += run_in_shell(block, line, hub)
+            continue
+        if words[1] == "serve" and not expected:
+            service.start(words)
             continue
         arguments = [*words[1:], *SHORTER.get(words[1], [])]
         with warnings.catch_warnings():
@@ -155,7 +220,7 @@ def run_commands(block: Block, hub: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 @pytest.mark.filterwarnings("ignore:skipped")  # one block shows what a missing image does
-def test_blocks_of_a_page_run_and_print_what_they_show(folder, hub, capsys, page):
+def test_blocks_of_a_page_run_and_print_what_they_show(folder, hub, service, capsys, monkeypatch, page):
     """In order, the Python blocks in one namespace."""
     namespace = {"__name__": "__main__"}
     for block in blocks_of(page):
@@ -163,8 +228,14 @@ def test_blocks_of_a_page_run_and_print_what_they_show(folder, hub, capsys, page
             continue
         torch.manual_seed(0)
         capsys.readouterr()
+        if service.running:  # on this machine; otherwise huggingface_hub's client asks nothing
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        block = block._replace(code=block.code.replace("localhost:8000", f"localhost:{service.port}"))
         if block.language == "bash":
-            assert_printed(block, run_commands(block, hub))
+            assert_printed(block, run_commands(block, hub, service))
+        elif block.language == "javascript":
+            printed = run_javascript(block.code)
+            assert_printed(block if printed is not None else block._replace(printed=None), printed or "")
         else:
             exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
             assert_printed(block, capsys.readouterr().out)
@@ -174,7 +245,7 @@ def test_all_blocks_run_here_or_in_the_check_of_a_clone():
     script = (ROOT / ".ci" / "run").read_text()
     elsewhere = [block.mark.removeprefix("run: ") for block in BLOCKS if not block.runs and block.language != "text"]
     assert [mark for mark in elsewhere if f"block {mark})" not in script] == []
-    assert [str(block) for block in BLOCKS if block.language not in ("python", "bash", "text")] == []
+    assert [str(block) for block in BLOCKS if block.language not in ("python", "bash", "javascript", "text")] == []
 
 
 def test_readme_is_short_and_shows_output_early():
@@ -197,7 +268,7 @@ def test_options_that_are_mentioned_exist():
     parameters = [parameter for command in commands for parameter in command.get_params(context)]
     known = {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
     known |= {"--nproc-per-node", "--no-python", "--no_python", "--num_processes", "--multi_gpu", "--cpu", "--check"}
-    known |= {"--preload", "--signal"}  # gunicorn, sbatch
+    known |= {"--preload", "--signal", "--data-binary"}  # gunicorn, sbatch, curl
     for page in PAGES:
         mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8")))
         assert mentioned <= known, f"{page.name}: {sorted(mentioned - known)}"
