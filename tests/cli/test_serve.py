@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import signal
@@ -23,6 +24,17 @@ KEY = "a-key-of-these-tests"
 
 def serve(*arguments):
     return CliRunner().invoke(app, ["serve", "--port", "0", *map(str, arguments)])
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before():
+    """The command runs in this process, and directs the log to its standard error."""
+    loggers = [logging.getLogger(name) for name in ("conditional_detr.serving", "uvicorn")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture
