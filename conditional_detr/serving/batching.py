@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 
@@ -111,20 +111,28 @@ class Batcher:
 
     def _work(self) -> None:
         while taken := self._take():
-            group, batch = taken
-            # a request that was given up is not run
-            batch = [waiting for waiting in batch if not waiting.future.cancelled()]
-            try:
-                results: Sequence[Any] = group.run([waiting.item for waiting in batch]) if batch else ()
-            except Exception as error:
-                results = [error] * len(batch)
-            for waiting, result in zip(batch, results, strict=True):
+            self._run(*taken)
+            del taken  # while the thread waits, no image stays in memory
+
+    def _run(self, group: _Group, batch: list[_Waiting]) -> None:
+        """Run a batch and give each future its result; the thread survives every error."""
+        batch = [waiting for waiting in batch if not waiting.future.cancelled()]  # some requests were given up
+        if not batch:
+            return
+        try:
+            results = list(group.run([waiting.item for waiting in batch]))
+            if len(results) != len(batch):
+                raise RuntimeError(f"expected {len(batch)} results of a batch, got {len(results)}")
+        except Exception as error:
+            results = [error] * len(batch)
+        for waiting, result in zip(batch, results, strict=True):
+            with suppress(RuntimeError):  # the loop is closed: nobody waits
                 waiting.future.get_loop().call_soon_threadsafe(_settle, waiting.future, result)
 
 
 def _settle(future: "asyncio.Future[Any]", result: Any) -> None:
     """Give a future its result, unless nobody waits for it."""
-    if future.cancelled():
+    if future.done():
         return
     if isinstance(result, Exception):
         future.set_exception(result)

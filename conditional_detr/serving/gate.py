@@ -16,11 +16,13 @@ from typing import Any
 from limits import parse
 from limits.aio.storage import Storage
 from limits.aio.strategies import MovingWindowRateLimiter
+from limits.errors import ConfigurationError
 from limits.storage import storage_from_string
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from conditional_detr.serving.errors import ApiError
+from conditional_detr.serving.json_limits import check_json
 from conditional_detr.serving.keys import ApiKeys
 from conditional_detr.serving.service import DetectionService
 
@@ -36,6 +38,8 @@ ROUTES = {
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CLOSE = {"connection": "close"}
+_MAX_DIGITS = 18  # of a length
+_MAX_MESSAGE = 300  # characters of an error's message in the log
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 * 2**20
 _SECURITY = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
@@ -89,7 +93,10 @@ class Gate:
         self._bytes = 0
         self._rate = parse(self.settings.rate_limit) if self.settings.rate_limit else None
         if self._rate:
-            storage: Any = storage_from_string(f"async+{self.settings.rate_storage}")
+            try:
+                storage: Any = storage_from_string(f"async+{self.settings.rate_storage}")
+            except ConfigurationError as error:
+                raise ValueError(f"rate_storage: {error}") from error
             assert isinstance(storage, Storage)
             self._limiter = MovingWindowRateLimiter(storage)
 
@@ -100,6 +107,9 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
+        if scope["type"] == "websocket":  # there is none
+            await send({"type": "websocket.close", "code": 1000})
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -127,10 +137,13 @@ class Gate:
             await self._serve(scope, headers, receive, answer, progress)
         except ApiError as error:
             await _refuse(error, receive, answer)
-        except Exception as error:
-            progress.error = "".join(traceback.format_exception(error))
-            if progress.started and not progress.finished:
-                raise  # the server closes the connection
+        except asyncio.CancelledError:
+            if not self.draining or progress.started:
+                raise
+            message = "the service is shutting down, and the request was not finished in time"
+            await _refuse(ApiError(503, message, code="shutting_down", retry_after=1), receive, answer)
+        except Exception as error:  # if the answer has begun, the server closes the connection
+            progress.error = _trace(error)
             if not progress.started:
                 await _refuse(ApiError(500, "the service failed", code="internal_error"), receive, answer)
         finally:
@@ -157,15 +170,24 @@ class Gate:
             await self.app(scope, receive, send)
             return
         await self._check_rate(progress.key or _address(scope))
-        if self._admitted >= self.settings.max_queue:
-            raise self._full(f"the service has {self._admitted} requests, its limit")
-        self._admitted += 1
+        self._check_room()
         try:
             body = await self._read(headers, receive, progress)
-            await self.app(scope, _replayed(body, receive), send)
+            if headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
+                check_json(body)
+            self._check_room()
+            self._admitted += 1  # not before the body is here: slow clients would fill the queue
+            try:
+                await self.app(scope, _replayed(body, receive), send)
+            finally:
+                self._admitted -= 1
         finally:
-            self._admitted -= 1
             self._bytes -= progress.bytes
+
+    def _check_room(self) -> None:
+        """Raise ApiError 503 if the queue is full."""
+        if self._admitted >= self.settings.max_queue:
+            raise self._full(f"the service has {self._admitted} requests, its limit")
 
     async def _check_rate(self, key: str) -> None:
         """Count a request of a key; raise ApiError 429 above the rate."""
@@ -182,9 +204,9 @@ class Gate:
     async def _read(self, headers: Headers, receive: Receive, progress: _Progress) -> bytes:
         """Read the body and return it."""
         length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > self.settings.max_body:
-            raise self._too_large(f"{length} bytes")
-        parts: list[bytes] = []
+        if length.isdecimal() and (len(length) > _MAX_DIGITS or int(length) > self.settings.max_body):
+            raise self._too_large(f"{length[:_MAX_DIGITS]} bytes")
+        body = bytearray()
 
         async def collect() -> None:
             more = True
@@ -199,14 +221,14 @@ class Gate:
                     raise self._too_large("more")
                 if self._bytes > self.settings.max_bodies:
                     raise self._full("the bodies of all requests are above their limit")
-                parts.append(part)
+                body.extend(part)
 
         try:
             await asyncio.wait_for(collect(), self.settings.body_seconds)
         except asyncio.TimeoutError:
             message = f"expected the whole body within {self.settings.body_seconds:g} s"
             raise ApiError(408, message, code="request_timeout", headers=_CLOSE) from None
-        return b"".join(parts)
+        return bytes(body)
 
     def _too_large(self, got: str) -> ApiError:
         message = f"expected a body of at most {self.settings.max_body} bytes, got {got}"
@@ -233,6 +255,20 @@ class Gate:
             **({"error": progress.error} if progress.error else {}),
         }
         LOG.log(logging.ERROR if progress.error else logging.INFO, json.dumps(line))
+
+
+def _trace(error: BaseException) -> str:
+    """Return types and locations of an error and its causes, and of system errors the message.
+
+    Other messages may have parts of the request, which are not to be logged.
+    """
+    lines = []
+    cause: BaseException | None = error
+    while cause is not None:
+        message = f": {str(cause)[:_MAX_MESSAGE]}" if isinstance(cause, RuntimeError | MemoryError) else ""
+        lines += [*traceback.format_tb(cause.__traceback__), f"{type(cause).__name__}{message}\n"]
+        cause = cause.__cause__ or cause.__context__
+    return "".join(lines)
 
 
 async def _refuse(error: ApiError, receive: Receive, send: Send) -> None:

@@ -1,34 +1,32 @@
-"""Run the service on uvicorn: header timeouts, graceful shutdown, several processes."""
+"""Run the service on uvicorn: graceful shutdown, signals, logs, one process or several."""
 
 import asyncio
 import json
 import logging
+import math
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from prometheus_client.multiprocess import mark_process_dead
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from conditional_detr.serving.errors import error_body
 from conditional_detr.serving.gate import LOG, Gate
-from conditional_detr.serving.metrics import MULTIPROCESS_FOLDER
+from conditional_detr.serving.keys import ApiKeys
+from conditional_detr.serving.protocol import Config, Protocol
+from conditional_detr.serving.supervisor import Supervisor
 
 _LAST_REQUESTS_SECONDS = 0.5
-_MAX_FAILED_STARTS = 3
 _BACKLOG = 512
 
 
@@ -47,71 +45,22 @@ class ServerOptions:
     keep_alive_seconds: float = 15.0
 
 
-class _Config(uvicorn.Config):
-    """uvicorn's configuration with the time that headers may take."""
-
-    header_seconds: float
-
-
-class _Protocol(HttpToolsProtocol):
-    """A connection that is closed if the headers of a request do not arrive in time."""
-
-    config: _Config
-    _timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._start()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop()
-        super().connection_lost(exc)
-
-    def on_message_begin(self) -> None:
-        self._start()
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._stop()
-        super().on_headers_complete()
-
-    def _start(self) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(self.config.header_seconds, self._refuse)
-
-    def _stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _refuse(self) -> None:
-        """Answer 408 and close the connection."""
-        self._timer = None
-        if self.transport.is_closing():
-            return
-        message = f"expected the headers within {self.config.header_seconds:g} s"
-        body = error_body(408, message, code="request_timeout")
-        head = (
-            "HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            f"content-length: {len(body)}\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
-
-
 class _Server(uvicorn.Server):
     """A server that answers the last requests of open connections before it ends.
 
     Args:
         config: the configuration.
         gate: the application.
+        drain_seconds: seconds that requests have to finish.
         started: called when the server accepts connections.
     """
 
-    def __init__(self, config: _Config, gate: Gate, started: Callable[[], None]) -> None:
+    def __init__(self, config: Config, gate: Gate, drain_seconds: float, started: Callable[[], None]) -> None:
         super().__init__(config)
         self._gate = gate
+        self._drain_seconds = drain_seconds
         self._has_started = started
+        self._reload_requested = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -119,12 +68,22 @@ class _Server(uvicorn.Server):
             self._has_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the listening socket; answer what open connections still send; close them."""
+        """Accept the connections that wait, stop listening, answer what clients have sent, close connections."""
+        began = time.monotonic()
         self._gate.start_draining()
+        listeners = [listener.dup() for listener in sockets or ()]  # which outlive those that the servers close
         for server in self.servers:
             server.close()
-        await asyncio.sleep(_LAST_REQUESTS_SECONDS)
+        waiting = [connection for listener in listeners for connection in _accept_waiting(listener)]
+        for connection in waiting:
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
+        await asyncio.sleep(min(_LAST_REQUESTS_SECONDS, self._drain_seconds))
+        left = self._drain_seconds - (time.monotonic() - began)
+        self.config.timeout_graceful_shutdown = max(math.ceil(left), 0)
         await super().shutdown(sockets)
+
+    def _protocol(self) -> Protocol:
+        return Protocol(self.config, self.server_state, self.lifespan.state)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -134,19 +93,24 @@ class _Server(uvicorn.Server):
             return
         handlers: dict[int, Any] = {signal.SIGINT: self.handle_exit, signal.SIGTERM: self.handle_exit}
         if hasattr(signal, "SIGHUP"):
-            handlers[signal.SIGHUP] = self._reload_keys
-        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            handlers[signal.SIGHUP] = self._request_reload
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        yield
 
-    def _reload_keys(self, number: int, frame: FrameType | None) -> None:
-        if self._gate.keys is None:
-            return
+    def _request_reload(self, number: int, frame: FrameType | None) -> None:
+        self._reload_requested = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Do what uvicorn does every 0.1 seconds, and what a signal has asked for."""
+        if self._reload_requested and self._gate.keys is not None:
+            self._reload_keys(self._gate.keys)
+        self._reload_requested = False
+        return await super().on_tick(counter)
+
+    def _reload_keys(self, keys: ApiKeys) -> None:
         try:
-            self._gate.keys.reload()
+            keys.reload()
             LOG.info("the API keys were read again")
         except (OSError, ValueError) as error:
             LOG.error("the API keys are as before: %s", error)
@@ -165,7 +129,12 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Write the service's log, and uvicorn's warnings, to standard error as lines of JSON."""
+    """Write the service's log, and uvicorn's warnings, to standard error as lines of JSON.
+
+    Warnings of Python are dropped: they are about strangers' images, such as broken EXIF data, and Python would
+    remember each.
+    """
+    warnings.simplefilter("ignore")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     for name, level in ((LOG.name, logging.INFO), ("uvicorn", logging.WARNING)):
@@ -193,6 +162,16 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _accept_waiting(listener: socket.socket) -> Iterator[socket.socket]:
+    """Yield the connections that wait to be accepted and close the socket; those that come later are refused."""
+    listener.setblocking(False)
+    with listener, suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            connection.setblocking(False)
+            yield connection
+
+
 def run(
     create: Callable[[], Gate],
     listener: socket.socket,
@@ -201,100 +180,52 @@ def run(
 ) -> int:
     """Serve until SIGTERM or SIGINT and return the exit code: 0, or 1 if the service could not start.
 
+    Called in the main thread, it sets the handlers of SIGTERM, SIGINT and SIGHUP and leaves them: a second signal does
+    not change how the process ends.
+
     Args:
         create: returns the application; with several workers it is called in each of their processes, so it has to
             be picklable.
         listener: the listening socket.
         options: options of the server.
-        started: called when this process accepts connections.
+        started: called when the service accepts connections.
+
+    Raises:
+        ImportError, OSError, TypeError, ValueError: from ``create``, if there is one process.
     """
     if options.workers > 1:
-        return _Supervisor(create, listener, options).run()
+        work = partial(_work, create, options)
+        return Supervisor(work, listener, options.workers, options.drain_seconds, started).run()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while models are loaded; as process 1 of a container
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
     gate = create()
-    config = _Config(
+    config = Config(
         gate,
-        http=_Protocol,
+        http=Protocol,
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=int(options.keep_alive_seconds),
-        timeout_graceful_shutdown=int(options.drain_seconds),
         backlog=_BACKLOG,
     )
     config.header_seconds = gate.service.settings.header_seconds
-    server = _Server(config, gate, started)
-    server.run(sockets=[listener])
+    server = _Server(config, gate, options.drain_seconds, started)
+    try:
+        server.run(sockets=[listener])
+    except SystemExit as error:  # uvicorn has logged why
+        return 1 if error.code else 0
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process is ending
     return 0 if server.started else 1
 
 
-class _Supervisor:
-    """Starts worker processes, replaces those that die, and ends with them."""
-
-    def __init__(self, create: Callable[[], Gate], listener: socket.socket, options: ServerOptions) -> None:
-        self._create = create
-        self._listener = listener
-        self._options = options
-        self._context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        self._workers: dict[Any, Any] = {}  # processes, and the events of their start
-        self._stopping = False
-
-    def run(self) -> int:
-        """Supervise until SIGTERM or SIGINT and return the exit code."""
-        folder = tempfile.mkdtemp(prefix="conditional_detr_metrics_")
-        os.environ[MULTIPROCESS_FOLDER] = folder
-        handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._stop)
-        if hasattr(signal, "SIGHUP"):
-            handlers[signal.SIGHUP] = self._forward
-        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            for _ in range(self._options.workers):
-                self._start()
-            return self._supervise()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _supervise(self) -> int:
-        failures = 0
-        while self._workers:
-            wait([worker.sentinel for worker in self._workers], timeout=0.2)
-            for worker, started in list(self._workers.items()):
-                if worker.is_alive():
-                    continue
-                del self._workers[worker]
-                mark_process_dead(worker.pid)
-                if self._stopping:
-                    continue
-                failures = 0 if started.is_set() else failures + 1
-                LOG.error("worker %s ended with exit code %s", worker.pid, worker.exitcode)
-                if failures >= _MAX_FAILED_STARTS:
-                    LOG.error("workers fail to start: the service ends")
-                    self._stop(signal.SIGTERM, None)
-                    continue
-                self._start()
-        return 1 if failures >= _MAX_FAILED_STARTS else 0
-
-    def _start(self) -> None:
-        started = self._context.Event()
-        one = ServerOptions(1, self._options.drain_seconds, self._options.keep_alive_seconds)
-        worker = self._context.Process(target=_work, args=(self._create, self._listener, one, started))
-        worker.start()
-        self._workers[worker] = started
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._stopping = True
-        self._forward(signal.SIGTERM, frame)
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        for worker in list(self._workers):
-            if worker.is_alive():
-                os.kill(worker.pid, number)
-
-
-def _work(create: Callable[[], Gate], listener: socket.socket, options: ServerOptions, started: Any) -> None:
+def _work(create: Callable[[], Gate], options: ServerOptions, listener: socket.socket, started: Any) -> None:
     """Serve in a worker process, which ends when its parent does."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -306,4 +237,9 @@ def _work(create: Callable[[], Gate], listener: socket.socket, options: ServerOp
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent forwards it as SIGTERM
     threading.Thread(target=end_with_parent, daemon=True).start()
     log_to_stderr()
-    sys.exit(run(create, listener, options, started.set))
+    try:
+        code = run(create, listener, replace(options, workers=1), started.set)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        LOG.error("%s", error)
+        code = 1
+    sys.exit(code)

@@ -1,6 +1,7 @@
 """Detect objects on the images of requests: open them in threads, run them in batches on the device."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,9 @@ from conditional_detr.serving.batching import Batcher
 from conditional_detr.serving.errors import ApiError
 from conditional_detr.serving.metrics import Metrics
 from conditional_detr.serving.settings import ServiceSettings
-from conditional_detr.serving.sources import check_pixels, decode, download, is_url
+from conditional_detr.serving.sources import check_header, decode, download, is_url
+
+LOG = logging.getLogger("conditional_detr.serving")
 
 _DOWNLOADS = 16  # at a time
 _WARM_UP_SIZE = (480, 640)
@@ -100,6 +103,7 @@ class DetectionService:
         self._limits = Limits(settings.url_seconds, settings.max_body, settings.urls)
         self._slots = asyncio.Semaphore(settings.max_queue)  # images that are opened
         self._opening = ThreadPoolExecutor(settings.threads, thread_name_prefix="conditional_detr_open")
+        self._downloads = asyncio.Semaphore(_DOWNLOADS)
         self._downloading = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="conditional_detr_download")
         batchers: dict[str, Batcher] = {}
         self.models = {}
@@ -136,6 +140,9 @@ class DetectionService:
                 await self._detect_one(model, image, "image", self._postprocessing(model, Options()), keep=False)
             except ApiError:  # an exported model of a fixed size
                 continue
+            except Exception:
+                LOG.exception("the model %s cannot run: the service does not become ready", model.name)
+                return
         self.ready = True
 
     def close(self) -> None:
@@ -172,7 +179,7 @@ class DetectionService:
         postprocessing = self._postprocessing(model, options)
         names = [f"images[{i}]" if len(images) > 1 else "image" for i in range(len(images))]
         tasks = [
-            asyncio.ensure_future(self._detect_one(model, image, name, postprocessing, keep=keep))
+            asyncio.ensure_future(self._detect_any(model, image, name, postprocessing, keep=keep))
             for image, name in zip(images, names, strict=True)
         ]
         try:
@@ -217,6 +224,21 @@ class DetectionService:
         except (TypeError, ValueError) as error:
             raise ApiError(400, str(error), code="bad_option", param=str(error).partition(":")[0]) from error
 
+    async def _detect_any(
+        self, model: ServedModel, image: str | bytes, name: str, postprocessing: Postprocessing, *, keep: bool
+    ) -> Detections:
+        """Download an image if it is a URL, and detect objects on it.
+
+        Raises:
+            ApiError: as :meth:`detect`.
+        """
+        if not (isinstance(image, str) and is_url(image)):
+            return await self._detect_one(model, image, name, postprocessing, keep=keep)
+        async with self._downloads:  # and no slot before the image is here: a slow server delays no other request
+            loop = asyncio.get_running_loop()
+            content = await loop.run_in_executor(self._downloading, download, image, name, self._limits)
+            return await self._detect_one(model, content, name, postprocessing, keep=keep)
+
     async def _detect_one(
         self,
         model: ServedModel,
@@ -232,9 +254,6 @@ class DetectionService:
             ApiError: as :meth:`detect`.
         """
         async with self._slots:
-            if isinstance(image, str) and is_url(image):
-                loop = asyncio.get_running_loop()
-                image = await loop.run_in_executor(self._downloading, download, image, name, self._limits)
             with model.batcher.announced():
                 prepared = await self.in_thread(partial(self._prepare, model, image, name, keep=keep))
                 values = prepared.values
@@ -257,7 +276,7 @@ class DetectionService:
         if isinstance(image, str):
             image = decode(image, name)
         if isinstance(image, bytes):
-            check_pixels(image, name, self.settings.max_pixels)
+            check_header(image, name, self.settings.max_pixels)
         prepared = model.detector.prepare(image, name, keep=keep)
         if isinstance(prepared, Exception):
             raise ApiError(400, str(prepared), code="invalid_image", param=name) from prepared
