@@ -89,6 +89,12 @@ class Protocol(HttpToolsProtocol):
         self._bytes_without_body = 0
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        """Note that an answer is complete."""
+        super().on_response_complete()
+        if self._refused:
+            self.transport.close()
+
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, or what a callback above refused by an exception."""
         if self._head_size > _MAX_HEAD:
@@ -139,6 +145,9 @@ class Protocol(HttpToolsProtocol):
             return
         self._refused, self._in_head = True, False
         self._stop_timer()
+        if self.pipeline:  # an earlier request is being answered: the connection is closed after it
+            self.pipeline.clear()
+            return
         if self._is_answering():
             self.cycle.disconnected = True
             self.cycle.message_event.set()

@@ -129,7 +129,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Write the service's log, and uvicorn's warnings, to standard error as lines of JSON.
+    """Write the service's log, and warnings of the libraries, to standard error as lines of JSON.
 
     Warnings of Python are dropped: they are about strangers' images, such as broken EXIF data, and Python would
     remember each.
@@ -137,7 +137,7 @@ def log_to_stderr() -> None:
     warnings.simplefilter("ignore")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    for name, level in ((LOG.name, logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, level in ((LOG.name, logging.INFO), ("uvicorn", logging.WARNING), (None, logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
