@@ -287,17 +287,18 @@ def _apply_orientation(image: Image.Image, name: str, *, own: bool) -> Image.Ima
 
 def _from_array(values: np.ndarray, name: str) -> Image.Image | Tensor:
     """Convert values (H, W, 3), (H, W, 4) or (H, W, 1) to a PIL image, or a tensor (3, H, W) if floating point."""
-    values = np.broadcast_to(values[..., :3], (*values.shape[:2], 3))
+    values, shape = values[..., :3], (*values.shape[:2], 3)
     if np.issubdtype(values.dtype, np.floating):
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
             raise ValueError(
                 f"{name}: expected floating point values in [0, 1],"
                 f" got {values.min()}..{values.max()}; use uint8 for 0..255"
             )
-        return torch.from_numpy(np.array(values, dtype=np.float32)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(np.broadcast_to(values, shape), dtype=np.float32)).permute(2, 0, 1)
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if values.dtype not in (np.uint8, np.uint16):
         raise TypeError(f"{name}: expected uint8, uint16 or floating point values, got {values.dtype}")
     if values.dtype == np.uint16:
-        values = np.round(values / 257).astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(values))
+        # rounded division by 257, which in floating point takes several times the memory
+        values = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(values, shape)))

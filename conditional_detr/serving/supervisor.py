@@ -34,11 +34,13 @@ class _Worker:
         process: the process.
         started: an event, set when the process accepts connections.
         reloads: how many requests to read the keys again it has got, or came before it.
+        noted: whether its start was logged.
     """
 
     process: Any
     started: Any
     reloads: int
+    noted: bool = False
 
 
 class Supervisor:
@@ -103,9 +105,7 @@ class Supervisor:
         while not self._stop_requested:
             self._start_missing()
             wait([worker.process.sentinel for worker in self._workers], timeout=_POLL_SECONDS)
-            if not self._any_started and any(worker.started.is_set() for worker in self._workers):
-                self._any_started = True
-                self._has_started()
+            self._note_starts()
             self._pass_on_reloads()
             for worker in self._take_ended():
                 if not self._stop_requested:
@@ -123,6 +123,15 @@ class Supervisor:
             process = self._context.Process(target=self._work, args=(self._listener, started))
             process.start()
             self._workers.append(_Worker(process, started, self._reloads))
+
+    def _note_starts(self) -> None:
+        for worker in self._workers:
+            if worker.started.is_set() and not worker.noted:
+                worker.noted = True
+                LOG.info("worker %s accepts connections", worker.process.pid)
+                if not self._any_started:
+                    self._any_started = True
+                    self._has_started()
 
     def _note_failure(self, worker: _Worker) -> None:
         """Log the end of a worker; after failed starts, wait longer and longer before the next one."""

@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import io
 import json
-import logging
 import os
 import signal
 import socket
@@ -45,7 +44,6 @@ class Application:
         from conditional_detr.serving.settings import ServiceSettings
 
         torch.set_num_threads(1)
-        logging.getLogger("conditional_detr.serving").info("a process loads its models")
         settings = ServiceSettings(urls=UrlGuard(*self.urls), **self.settings)
         keys = ApiKeys(self.keys) if self.keys else None
         return create_app({"shapes": Detector.from_pretrained(self.weights)}, settings, keys=keys)
@@ -84,9 +82,9 @@ class Service:
     def log_lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log_path.read_text().splitlines()]
 
-    def processes(self) -> int:
-        """Return how many processes have begun to load the models, those that died included."""
-        return sum("loads its models" in line.get("message", "") for line in self.log_lines())
+    def count(self, message: str) -> int:
+        """Return how many lines of the log have this message."""
+        return sum(message in line.get("message", "") for line in self.log_lines())
 
     def memory(self) -> float:
         """Return the resident memory in MiB."""

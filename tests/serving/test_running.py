@@ -53,7 +53,7 @@ def test_overload_and_then_sigterm_under_load(tmp_path, image):
         slow = service.connect()
         content = image.read_bytes()
         slow.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(content) + content[:100])
-        with Load(service.port, image, 8, 5) as load:
+        with Load(service.port, image, 3, 5) as load:  # with the slow one, as many as fit
             time.sleep(1)
             began = time.monotonic()
             service.send_signal(signal.SIGTERM)
@@ -69,9 +69,9 @@ def test_overload_and_then_sigterm_under_load(tmp_path, image):
             ending = load.outcomes()
         assert received.startswith(b"HTTP/1.1 200 ")
         assert b'"label"' in received
-        assert statuses(ending).keys() <= {200, 503, -1}  # none sent and not answered
-        assert statuses(ending)[200] > 10
-        assert statuses(ending)[-1] > 0  # the clients went on
+        kept.close()
+        slow.close()
+        assert statuses(ending).keys() == {200, -1}  # none that was sent has no answer; later ones are not connected
 
 
 def test_keys_logs_and_a_request_that_does_not_end(tmp_path):
@@ -89,7 +89,7 @@ def test_keys_logs_and_a_request_that_does_not_end(tmp_path):
         assert models(FIRST) == 401
         keys.write_text("short")
         service.send_signal(signal.SIGHUP)
-        wait_until(lambda: any("as before" in line.get("message", "") for line in service.log_lines()))
+        wait_until(lambda: service.count("the API keys are as before") == 1)
         assert models(SECOND) == 200
 
         # what strangers choose does not shape the log
@@ -135,14 +135,12 @@ def test_workers_that_are_killed_and_their_supervisor(tmp_path, image):
     keys = tmp_path / "keys"
     keys.write_text(FIRST)
     with Service(tmp_path, workers=2, keys=str(keys)) as service:
-        wait_until(lambda: service.processes() == 2)
-        with Load(service.port, image, 8, 15, key=FIRST) as load:
-            # both answer once the second has loaded its models
-            first, second = workers_of(service)
-            wait_until(lambda: second.cpu_times().user > 0.5 and all(busy(worker) for worker in (first, second)))
+        wait_until(lambda: service.count("accepts connections") == 2)
+        first, second = workers_of(service)
+        with Load(service.port, image, 8, 4, key=FIRST) as load:
+            time.sleep(1)
             killed_at = time.time()
             first.kill()
-            wait_until(lambda: service.processes() == 3)
             outcomes = load.outcomes()
         lost = [outcome for outcome in outcomes if outcome.status != 200]
         assert len(lost) <= 8  # those of the worker that died
@@ -151,12 +149,13 @@ def test_workers_that_are_killed_and_their_supervisor(tmp_path, image):
         answered = statuses(outcomes)[200]
         assert answered <= detections_of(service, FIRST) <= answered + 8
 
+        wait_until(lambda: service.count("accepts connections") == 3)  # the dead one is replaced
         workers = workers_of(service)
         assert len(workers) == 2
         assert second in workers
         keys.write_text(SECOND)
         service.send_signal(signal.SIGHUP)
-        wait_until(lambda: read_again(service) == 2)
+        wait_until(lambda: service.count("keys were read again") == 2)
         for _ in range(20):  # both workers
             assert service.get("/v1/models", headers={"authorization": f"Bearer {SECOND}"})[0] == 200
             assert service.get("/v1/models", headers={"authorization": f"Bearer {FIRST}"})[0] == 401
@@ -165,15 +164,6 @@ def test_workers_that_are_killed_and_their_supervisor(tmp_path, image):
         psutil.wait_procs(workers, timeout=20)
         assert [worker for worker in workers if worker.is_running()] == []
         listen("127.0.0.1", service.port).close()
-
-
-def busy(worker: psutil.Process) -> bool:
-    """Return whether a worker has connections of clients."""
-    return any(connection.status == psutil.CONN_ESTABLISHED for connection in worker.net_connections("tcp"))
-
-
-def read_again(service: Service) -> int:
-    return sum("keys were read again" in line.get("message", "") for line in service.log_lines())
 
 
 def test_workers_end_gracefully(tmp_path, image):
