@@ -1,5 +1,6 @@
 """Signals, load, workers that die, and starts that fail."""
 
+import contextlib
 import http.client
 import json
 import re
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("uvicorn")
 
+from conditional_detr.cli import app
 from conditional_detr.serving.server import listen
 from helpers.load import Load, statuses
 from helpers.service import Service, image_bytes, read_all, wait_until
@@ -32,17 +35,17 @@ def image(tmp_path_factory) -> Path:
 def test_overload_and_then_sigterm_under_load(tmp_path, image):
     """Too many clients get 503 and cost no memory; at the end, every request that was sent is answered."""
     with Service(tmp_path, settings={"max_queue": 4}) as service:
-        with Load(service.port, image, 4, 1.5) as load:
+        with Load(service.port, image, 4, 1) as load:
             normal = load.outcomes()
         assert statuses(normal).keys() == {200}
         before = service.memory()
-        with Load(service.port, image, 40, 4, pause=0.02) as load:
+        with Load(service.port, image, 40, 3, pause=0.05) as load:
             overload = load.outcomes()
         assert statuses(overload).keys() == {200, 503}
         assert {outcome.retry_after for outcome in overload if outcome.status == 503} == {"1"}
-        assert statuses(overload)[200] > 0.2 * 4 / 1.5 * len(normal)
+        assert statuses(overload)[200] > 0.2 * 3 * len(normal)
         assert service.memory() < 1.05 * before + 20
-        with Load(service.port, image, 4, 1.5) as load:
+        with Load(service.port, image, 4, 1) as load:
             after = load.outcomes()
         assert statuses(after).keys() == {200}
         assert len(after) > 0.5 * len(normal)
@@ -53,7 +56,7 @@ def test_overload_and_then_sigterm_under_load(tmp_path, image):
         slow = service.connect()
         content = image.read_bytes()
         slow.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(content) + content[:100])
-        with Load(service.port, image, 3, 5) as load:  # with the slow one, as many as fit
+        with Load(service.port, image, 3, 3) as load:  # with the slow one, as many as fit
             time.sleep(1)
             began = time.monotonic()
             service.send_signal(signal.SIGTERM)
@@ -74,10 +77,11 @@ def test_overload_and_then_sigterm_under_load(tmp_path, image):
         assert statuses(ending).keys() == {200, -1}  # none that was sent has no answer; later ones are not connected
 
 
-def test_keys_logs_and_a_request_that_does_not_end(tmp_path):
+def test_keys_logs_and_the_last_requests(tmp_path):
+    """At the end, a request that never ends gets 503, and connections that nobody has accepted get their answers."""
     keys = tmp_path / "keys"
     keys.write_text(FIRST)
-    with Service(tmp_path, keys=str(keys), drain_seconds=1.0) as service:
+    with Service(tmp_path, keys=str(keys), drain_seconds=4.0) as service:
 
         def models(key: str, **headers: str) -> int:
             return service.get("/v1/models", headers={"authorization": f"Bearer {key}", **headers})[0]
@@ -96,19 +100,28 @@ def test_keys_logs_and_a_request_that_does_not_end(tmp_path):
         models(SECOND, **{"x-request-id": '", "status": 200, "x": "'})
         service.get('/%0a{"status":200}', headers={"authorization": f"Bearer {SECOND}"})
         models(SECOND, **{"x-request-id": "abc-1"})
+        wait_until(lambda: service.log_lines()[-1].get("request_id") == "abc-1")
         lines = service.log_lines()
-        assert [line["request_id"] for line in lines if "request_id" in line][-1] == "abc-1"
         assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,64}", line.get("request_id", "a")) for line in lines)
         assert lines[-2]["route"] == "other"
         log = service.log_path.read_text()
         assert FIRST not in log
         assert SECOND not in log
 
-        with service.connect() as stuck:
-            authorization = f"authorization: Bearer {SECOND}\r\n".encode()
+        authorization = f"authorization: Bearer {SECOND}\r\n".encode()
+        content = image_bytes()
+        request = HEAD + authorization + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(content) + content
+        with contextlib.ExitStack() as stack:
+            stuck = stack.enter_context(service.connect())
             stuck.sendall(HEAD + authorization + b"content-length: 100\r\n\r\nabc")
             time.sleep(0.2)
+            service.send_signal(signal.SIGSTOP)
+            waiting = [stack.enter_context(service.connect()) for _ in range(10)]
+            for connection in waiting:
+                connection.sendall(request)
             service.send_signal(signal.SIGTERM)
+            service.send_signal(signal.SIGCONT)
+            assert [read_all(connection)[:13] for connection in waiting] == [b"HTTP/1.1 200 "] * 10
             status, _, body = read_all(stuck).partition(b"\r\n")
         assert status.split()[1] == b"503"
         assert b"retry-after: 1" in body
@@ -137,7 +150,7 @@ def test_workers_that_are_killed_and_their_supervisor(tmp_path, image):
     with Service(tmp_path, workers=2, keys=str(keys)) as service:
         wait_until(lambda: service.count("accepts connections") == 2)
         first, second = workers_of(service)
-        with Load(service.port, image, 8, 4, key=FIRST) as load:
+        with Load(service.port, image, 8, 3, key=FIRST) as load:
             time.sleep(1)
             killed_at = time.time()
             first.kill()
@@ -168,7 +181,7 @@ def test_workers_that_are_killed_and_their_supervisor(tmp_path, image):
 
 def test_workers_end_gracefully(tmp_path, image):
     """SIGTERM comes while the second worker is starting."""
-    with Service(tmp_path, workers=2) as service, Load(service.port, image, 8, 4) as load:
+    with Service(tmp_path, workers=2) as service, Load(service.port, image, 8, 2) as load:
         time.sleep(0.5)
         service.send_signal(signal.SIGTERM)
         assert service.process.wait(40) == 0
@@ -183,12 +196,12 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_weights_that_cannot_be_loaded(tmp_path, workers):
+def test_workers_whose_weights_cannot_be_loaded(tmp_path):
+    """One line says so, and nothing is tried for ever."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"no weights")
-    ended = run_command("--weights", str(path), "--port", "0", "--workers", workers)
-    assert ended.returncode in (1, 2)
+    ended = run_command("--weights", str(path), "--port", "0", "--workers", "2")
+    assert ended.returncode == 1
     lines = [line for line in ended.stderr.splitlines() if str(path) in line]
     assert len(lines) == 1, ended.stderr
     assert "Traceback" not in ended.stderr
@@ -196,25 +209,7 @@ def test_weights_that_cannot_be_loaded(tmp_path, workers):
 
 def test_a_port_in_use():
     with listen("127.0.0.1", 0) as taken:
-        ended = run_command("--port", str(taken.getsockname()[1]))
-    assert ended.returncode == 2
+        ended = CliRunner().invoke(app, ["serve", "--port", str(taken.getsockname()[1])])
+    assert ended.exit_code == 2
     assert len(ended.stderr.splitlines()) == 1
     assert "in use" in ended.stderr
-
-
-def test_connections_in_the_backlog_are_answered(tmp_path):
-    """A client whose connection nobody has accepted when the signal comes gets its answer."""
-    with Service(tmp_path) as service:
-        content = image_bytes()
-        request = HEAD + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(content) + content
-        service.send_signal(signal.SIGSTOP)
-        connections = [service.connect() for _ in range(20)]
-        for connection in connections:
-            connection.sendall(request)
-        service.send_signal(signal.SIGTERM)
-        service.send_signal(signal.SIGCONT)
-        answers = [read_all(connection) for connection in connections]
-        assert [answer[:13] for answer in answers] == [b"HTTP/1.1 200 "] * 20
-        assert service.process.wait(30) == 0
-        for connection in connections:
-            connection.close()
