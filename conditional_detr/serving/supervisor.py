@@ -157,7 +157,12 @@ class Supervisor:
 
     def _end_workers(self) -> None:
         """Ask the workers to end, wait for them, and kill those that do not end in time."""
-        self._listener.close()  # else connections would wait here for workers that no longer accept them
+        # the last worker that listens accepts what waits: nobody else may keep the socket and lose connections
+        self._listener.close()
+        for worker in self._workers:
+            if not worker.started.is_set():
+                worker.process.kill()
+                worker.process.join()
         for worker in self._workers:
             worker.process.terminate()
         deadline = time.monotonic() + self._drain_seconds + _KILL_SECONDS
