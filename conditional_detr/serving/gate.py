@@ -24,9 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from conditional_detr.serving.errors import ApiError
 from conditional_detr.serving.json_limits import check_json
 from conditional_detr.serving.keys import ApiKeys
-from conditional_detr.serving.service import DetectionService
-
-LOG = logging.getLogger("conditional_detr.serving")
+from conditional_detr.serving.service import LOG, DetectionService
 
 _OPEN = ("/health/live", "/health/ready", "/", "/favicon.ico")  # without a key
 _OPEN_FOLDERS = ("/page/", "/docs-assets/")

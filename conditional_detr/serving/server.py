@@ -21,9 +21,10 @@ from typing import Any
 
 import uvicorn
 
-from conditional_detr.serving.gate import LOG, Gate
+from conditional_detr.serving.gate import Gate
 from conditional_detr.serving.keys import ApiKeys
 from conditional_detr.serving.protocol import Config, Protocol
+from conditional_detr.serving.service import LOG
 from conditional_detr.serving.supervisor import Supervisor
 
 _LAST_REQUESTS_SECONDS = 0.5

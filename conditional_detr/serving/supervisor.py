@@ -1,6 +1,5 @@
 """Several worker processes on one listening socket: start, replace and end them."""
 
-import logging
 import multiprocessing
 import os
 import shutil
@@ -17,8 +16,7 @@ from typing import Any
 from prometheus_client.multiprocess import mark_process_dead
 
 from conditional_detr.serving.metrics import MULTIPROCESS_FOLDER
-
-LOG = logging.getLogger("conditional_detr.serving")
+from conditional_detr.serving.service import LOG
 
 _MAX_FAILED_STARTS = 3
 _LONGEST_PAUSE = 30.0  # seconds between attempts to start a worker
