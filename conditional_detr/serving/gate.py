@@ -16,7 +16,6 @@ from typing import Any
 from limits import parse
 from limits.aio.storage import Storage
 from limits.aio.strategies import MovingWindowRateLimiter
-from limits.errors import ConfigurationError
 from limits.storage import storage_from_string
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,7 +26,7 @@ from conditional_detr.serving.keys import ApiKeys
 from conditional_detr.serving.service import LOG, DetectionService
 
 _OPEN = ("/health/live", "/health/ready", "/", "/favicon.ico")  # without a key
-_OPEN_FOLDERS = ("/page/", "/docs-assets/")
+_OPEN_FOLDERS = ("/page/",)
 ROUTES = {
     *("/", "/docs", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/v1/models"),
     *("/v1/attention", "/v1/chat/completions", "/v1/detect", "/v1/infer", "/v1/responses"),
@@ -50,7 +49,6 @@ class _Progress:
     key: str | None = None
     status: int = 500
     started: bool = False
-    finished: bool = False
     bytes: int = 0
     error: str | None = None
     began: float = field(default_factory=time.perf_counter)
@@ -91,10 +89,7 @@ class Gate:
         self._bytes = 0
         self._rate = parse(self.settings.rate_limit) if self.settings.rate_limit else None
         if self._rate:
-            try:
-                storage: Any = storage_from_string(f"async+{self.settings.rate_storage}")
-            except ConfigurationError as error:
-                raise ValueError(f"rate_storage: {error}") from error
+            storage: Any = storage_from_string(f"async+{self.settings.rate_storage}")
             assert isinstance(storage, Storage)
             self._limiter = MovingWindowRateLimiter(storage)
 
@@ -128,7 +123,6 @@ class Gate:
                 if self.draining:
                     answered["connection"] = "close"
             await send(message)
-            progress.finished = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         self.metrics.in_progress.inc()
         try:
