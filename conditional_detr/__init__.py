@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from conditional_detr.inference.downloads import Limits
     from conditional_detr.inference.exported import ExportedModel
     from conditional_detr.inference.url_guard import UrlGuard
-    from conditional_detr.modeling.conditional_detr import AttentionMaps, ConditionalDETR, Config, Output
+    from conditional_detr.modeling.conditional_detr import ConditionalDETR
+    from conditional_detr.modeling.config import Config
+    from conditional_detr.modeling.detection_transformer import AttentionMaps, Output
+    from conditional_detr.modeling.detr import DETR
     from conditional_detr.modeling.metadata import Metadata, Preprocessing
     from conditional_detr.set_prediction.losses import SetLoss
     from conditional_detr.set_prediction.matcher import HungarianMatcher
 
 __version__ = "0.1.0"
 __all__ = [
+    "DETR",
     "AttentionMaps",
     "ConditionalDETR",
     "Config",
@@ -43,16 +47,17 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AttentionMaps": "modeling.conditional_detr",
+    "AttentionMaps": "modeling.detection_transformer",
+    "DETR": "modeling.detr",
     "ConditionalDETR": "modeling.conditional_detr",
-    "Config": "modeling.conditional_detr",
+    "Config": "modeling.config",
     "Detections": "inference.detections",
     "Detector": "inference.detector",
     "ExportedModel": "inference.exported",
     "HungarianMatcher": "set_prediction.matcher",
     "Limits": "inference.downloads",
     "Metadata": "modeling.metadata",
-    "Output": "modeling.conditional_detr",
+    "Output": "modeling.detection_transformer",
     "Preprocessing": "modeling.metadata",
     "SetLoss": "set_prediction.losses",
     "UrlGuard": "inference.url_guard",

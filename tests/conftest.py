@@ -57,6 +57,11 @@ def tiny(tmp_path_factory) -> Published:
 
 
 @pytest.fixture(scope="session")
+def tiny_detr(tmp_path_factory) -> Published:
+    return Published(tmp_path_factory.mktemp("tiny_detr"), architecture="detr", **TINY)
+
+
+@pytest.fixture(scope="session")
 def small(tiny, tmp_path_factory) -> Path:
     """The tiny checkpoint, for images that are resized to little: what runs it in a moment."""
     from conditional_detr import ConditionalDETR, Metadata, Preprocessing
@@ -99,6 +104,11 @@ def r50(tmp_path_factory) -> Published:
 @pytest.fixture(scope="session")
 def dc5(tmp_path_factory) -> Published:
     return Published(tmp_path_factory.mktemp("dc5"), dc5=True, seed=1)
+
+
+@pytest.fixture(scope="session")
+def r50_detr(tmp_path_factory) -> Published:
+    return Published(tmp_path_factory.mktemp("r50_detr"), architecture="detr", num_queries=100)
 
 
 @pytest.fixture(scope="session")

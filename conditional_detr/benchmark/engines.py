@@ -16,7 +16,7 @@ from conditional_detr.deploy.optimize import optimize
 from conditional_detr.deploy.quantize import quantize
 from conditional_detr.inference.exported import ExportedModel
 from conditional_detr.inference.runtimes import Run, openvino_core
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Engine:
     """
 
     name: str
-    make: Callable[[ConditionalDETR, Path, Tensor], Run]
+    make: Callable[[DetectionTransformer, Path, Tensor], Run]
     needs: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
-    write: Callable[[ConditionalDETR, Path, Tensor], object] | None = None
+    write: Callable[[DetectionTransformer, Path, Tensor], object] | None = None
 
     @property
     def missing_packages(self) -> list[str]:
@@ -44,11 +44,11 @@ class Engine:
         return [package for package in self.needs if find_spec(package) is None]
 
 
-def _plain(model: ConditionalDETR, _: Path, __: Tensor) -> Run:
+def _plain(model: DetectionTransformer, _: Path, __: Tensor) -> Run:
     return lambda pixels: _last(model(pixels))
 
 
-def _optimised(model: ConditionalDETR, _: Path, __: Tensor, *, dtype: torch.dtype, compile: bool) -> Run:
+def _optimised(model: DetectionTransformer, _: Path, __: Tensor, *, dtype: torch.dtype, compile: bool) -> Run:
     fast = optimize(model, dtype=dtype, compile=compile)
     return lambda pixels: _last(fast(pixels))
 
@@ -57,18 +57,18 @@ def _last(output: Any) -> tuple[Tensor, Tensor]:
     return output.logits[-1], output.boxes[-1]
 
 
-def _write_file(model: ConditionalDETR, folder: Path, _: Tensor, *, name: str, dtype: torch.dtype) -> None:
+def _write_file(model: DetectionTransformer, folder: Path, _: Tensor, *, name: str, dtype: torch.dtype) -> None:
     if not (folder / name).exists():
         export(model, folder / name, dtype=dtype)
 
 
-def _file(_: ConditionalDETR, folder: Path, example: Tensor, *, name: str, dtype: torch.dtype | None) -> Run:
+def _file(_: DetectionTransformer, folder: Path, example: Tensor, *, name: str, dtype: torch.dtype | None) -> Run:
     threads = None if name.endswith(".pt2") else torch.get_num_threads()  # a .pt2 runs with the threads of torch
     exported = ExportedModel(folder / name, device=str(example.device), threads=threads, dtype=dtype)
     return lambda pixels: _last(exported(pixels))
 
 
-def write_weights(model: ConditionalDETR, folder: Path, _: Tensor | None = None) -> None:
+def write_weights(model: DetectionTransformer, folder: Path, _: Tensor | None = None) -> None:
     """Write a model's checkpoint into a folder, unless it exists."""
     path = folder / WEIGHTS
     if not path.exists():
@@ -77,11 +77,11 @@ def write_weights(model: ConditionalDETR, folder: Path, _: Tensor | None = None)
 
 def transformers_network(folder: Path) -> Any:
     """Return the transformers model with the weights that :func:`write_weights` has written into a folder."""
-    from transformers import ConditionalDetrForObjectDetection
+    from transformers import AutoModelForObjectDetection
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the benchmark has its own
-    return ConditionalDetrForObjectDetection.from_pretrained(folder / WEIGHTS).eval()
+    return AutoModelForObjectDetection.from_pretrained(folder / WEIGHTS).eval()
 
 
 class _TransformersModel(nn.Module):
@@ -98,7 +98,7 @@ class _TransformersModel(nn.Module):
         return output.logits, output.pred_boxes
 
 
-def _transformers(_: ConditionalDETR, folder: Path, example: Tensor, *, dtype: Any, compile: bool) -> Run:
+def _transformers(_: DetectionTransformer, folder: Path, example: Tensor, *, dtype: Any, compile: bool) -> Run:
     network: Any = _TransformersModel(folder).to(example.device, dtype)
     run = torch.compile(network) if compile else network
 
@@ -113,7 +113,7 @@ def _transformers_file(folder: Path, example: Tensor) -> Path:
     return folder / f"transformers {'x'.join(map(str, example.shape))}.onnx"
 
 
-def _write_transformers_file(model: ConditionalDETR, folder: Path, example: Tensor) -> None:
+def _write_transformers_file(model: DetectionTransformer, folder: Path, example: Tensor) -> None:
     """Export the transformers model to ONNX for pixels of the example's shape, unless the file exists."""
     path = _transformers_file(folder, example)
     if not path.exists():
@@ -125,7 +125,7 @@ def _write_transformers_file(model: ConditionalDETR, folder: Path, example: Tens
         draft.replace(path)
 
 
-def _transformers_onnx_runtime(_: ConditionalDETR, folder: Path, example: Tensor) -> Run:
+def _transformers_onnx_runtime(_: DetectionTransformer, folder: Path, example: Tensor) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -141,7 +141,7 @@ def _transformers_onnx_runtime(_: ConditionalDETR, folder: Path, example: Tensor
     return call
 
 
-def _transformers_openvino(_: ConditionalDETR, folder: Path, example: Tensor, *, precision: str) -> Run:
+def _transformers_openvino(_: DetectionTransformer, folder: Path, example: Tensor, *, precision: str) -> Run:
     core = openvino_core()
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = core.compile_model(core.read_model(_transformers_file(folder, example)), "CPU", settings)
@@ -154,7 +154,7 @@ def _transformers_openvino(_: ConditionalDETR, folder: Path, example: Tensor, *,
     return call
 
 
-def _optimised_in(dtype: torch.dtype, *, compile: bool = False) -> Callable[[ConditionalDETR, Path, Tensor], Run]:
+def _optimised_in(dtype: torch.dtype, *, compile: bool = False) -> Callable[[DetectionTransformer, Path, Tensor], Run]:
     return partial(_optimised, dtype=dtype, compile=compile)
 
 
@@ -181,7 +181,7 @@ def _exported(
     return Engine(name, partial(_file, name=file, dtype=computed), needs, devices, write)
 
 
-def _write_int8(model: ConditionalDETR, folder: Path, example: Tensor) -> None:
+def _write_int8(model: DetectionTransformer, folder: Path, example: Tensor) -> None:
     """Quantise a model, unless the file exists. It is calibrated on noise, which does not change its speed."""
     path = folder / _INT8
     if not path.exists():
@@ -197,7 +197,9 @@ def _transformers_engine(
     return Engine(name, make, ("transformers",), devices, write_weights)
 
 
-def _transformers_exported(name: str, make: Callable[[ConditionalDETR, Path, Tensor], Run], runtime: str) -> Engine:
+def _transformers_exported(
+    name: str, make: Callable[[DetectionTransformer, Path, Tensor], Run], runtime: str
+) -> Engine:
     """Return the engine of the transformers model, exported to ONNX."""
     return Engine(name, make, ("transformers", *_ONNX, runtime), ("cpu",), _write_transformers_file)
 

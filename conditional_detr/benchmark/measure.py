@@ -11,7 +11,7 @@ import torch
 from conditional_detr.benchmark.engines import ENGINES, write_weights
 from conditional_detr.benchmark.timing import Timing, check_rounds
 from conditional_detr.benchmark.worker import EXPECTED, EngineTask, Task, Worker
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Measurement(Timing):
 
 
 def measure(
-    model: ConditionalDETR,
+    model: DetectionTransformer,
     names: Sequence[str],
     *,
     size: tuple[int, int],
@@ -121,7 +121,7 @@ def time_in_processes(
 
 @torch.no_grad()
 def _prepare(
-    model: ConditionalDETR,
+    model: DetectionTransformer,
     tasks: Sequence[Task],
     progress: Callable[[str], None],
     on_failure: Callable[[str], None] | None,

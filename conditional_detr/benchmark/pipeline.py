@@ -23,7 +23,7 @@ from conditional_detr.deploy.optimize import optimize
 from conditional_detr.inference.detector import Detector
 from conditional_detr.inference.images import open_image, size_of
 from conditional_detr.inference.preprocessing import resized_size
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.metadata import Preprocessing
 
 THRESHOLD = 0.5
@@ -100,7 +100,7 @@ def _detector(
     loop: bool = False,
 ) -> Calls:
     """Return the calls of this library's detector; without a dtype, it has the plain model."""
-    plain = ConditionalDETR.from_pretrained(folder / WEIGHTS, device=device)
+    plain = DetectionTransformer.from_pretrained(folder / WEIGHTS, device=device)
     plain.metadata = replace(plain.metadata, preprocessing=replace(plain.metadata.preprocessing, backend=backend))
     model = plain if dtype is None else optimize(plain, dtype=dtype)
     detector = Detector(model)
@@ -149,7 +149,7 @@ def common_size(images: Sequence[str], preprocessing: Preprocessing) -> tuple[in
 
 
 def measure_pipeline(
-    model: ConditionalDETR,
+    model: DetectionTransformer,
     images: Sequence[str],
     *,
     rounds: int = 7,

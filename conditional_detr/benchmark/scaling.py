@@ -7,13 +7,13 @@ import torch
 
 from conditional_detr.benchmark.measure import Measurement, measure
 from conditional_detr.benchmark.timing import torch_threads
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 
 HEIGHTS, BATCHES, COMMON = (400, 600, 800, 1000, 1333), (1, 2, 4), 800
 
 
 def measure_scaling(
-    model: ConditionalDETR,
+    model: DetectionTransformer,
     names: Sequence[str],
     *,
     heights: Sequence[int] = HEIGHTS,

@@ -17,7 +17,7 @@ from conditional_detr.deploy.optimize import optimize
 from conditional_detr.inference.detector import Detector
 from conditional_detr.inference.postprocessing import postprocess
 from conditional_detr.inference.preprocessing import normalise, open_by_backend, resize, resized_size
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.metadata import Preprocessing
 
 
@@ -40,7 +40,7 @@ class Stages:
 
 @torch.inference_mode()
 def measure_stages(
-    model: ConditionalDETR, images: Sequence[str], *, progress: Callable[[str], None] = lambda _: None
+    model: DetectionTransformer, images: Sequence[str], *, progress: Callable[[str], None] = lambda _: None
 ) -> list[Stages]:
     """Time the stages of this library in one thread, image by image, with each backend of the preprocessing.
 

@@ -4,7 +4,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,7 +21,7 @@ from conditional_detr.benchmark.timing import (
     time_in_rounds,
     warm_up,
 )
-from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output
+from conditional_detr.modeling.detection_transformer import DetectionTransformer, Output
 from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.training.optimizer import folded_batch_norm, linear_as_convolution
 
@@ -29,6 +29,8 @@ OURS = "this library"
 STEP, CRITERION = "step", "criterion"
 BOXES = 7  # target boxes per image, the mean of COCO
 LAYERS, IMAGES, QUERIES, CLASSES = 6, 8, 300, 91  # shape of the criterion's input, as on COCO
+_LOSSES = {"conditional_detr": "ConditionalDetrForObjectDetection", "detr": "ForObjectDetection"}
+"""Names of transformers' losses."""
 
 Targets: TypeAlias = list[dict[str, Tensor]]
 
@@ -64,7 +66,7 @@ class Workload:
 
 
 def measure_training(
-    model: ConditionalDETR,
+    model: DetectionTransformer,
     *,
     size: tuple[int, int] = (512, 512),
     batch: int = 2,
@@ -98,7 +100,7 @@ def measure_training(
     check_rounds(rounds, tuple(_STEPS))
     generator = torch.Generator().manual_seed(seed)
     pixels, targets = _images(model, size, batch, generator)
-    criteria = _criteria(device, generator)
+    criteria = _criteria(model, generator)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         steps = {}
         for name, prepare in _STEPS.items():
@@ -111,7 +113,7 @@ def measure_training(
 
 
 def step_peak_memory(
-    model: ConditionalDETR, name: str, *, size: tuple[int, int] = (512, 512), batch: int = 2
+    model: DetectionTransformer, name: str, *, size: tuple[int, int] = (512, 512), batch: int = 2
 ) -> float:
     """Run training steps of one library and return the peak memory of this process in MB.
 
@@ -159,7 +161,7 @@ def _measurements(
 
 
 def _images(
-    model: ConditionalDETR, size: tuple[int, int], batch: int, generator: torch.Generator
+    model: DetectionTransformer, size: tuple[int, int], batch: int, generator: torch.Generator
 ) -> tuple[Tensor, Targets]:
     """Return random pixels (B, 3, H, W) on the model's device, and random targets."""
     pixels = torch.randn(batch, 3, *size, generator=generator).to(model.device)
@@ -182,9 +184,9 @@ def _transformers_targets(targets: Targets, device: torch.device) -> Targets:
     return [{"class_labels": target["labels"].to(device), "boxes": target["boxes"].to(device)} for target in targets]
 
 
-def _criterion() -> SetLoss:
+def _criterion(model: DetectionTransformer) -> SetLoss:
     """Return this library's loss with transformers' class weight, so that both compute the same loss."""
-    return SetLoss(class_weight=1.0)
+    return replace(SetLoss.for_model(model), class_weight=1.0)
 
 
 def _workload(parameters: Iterable[Tensor], loss_of: Callable[[], Tensor]) -> Workload:
@@ -202,18 +204,20 @@ def _workload(parameters: Iterable[Tensor], loss_of: Callable[[], Tensor]) -> Wo
 
 
 @contextmanager
-def _step(model: ConditionalDETR, _: Path, pixels: Tensor, targets: Targets) -> Iterator[Workload]:
+def _step(model: DetectionTransformer, _: Path, pixels: Tensor, targets: Targets) -> Iterator[Workload]:
     """Prepare a training step of this library. The model cannot be used afterwards."""
     model.train()
     model.backbone.to(memory_format=torch.channels_last)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
-    criterion = _criterion()
+    criterion = _criterion(model)
     with folded_batch_norm(model), linear_as_convolution(model):
         yield _workload(model.parameters(), lambda: criterion(model(pixels), targets)["total"])
 
 
 @contextmanager
-def _transformers_step(model: ConditionalDETR, folder: Path, pixels: Tensor, targets: Targets) -> Iterator[Workload]:
+def _transformers_step(
+    model: DetectionTransformer, folder: Path, pixels: Tensor, targets: Targets
+) -> Iterator[Workload]:
     """Prepare a training step of transformers with the model's weights. The model cannot be used afterwards."""
     write_weights(model, folder)
     trainable = {name: parameter.requires_grad for name, parameter in model.backbone.body.named_parameters()}
@@ -226,26 +230,27 @@ def _transformers_step(model: ConditionalDETR, folder: Path, pixels: Tensor, tar
     yield _workload(network.parameters(), lambda: network(pixel_values=pixels, labels=labels).loss)
 
 
-Prepare: TypeAlias = Callable[[ConditionalDETR, Path, Tensor, Targets], AbstractContextManager[Workload]]
+Prepare: TypeAlias = Callable[[DetectionTransformer, Path, Tensor, Targets], AbstractContextManager[Workload]]
 _STEPS: dict[str, Prepare] = {REFERENCE: _transformers_step, OURS: _step}
 
 
-def _criteria(device: torch.device, generator: torch.Generator) -> dict[str, Workload]:
-    """Return the workloads of both libraries' criteria, on the same logits and boxes."""
-    from transformers import ConditionalDetrConfig
-    from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
+def _criteria(model: DetectionTransformer, generator: torch.Generator) -> dict[str, Workload]:
+    """Return the workloads of both libraries' criteria for a model's architecture, on the same logits and boxes."""
+    from transformers import AutoConfig
+    from transformers.loss.loss_utils import LOSS_MAPPING
 
-    shape = LAYERS, IMAGES, QUERIES
-    logits = (torch.randn(*shape, CLASSES, generator=generator) * 3 - 3).to(device).requires_grad_()
+    shape, rows, device = (LAYERS, IMAGES, QUERIES), model.scores.rows(CLASSES), model.device
+    logits = (torch.randn(*shape, rows, generator=generator) * 3 - 3).to(device).requires_grad_()
     boxes = torch.randn(*shape, 4, generator=generator).sigmoid().to(device).requires_grad_()
     targets = _targets(IMAGES, CLASSES, generator)
-    labels, criterion = _transformers_targets(targets, device), _criterion()
+    labels, criterion = _transformers_targets(targets, device), _criterion(model)
     options: dict[str, Any] = {"num_labels": CLASSES, "decoder_layers": LAYERS, "auxiliary_loss": True}
-    config = ConditionalDetrConfig(**options)
+    config = AutoConfig.for_model(model.architecture, **options)
+    loss: Any = LOSS_MAPPING[_LOSSES[model.architecture]]
     last = logits[-1], labels, device, boxes[-1]
 
     def of_transformers() -> Tensor:
-        return DeformableDetrForObjectDetectionLoss(*last, config, logits, boxes)[0]
+        return loss(*last, config, logits, boxes)[0]
 
     def of_this_library() -> Tensor:
         return criterion(Output(logits, boxes), targets)["total"]

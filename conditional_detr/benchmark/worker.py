@@ -19,7 +19,7 @@ from torch import Tensor
 
 from conditional_detr.benchmark.engines import ENGINES, WEIGHTS
 from conditional_detr.benchmark.timing import process_peak_memory, seconds_of, warm_up
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 
 EXPECTED = "expected.pt"
 _PREFIX = "benchmark: "  # marks messages to the parent process; libraries may print other lines
@@ -144,7 +144,7 @@ def main() -> None:
     torch.set_num_threads(task.threads)
     folder, device = Path(task.folder), torch.device(task.device)
     engine, pixels = ENGINES[task.engine], task.pixels()
-    model = ConditionalDETR.from_pretrained(folder / WEIGHTS, device=device)
+    model = DetectionTransformer.from_pretrained(folder / WEIGHTS, device=device)
     with torch.no_grad():
         if engine.write is not None:
             model.to("meta")  # it loads its files; otherwise the weights of both would count as memory

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conditional_detr.checkpoints.tensor_checks import abbreviate, copy_values, not_finite
 from conditional_detr.checkpoints.tensor_files import WEIGHT_SUFFIXES, read_tensors
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 
 _IGNORED = ".num_batches_tracked"  # BatchNorm's counter; frozen BatchNorm does not use it
 
@@ -28,7 +28,7 @@ class BackboneReport(NamedTuple):
     unused: tuple[str, ...]
 
 
-def load_backbone_weights(model: ConditionalDETR, path: str | Path) -> BackboneReport:
+def load_backbone_weights(model: DetectionTransformer, path: str | Path) -> BackboneReport:
     """Load the weights of an image classifier into the backbone, and leave the rest of the model unchanged.
 
     The file uses timm's names, which for ResNets are also torchvision's. It may contain more than the backbone, such
@@ -44,12 +44,12 @@ def load_backbone_weights(model: ConditionalDETR, path: str | Path) -> BackboneR
 
     Raises:
         OSError: the file does not exist.
-        TypeError: the model is not a ConditionalDETR.
+        TypeError: the model is not a ConditionalDETR or DETR.
         ValueError: the file is of another kind or damaged, its tensors do not fit or are of a deeper network, or the
             model is an optimised copy; the model is then unchanged.
     """
-    if not isinstance(model, ConditionalDETR):
-        raise TypeError(f"model: expected a ConditionalDETR, got {type(model).__name__}")
+    if not isinstance(model, DetectionTransformer):
+        raise TypeError(f"model: expected a ConditionalDETR or DETR, got {type(model).__name__}")
     path = Path(path)
     backbone = model.backbone.body
     feature_info: Any = getattr(backbone, "feature_info", None)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from conditional_detr.modeling.conditional_detr import ConditionalDETR, prior_bias
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.metadata import HeadReplacement, Metadata
 
 
 def replace_heads(
-    model: ConditionalDETR,
+    model: DetectionTransformer,
     *,
     class_names: Sequence[str | None] | None = None,
     num_classes: int | None = None,
@@ -22,8 +22,8 @@ def replace_heads(
 
     Args:
         model: the model.
-        class_names: the new classes; rows whose names match are kept, others start at the prior probability. None
-            means a row that belongs to no class.
+        class_names: the new classes; rows whose names match are kept, others are initialised as in a new model.
+            None means a row that belongs to no class.
         num_classes: the number of classes, if they have no names; rows are kept only if it is the current number.
         num_queries: the number of object queries; the leading ones are kept, new ones are initialised at random.
 
@@ -41,10 +41,12 @@ def replace_heads(
     if names != old.class_names:
         positions = {name: i for i, name in reversed([*enumerate(old.class_names)])}  # the first of equal names
         rows = [None if name is None else positions.get(name) for name in names]
-        head = nn.Linear(model.config.width, len(names), device=model.class_head.weight.device)
-        nn.init.constant_(head.bias, prior_bias())
-        _keep_rows(head.weight, model.class_head.weight, rows)
-        _keep_rows(head.bias, model.class_head.bias, rows)
+        count, device = model.scores.rows(len(names)), model.class_head.weight.device
+        head = nn.Linear(model.config.width, count, device=device)
+        model.scores.initialise(head)
+        others = range(len(old.class_names), model.scores.rows(len(old.class_names)))  # "no object" of DETR
+        _keep_rows(head.weight, model.class_head.weight, [*rows, *others])
+        _keep_rows(head.bias, model.class_head.bias, [*rows, *others])
         model.class_head = head
         model.metadata = Metadata(names, preprocessing=old.preprocessing)
     kept_queries = min(queries, model.config.num_queries)

@@ -12,8 +12,9 @@ from typing import Any
 from conditional_detr.checkpoints.labels import COCO_NAMES, UNUSED
 from conditional_detr.checkpoints.meta_init import MetaInit
 from conditional_detr.checkpoints.preprocessor_config import read_preprocessor
+from conditional_detr.modeling.architectures import ARCHITECTURES
 from conditional_detr.modeling.backbone import Backbone
-from conditional_detr.modeling.conditional_detr import Config
+from conditional_detr.modeling.config import Config
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
 
 _log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ _IN_SHAPES = {  # settings that can be inferred from tensor shapes
     "feedforward": "dim_feedforward",
     "num_queries": "num_queries",
 }
+_CLASSES = {"conditional_detr": "ConditionalDetrForObjectDetection", "detr": "DetrForObjectDetection"}
 _MOST_STAGES = 100
 _OUT_INDICES = [1, 2, 3, 4]  # transformers' default for timm backbones; the last is used
 _RESNETS = {  # block, blocks per stage -> timm's name
@@ -39,17 +41,18 @@ _RESNETS = {  # block, blocks per stage -> timm's name
 }
 
 
-def read_config(json: Mapping[str, Any], path: str) -> Config:
+def read_config(json: Mapping[str, Any], path: str, architecture: str = "conditional_detr") -> Config:
     """Convert a ``config.json`` to a Config.
 
     Args:
         json: the parsed file.
         path: the file's path, for messages.
+        architecture: name of the architecture.
 
     Raises:
         ValueError: the file is of another model, or of a network that this library does not build.
     """
-    _expect(json, "model_type", "conditional_detr", path)
+    _expect(json, "model_type", architecture, path)
     _expect(json, "position_embedding_type", "sine", path)
     _expect(json, "activation_function", "relu", path)
     _expect(json, "num_channels", 3, path)
@@ -58,7 +61,7 @@ def read_config(json: Mapping[str, Any], path: str) -> Config:
         if encoder != decoder:
             raise ValueError(f"{path}: expected equal encoder_{part} and decoder_{part}, got {encoder} and {decoder}")
     backbone, stage, dilation = _read_backbone(json, path)
-    default = Config()
+    default = ARCHITECTURES[architecture].default_config
     names = _read_names(json, path)
     try:
         return Config(
@@ -94,12 +97,12 @@ def read_metadata(
         raise ValueError(f"{path}: {error}") from error
 
 
-def write_config(config: Config, metadata: Metadata) -> dict[str, Any]:
+def write_config(architecture: str, config: Config, metadata: Metadata) -> dict[str, Any]:
     """Return the content of the ``config.json`` that transformers reads as this network."""
     names = [UNUSED if name is None else name for name in metadata.class_names]
     return {
-        "architectures": ["ConditionalDetrForObjectDetection"],
-        "model_type": "conditional_detr",
+        "architectures": [_CLASSES[architecture]],
+        "model_type": architecture,
         "dtype": "float32",
         "activation_function": "relu",
         # one rate everywhere, as the authors train

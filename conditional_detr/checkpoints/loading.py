@@ -5,6 +5,7 @@ Every tensor of the file is used exactly once and every parameter is filled; oth
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -27,11 +28,14 @@ from conditional_detr.checkpoints.hf_config import (
 from conditional_detr.checkpoints.key_maps import KeyMap, Source, detect_key_map, source_of
 from conditional_detr.checkpoints.meta_init import MetaInit
 from conditional_detr.checkpoints.tensor_checks import abbreviate, copy_values, not_finite
-from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
+from conditional_detr.modeling.architectures import ARCHITECTURES, plain_class
+from conditional_detr.modeling.config import Config
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.metadata import LoadReport, Metadata
 from conditional_detr.system.console import printable
 
 _log = logging.getLogger(__name__)
+_MASKS = re.compile(r"(^|\.)(mask_head|bbox_attention)\.")  # of DETR's segmentation models
 _IGNORED = ".num_batches_tracked"  # BatchNorm's counter; frozen BatchNorm does not use it
 
 
@@ -47,8 +51,9 @@ def from_pretrained(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
-) -> ConditionalDETR:
-    """Load a checkpoint in any name format, which is detected from the tensor names.
+    architecture: str | None = None,
+) -> DetectionTransformer:
+    """Load a checkpoint of ConditionalDETR or DETR in any name format; both are detected from the tensor names.
 
     The name formats: "published" (``model.safetensors`` or ``pytorch_model.bin``), "transformers5" (the names that
     transformers 5 uses in memory), both with timm's or with transformers' own ResNet, "original" (the authors'
@@ -58,9 +63,9 @@ def from_pretrained(
 
     Args:
         name: a folder or file on disk, else a short name of shipped weights, else a hub id "owner/name".
-        class_names: the classes of the model; rows of the class head whose names match are kept, the others start at
-            the prior probability. None means a row that belongs to no class. Category ids become 0, 1, 2, ... when
-            this changes the classes.
+        class_names: the classes of the model; rows of the class head whose names match are kept, the others are
+            initialised as in a new model. None means a row that belongs to no class. Category ids become 0, 1, 2, ...
+            when this changes the classes.
         num_classes: the number of classes, if they have no names; rows are kept only if the checkpoint has the same
             number.
         num_queries: the number of object queries; the leading ones are kept, new ones are initialised at random.
@@ -70,9 +75,11 @@ def from_pretrained(
         cache_dir: the hub cache; default: huggingface_hub's.
         token: hub token; True: the stored one.
         local_files_only: use only the hub's files in the cache, without network. HF_HUB_OFFLINE=1 does the same.
+        architecture: the only architecture to accept, "conditional_detr" or "detr", as the class methods
+            ``from_pretrained`` do; None: any.
 
     Returns:
-        The model, float32, in eval mode, with ``load_report`` set.
+        A ConditionalDETR or a DETR, float32, in eval mode, with ``load_report`` set.
 
     Raises:
         OSError: the checkpoint does not exist, or the hub cannot be reached.
@@ -84,15 +91,7 @@ def from_pretrained(
     checkpoint = open_checkpoint(
         name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
     )
-    key_map = detect_key_map(checkpoint.tensors)
-    if key_map is None:
-        model_type = checkpoint.config.get("model_type") if checkpoint.config else None
-        raise ValueError(
-            f"{checkpoint.weights}: expected a Conditional DETR checkpoint, but none of its"
-            f" {len(checkpoint.tensors)} tensors is a conditional spatial query projection; it contains"
-            f" {abbreviate(sorted(checkpoint.tensors))}"
-            + (f" (config.json: model_type {model_type!r})" if model_type else "")
-        )
+    key_map = _key_map(checkpoint, architecture)
     if others := sorted(name for name in checkpoint.tensors if not name.startswith(key_map.prefix)):
         raise ValueError(
             f"{checkpoint.weights}: expected the prefix {key_map.prefix!r} in all tensor names, or in none; got"
@@ -100,7 +99,7 @@ def from_pretrained(
         )
     config, metadata = _describe(checkpoint, key_map, config)
     with MetaInit():
-        model = ConditionalDETR(config, metadata)
+        model = ARCHITECTURES[key_map.architecture](config, metadata)
     _fill(model, checkpoint, key_map, device)
     _fill_unsaved_buffers(model, device)
     heads = replace_heads(model, class_names=class_names, num_classes=num_classes, num_queries=num_queries)
@@ -110,6 +109,37 @@ def from_pretrained(
     return model.eval()
 
 
+def _key_map(checkpoint: Checkpoint, architecture: str | None) -> KeyMap:
+    """Return the key map of a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is of another architecture than expected, or of none of this library's.
+    """
+    if architecture is not None and architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
+    names = sorted(checkpoint.tensors)
+    if masks := [name for name in names if _MASKS.search(name)]:
+        raise ValueError(
+            f"{checkpoint.weights}: expected a checkpoint that detects objects, got one for panoptic or instance"
+            f" segmentation, whose mask head this library does not have: {abbreviate(masks)}"
+        )
+    key_map = detect_key_map(names)
+    if key_map is None:
+        model_type = checkpoint.config.get("model_type") if checkpoint.config else None
+        raise ValueError(
+            f"{checkpoint.weights}: expected a Conditional DETR or DETR checkpoint, but none of its"
+            f" {len(names)} tensors is a cross-attention projection of either; it contains {abbreviate(names)}"
+            + (f" (config.json: model_type {model_type!r})" if model_type else "")
+        )
+    if architecture not in (None, key_map.architecture):
+        expected, got = (ARCHITECTURES[name].__name__ for name in (architecture, key_map.architecture))
+        raise ValueError(
+            f"{checkpoint.weights}: expected a checkpoint of {expected}, got one of {got}; use {got}.from_pretrained,"
+            " or conditional_detr.from_pretrained for both"
+        )
+    return key_map
+
+
 def _describe(checkpoint: Checkpoint, key_map: KeyMap, given: Config | None) -> tuple[Config, Metadata]:
     """Return architecture and metadata of a checkpoint, from its json files or else from its tensors."""
     if given is not None and not isinstance(given, Config):
@@ -117,7 +147,7 @@ def _describe(checkpoint: Checkpoint, key_map: KeyMap, given: Config | None) -> 
     folder = checkpoint.weights.parent
     if checkpoint.config is not None:
         path = str(folder / CONFIG)
-        config = read_config(checkpoint.config, path)
+        config = read_config(checkpoint.config, path, key_map.architecture)
         metadata = read_metadata(checkpoint.config, checkpoint.preprocessor, path, str(folder / PREPROCESSOR))
     else:
         config = given if given and checkpoint.arguments is None else _infer_config(checkpoint, key_map)
@@ -147,12 +177,13 @@ def _infer_config(checkpoint: Checkpoint, key_map: KeyMap) -> Config:
         return next(i for i in range(len(tensors) + 1) if source_of(pattern.format(i), key_map).name not in tensors)
 
     deep = source_of("backbone.body.layer3.22.conv1.weight", key_map).name in tensors
-    paper = Config(backbone="resnet101" if deep else "resnet50")
+    network = ARCHITECTURES[key_map.architecture]
+    paper = replace(network.default_config, backbone="resnet101" if deep else "resnet50")
     values = read_arguments(checkpoint.arguments or {}, str(path))
     if assumed := [f"{setting} {getattr(paper, setting)}" for setting in NOT_IN_SHAPES if setting not in values]:
         _log.warning("%s: architecture incomplete, assuming %s; pass config= to change it", path, ", ".join(assumed))
     values |= {
-        "num_classes": shape("class_head.weight")[0],
+        "num_classes": network.scores.num_classes(shape("class_head.weight")[0]),
         "num_queries": shape("object_queries.weight")[0],
         "width": shape("object_queries.weight")[1],
         "feedforward": shape("decoder.layers.0.feedforward.hidden.weight")[0],
@@ -186,7 +217,7 @@ class _Slot(NamedTuple):
             self.module._buffers[self.name] = tensor
 
 
-def _fill(model: ConditionalDETR, checkpoint: Checkpoint, key_map: KeyMap, device: torch.device) -> None:
+def _fill(model: DetectionTransformer, checkpoint: Checkpoint, key_map: KeyMap, device: torch.device) -> None:
     """Fill a model without weights with the tensors of a file.
 
     Raises:
@@ -246,12 +277,12 @@ def _file_shape(shape: torch.Size, source: Source) -> torch.Size:
     return shape if source.third is None else torch.Size((3 * shape[0], *shape[1:]))
 
 
-def _fill_unsaved_buffers(model: ConditionalDETR, device: torch.device) -> None:
+def _fill_unsaved_buffers(model: DetectionTransformer, device: torch.device) -> None:
     """Compute the buffers that no file stores: on the meta device they have no values. Few backbones have any."""
     unsaved = [(path, name) for path, module in model.named_modules() for name in module._non_persistent_buffers_set]
     if not unsaved:
         return
-    computed = ConditionalDETR(model.config, model.metadata)
+    computed = plain_class(model)(model.config, model.metadata)
     for path, name in unsaved:
         buffer = computed.get_submodule(path).get_buffer(name)
         model.get_submodule(path).register_buffer(name, buffer.to(device), persistent=False)

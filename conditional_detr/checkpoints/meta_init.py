@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.architectures import plain_class
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 
 _FACTORIES = frozenset(
     {torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.tensor}
@@ -40,13 +41,13 @@ class MetaInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def other_modules(model: ConditionalDETR) -> dict[str, tuple[type[nn.Module], type[nn.Module] | None]]:
+def other_modules(model: DetectionTransformer) -> dict[str, tuple[type[nn.Module], type[nn.Module] | None]]:
     """Return the modules of a model that are of another class than those of a new model, such as a user's own.
 
     Returns:
         For each name the class, and that of the new model's module of this name; None if it has none.
     """
     with MetaInit():
-        plain = {name: type(module) for name, module in ConditionalDETR(model.config).named_modules()}
+        plain = {name: type(module) for name, module in plain_class(model)(model.config).named_modules()}
     got = {name: type(module) for name, module in model.named_modules()}
     return {name: (kind, plain.get(name)) for name, kind in got.items() if kind is not plain.get(name)}

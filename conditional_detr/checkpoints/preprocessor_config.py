@@ -7,6 +7,7 @@ from typing import Any
 from conditional_detr.modeling.metadata import Preprocessing
 
 _RESAMPLING = {0: "nearest", 1: "Lanczos", 3: "bicubic", 4: "box", 5: "Hamming"}  # PIL's numbers; 2 is bilinear
+_PROCESSORS = {"conditional_detr": "ConditionalDetrImageProcessor", "detr": "DetrImageProcessor"}
 _SIZES = "{shortest_edge, longest_edge}, {longest_edge}, {max_height, max_width} or {height, width}"
 
 
@@ -43,14 +44,14 @@ def read_preprocessor(json: Mapping[str, Any], path: str) -> Preprocessing:
         raise ValueError(f"{path}: {error}") from error
 
 
-def write_preprocessor(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return the content of the ``preprocessor_config.json`` for this preprocessing."""
+def write_preprocessor(preprocessing: Preprocessing, architecture: str = "conditional_detr") -> dict[str, Any]:
+    """Return the content of the ``preprocessor_config.json`` for this preprocessing and an architecture's name."""
     size = {"shortest_edge": preprocessing.shortest_edge, "longest_edge": preprocessing.longest_edge}
     if preprocessing.size is not None:
         names = ("max_height", "max_width") if preprocessing.resizing == "fit" else ("height", "width")
         size = dict(zip(names, preprocessing.size, strict=True))
     return {
-        "image_processor_type": "ConditionalDetrImageProcessor",
+        "image_processor_type": _PROCESSORS[architecture],
         "format": "coco_detection",
         "do_resize": preprocessing.resizing != "none",
         "size": size,

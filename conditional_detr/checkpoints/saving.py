@@ -21,7 +21,9 @@ from conditional_detr.checkpoints.key_maps import NATIVE_BACKBONE, KeyMap, NameF
 from conditional_detr.checkpoints.meta_init import MetaInit
 from conditional_detr.checkpoints.preprocessor_config import write_preprocessor
 from conditional_detr.checkpoints.tensor_checks import abbreviate, not_finite
-from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
+from conditional_detr.modeling.architectures import plain_class
+from conditional_detr.modeling.config import Config
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.system.atomic_files import remove_unfinished, write_atomically
 from conditional_detr.system.outputs import check_output
 
@@ -32,7 +34,7 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", _AUTHORS_SUFFIX}
 
 
 def save_pretrained(
-    model: ConditionalDETR, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+    model: DetectionTransformer, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
 ) -> None:
     """Save a model in the published format, which transformers and ``from_pretrained`` read.
 
@@ -53,7 +55,7 @@ def save_pretrained(
 
 
 def save_as(
-    model: ConditionalDETR,
+    model: DetectionTransformer,
     target: str | Path,
     name_format: NameFormat,
     *,
@@ -97,7 +99,7 @@ def save_as(
 
 
 def writers_of(
-    model: ConditionalDETR,
+    model: DetectionTransformer,
     target: str | Path,
     name_format: NameFormat = "published",
     *,
@@ -114,10 +116,11 @@ def writers_of(
     state = _checked_state(model, dtype)
     if name_format == "original":
         _check_authors_backbone(model.config, state)
-    tensors = _renamed(state, KeyMap(name_format))
+    tensors = _renamed(state, KeyMap(name_format, architecture=model.architecture))
     if name_format == "original":
         return {files[0]: partial(torch.save, {"model": tensors, "args": write_arguments(model.config)})}
-    jsons = (write_config(model.config, model.metadata), write_preprocessor(model.metadata.preprocessing))
+    preprocessing = write_preprocessor(model.metadata.preprocessing, model.architecture)
+    jsons = (write_config(model.architecture, model.config, model.metadata), preprocessing)
     writers = [partial(_write_safetensors, tensors), *(partial(_write_json, content) for content in jsons)]
     return dict(zip(files, writers, strict=True))
 
@@ -140,14 +143,14 @@ def files_of(target: str | Path, name_format: NameFormat) -> tuple[Path, ...]:
     return tuple(target / file for file in (SAFETENSORS, CONFIG, PREPROCESSOR))
 
 
-def _checked_state(model: ConditionalDETR, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _checked_state(model: DetectionTransformer, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Return a model's tensors on the CPU in their stored precision, by native name.
 
     Raises:
         ValueError: a tensor is missing, does not fit the config or is not finite; the message lists all of them.
     """
     with MetaInit():
-        expected_state = ConditionalDETR(model.config, model.metadata).state_dict()
+        expected_state = plain_class(model)(model.config, model.metadata).state_dict()
     state = model.state_dict()
     problems = [f"{name}: missing" for name in expected_state if name not in state]
     stored = {}
@@ -203,7 +206,7 @@ def _authors_backbone(config: Config) -> dict[str, torch.Size] | None:
     return {name: shape for name, shape in stored.items() if not name.endswith(".num_batches_tracked")}
 
 
-def _warn_of_lost_metadata(model: ConditionalDETR, path: Path) -> None:
+def _warn_of_lost_metadata(model: DetectionTransformer, path: Path) -> None:
     """Warn of metadata that the authors' format does not store and that loading cannot infer."""
     assumed = default_metadata(model.config.num_classes)
     names = [field.name for field in fields(assumed)]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from conditional_detr.benchmark.report import Report, Table
-    from conditional_detr.modeling.conditional_detr import ConditionalDETR
+    from conditional_detr.modeling.detection_transformer import DetectionTransformer
 
 _FILES = ("benchmark.json", "benchmark.md", "benchmark.png")
 _SCALING_ENGINES = ("transformers", "plain", "optimised", "optimised bf16")
@@ -163,13 +163,13 @@ def _listed(images: list[str], output: Path | None) -> list[str]:
     return files
 
 
-def _untrained() -> "ConditionalDETR":
+def _untrained() -> "DetectionTransformer":
     """Return a randomly initialised model of the published architecture whose boxes depend on the pixels."""
     import torch
 
-    from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
+    from conditional_detr.modeling.conditional_detr import ConditionalDETR
 
-    model = ConditionalDETR(Config())
+    model = ConditionalDETR()
     last: Any = model.box_head.layers[-1]  # it is initialised to zero
     torch.nn.init.xavier_uniform_(last.weight)
     return model

@@ -14,7 +14,7 @@ from conditional_detr.cli.options import REVISION, WEIGHTS
 if TYPE_CHECKING:
     from conditional_detr.deploy.summary import Summary
     from conditional_detr.inference.exported import Description
-    from conditional_detr.modeling.conditional_detr import Config
+    from conditional_detr.modeling.config import Config
     from conditional_detr.modeling.metadata import Metadata
 
 
@@ -79,6 +79,7 @@ def _rows(summary: "Summary") -> Iterator[tuple[str, str]]:
     if report := summary.load_report:
         yield "file", report.source
         yield "", f"{report.name_format} names, {report.dtype}, {megabytes(report.size)}"
+    yield "network", summary.network
     yield from _rows_of_network(summary.config, summary.metadata)
     yield "parameters", f"{summary.total:,}, {summary.trainable:,} of them trainable"
     for part, count in summary.parameters.items():
@@ -110,11 +111,14 @@ def _rows_of_network(config: "Config", metadata: "Metadata") -> Iterator[tuple[s
 
 def _rows_of_exported(path: Path, description: "Description") -> Iterator[tuple[str, str]]:
     """Yield the description of an exported model."""
+    from conditional_detr.modeling.architectures import ARCHITECTURES
+
     yield "file", str(path)
     top_k = description.top_k
     after = "no post-processing" if top_k is None else f"post-processing to at most {top_k} detections"
     yield "", f"{description.precision}, {after}"
     yield "written by", ", ".join(f"{package} {version}" for package, version in description.versions.items())
+    yield "network", ARCHITECTURES[description.architecture].__name__
     yield from _rows_of_network(description.config, description.metadata)
     for one in description.parity:
         size = f"{one.height} x {one.width}"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from conditional_detr.inference.detector import Detector
     from conditional_detr.inference.exported import Description, ExportedModel
-    from conditional_detr.modeling.conditional_detr import ConditionalDETR
+    from conditional_detr.modeling.detection_transformer import DetectionTransformer
 
 _FALLBACKS = ((), ("encoder",), ("encoder", "decoder"))  # parts kept in float32, tried until AP is high enough
 
@@ -91,7 +91,9 @@ class _AccuracyCheck:
         status: the status line that shows progress.
     """
 
-    def __init__(self, model: "ConditionalDETR", data: Path, images: Path, max_loss: float, status: "Status") -> None:
+    def __init__(
+        self, model: "DetectionTransformer", data: Path, images: Path, max_loss: float, status: "Status"
+    ) -> None:
         from conditional_detr.deploy.optimize import optimize
         from conditional_detr.inference.detector import Detector
 

@@ -15,7 +15,7 @@ from conditional_detr.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from conditional_detr.data.dataset import CocoData
-    from conditional_detr.modeling.conditional_detr import ConditionalDETR
+    from conditional_detr.modeling.detection_transformer import DetectionTransformer
     from conditional_detr.training.run import TrainResult
 
 _DATA, _MODEL, _IMAGES = "Data", "Model", "Image size and augmentation"
@@ -62,7 +62,7 @@ def train(
     architecture: Annotated[
         str,
         typer.Option(
-            help="With --weights none: fields of Config, such as 'backbone=resnet18 num_queries=100'.",
+            help="With --weights none: fields of Config, such as 'backbone=resnet18 num_queries=100', and model=detr.",
             show_default="the published one",
             rich_help_panel=_MODEL,
         ),
@@ -239,7 +239,7 @@ def train(
 
 
 def _run(
-    model: "ConditionalDETR",
+    model: "DetectionTransformer",
     train_data: "CocoData",
     val_data: "CocoData | None",
     config: TrainConfig,

@@ -9,6 +9,8 @@ from conditional_detr.cli.console import print_line
 
 if TYPE_CHECKING:
     from conditional_detr.modeling.conditional_detr import ConditionalDETR
+    from conditional_detr.modeling.detection_transformer import DetectionTransformer
+    from conditional_detr.modeling.detr import DETR
 
 UNTRAINED = "none"
 """Value of ``--weights`` for a randomly initialised model."""
@@ -21,7 +23,7 @@ def make_model(
     backbone_weights: Path | None,
     num_queries: int | None,
     seed: int,
-) -> "ConditionalDETR":
+) -> "DetectionTransformer":
     """Return the initial model: from weights, or randomly initialised."""
     import torch
 
@@ -29,7 +31,6 @@ def make_model(
     from conditional_detr.checkpoints.loading import from_pretrained
     from conditional_detr.data.annotations import map_classes
     from conditional_detr.data.coco import read_annotations
-    from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
     from conditional_detr.modeling.metadata import Metadata
 
     names, _ = map_classes(read_annotations(data), None)
@@ -43,9 +44,10 @@ def make_model(
             if value:
                 raise ValueError(f"--{name}: expected none with --weights {weights}, got {str(value)!r}")
         return from_pretrained(weights, class_names=names, num_queries=num_queries)
+    network, sizes = _read_architecture(architecture)
     queries = {} if num_queries is None else {"num_queries": num_queries}
-    config = Config(**{**_read_architecture(architecture), **queries, "num_classes": len(names)})
-    model = ConditionalDETR(config, Metadata(names))
+    config = replace(network.default_config, **{**sizes, **queries, "num_classes": len(names)})
+    model = network(config, Metadata(names))
     if backbone_weights is not None:
         report = load_backbone_weights(model, backbone_weights)
         unused = f", and {len(report.unused)} tensors that it does not have" if report.unused else ""
@@ -61,7 +63,7 @@ def resumed_model(
     backbone_weights: Path | None,
     num_queries: int | None,
     seed: int,
-) -> "ConditionalDETR | None":
+) -> "DetectionTransformer | None":
     """Return the model of a run to resume, which then gets the weights of its training state; None: no such run.
 
     With --weights, that is the model that the run would begin with, so that train() compares its architecture.
@@ -92,7 +94,8 @@ def resumed_model(
     model = make_model(data, weights, architecture, backbone_weights, num_queries, seed)
     settings, began = state["settings"], state.get("initial_weights")
     shape = {**settings["architecture"], "dropout": model.config.dropout}
-    same_shape = shape == asdict(model.config) and tuple(settings["classes"]) == model.metadata.class_names
+    same_shape = settings["model"] == model.architecture and shape == asdict(model.config)
+    same_shape = same_shape and tuple(settings["classes"]) == model.metadata.class_names
     if began is None:
         print_line(f"warning: {output / LAST / STATE}: does not record --weights, which could not be compared")
     elif same_shape and settings["seed"] == seed and model.weights_digest() != began:
@@ -103,22 +106,23 @@ def resumed_model(
     return model
 
 
-def with_dropout(model: "ConditionalDETR", dropout: float) -> "ConditionalDETR":
+def with_dropout(model: "DetectionTransformer", dropout: float) -> "DetectionTransformer":
     """Return a copy of the model with another dropout."""
-    from conditional_detr.modeling.conditional_detr import ConditionalDETR
+    from conditional_detr.modeling.architectures import plain_class
 
-    other = ConditionalDETR(replace(model.config, dropout=dropout), model.metadata)
+    other = plain_class(model)(replace(model.config, dropout=dropout), model.metadata)
     other.load_state_dict(model.state_dict())
     other.load_report = model.load_report
     return other
 
 
-def _read_architecture(text: str) -> dict[str, Any]:
-    """Read 'backbone=resnet18 num_queries=100'; values are JSON, or else text."""
-    from conditional_detr.modeling.conditional_detr import Config
+def _read_architecture(text: str) -> "tuple[type[ConditionalDETR] | type[DETR], dict[str, Any]]":
+    """Read 'model=detr backbone=resnet18 num_queries=100': the network, and sizes as JSON, or else as text."""
+    from conditional_detr.modeling.architectures import ARCHITECTURES
+    from conditional_detr.modeling.config import Config
 
-    found: dict[str, Any] = {}
-    known = [f.name for f in fields(Config) if f.name != "num_classes"]
+    found: dict[str, Any] = {"model": "conditional_detr"}
+    known = ["model", *(f.name for f in fields(Config) if f.name != "num_classes")]
     for part in text.replace(",", " ").split():
         name, equals, value = part.partition("=")
         if name not in known or not equals:
@@ -127,4 +131,7 @@ def _read_architecture(text: str) -> dict[str, Any]:
             found[name] = json.loads(value)
         except ValueError:
             found[name] = value
-    return found
+    network = found.pop("model")
+    if network not in [*ARCHITECTURES]:  # a list: the value may not be hashable
+        raise ValueError(f"--architecture: expected model={' or model='.join(ARCHITECTURES)}, got {network!r}")
+    return ARCHITECTURES[network], found

@@ -22,7 +22,7 @@ from conditional_detr.inference.exported import Description, ExportedModel
 from conditional_detr.inference.postprocessing import check_count, check_head, named_rows, top_k_detections
 from conditional_detr.inference.runtimes import BOXES, DETECTIONS, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
 from conditional_detr.inference.sources import ImageSource, source_name
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.system.atomic_files import publish, remove_unfinished, unfinished_folder
 from conditional_detr.system.outputs import check_output
 from conditional_detr.system.shutdown import ShutdownRequest
@@ -38,7 +38,7 @@ _PACKAGES = {  # and the extra that installs them
 
 @plain_torch_settings()
 def export(
-    model: ConditionalDETR,
+    model: DetectionTransformer,
     target: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
@@ -50,8 +50,9 @@ def export(
 ) -> Description:
     """Export a model for any image size and batch size.
 
-    The exported model has the input "pixels" (B, 3, H, W), normalised float32, and the outputs "logits" (B, N, C) and
-    "boxes" (B, N, 4) cx cy w h in [0, 1], float32. With ``top_k`` it includes post-processing: the second input
+    The exported model has the input "pixels" (B, 3, H, W), normalised float32, and the outputs "logits" (B, N, C), or
+    (B, N, C + 1) of a DETR, and "boxes" (B, N, 4) cx cy w h in [0, 1], float32. With ``top_k`` it includes
+    post-processing: the second input
     "sizes" (B, 2), int64, height and width of the original images in pixels, and the outputs "corners" (B, K, 4)
     x0 y0 x1 y1 in those pixels, "scores" (B, K) and "labels" (B, K), int64, by descending score. Classes without a
     name are excluded.
@@ -78,7 +79,8 @@ def export(
     Raises:
         ModuleNotFoundError: a package for the format is not installed.
         OSError: the file cannot be written or exists, or the image cannot be read.
-        TypeError: the model is not a ConditionalDETR, is of a subclass, or has modules of other classes; not a dtype.
+        TypeError: the model is not a ConditionalDETR or DETR, is of a subclass, or has modules of other classes; not
+            a dtype.
         ValueError: an unsupported suffix or dtype; a model that is an optimised copy, whose backbone cannot be traced,
             or whose class head does not match its class names; outputs that differ from the model's, in which case
             nothing is written.
@@ -122,7 +124,7 @@ class Graph(nn.Module):
 
     rows: Tensor
 
-    def __init__(self, model: ConditionalDETR, *, dtype: torch.dtype, top_k: int | None) -> None:
+    def __init__(self, model: DetectionTransformer, *, dtype: torch.dtype, top_k: int | None) -> None:
         super().__init__()
         model = copy.deepcopy(model).cpu().float()
         with torch.no_grad():
@@ -131,7 +133,7 @@ class Graph(nn.Module):
                 parameter.data = parameter.data.contiguous()  # exported models have no other memory layout
             rows = model.class_head(torch.zeros(1, model.config.width)).shape[-1]
         names = model.metadata.class_names
-        check_head(rows, names)
+        check_head(model.scores.num_classes(rows), names)
         named = named_rows(names)
         if top_k is not None and not len(named):
             raise ValueError("top_k: post-processing needs a class with a name, got none")
@@ -145,7 +147,7 @@ class Graph(nn.Module):
         logits, boxes = output.logits[-1], output.boxes[-1]
         if self.top_k is None or sizes is None:
             return logits, boxes
-        corners, scores, labels, _ = top_k_detections(logits, boxes, sizes, self.rows, self.top_k)
+        corners, scores, labels, _ = top_k_detections(logits, boxes, sizes, self.rows, self.top_k, self.network.scores)
         return logits, boxes, corners, scores, labels
 
 
@@ -167,7 +169,7 @@ class Traced(NamedTuple):
     outputs: list[str]
 
 
-def trace(model: ConditionalDETR, *, dtype: torch.dtype, top_k: int | None) -> Traced:
+def trace(model: DetectionTransformer, *, dtype: torch.dtype, top_k: int | None) -> Traced:
     """Return the trace of a model for any image size and batch size; see :func:`export`."""
     graph = Graph(model, dtype=dtype, top_k=top_k)
     example: tuple[Tensor, ...] = (torch.zeros(_TRACE_SHAPE),)
@@ -182,7 +184,7 @@ def trace(model: ConditionalDETR, *, dtype: torch.dtype, top_k: int | None) -> T
     return Traced(program, inputs, outputs)
 
 
-def make_writer(model: ConditionalDETR, suffix: str, *, dtype: torch.dtype, top_k: int | None) -> Writer:
+def make_writer(model: DetectionTransformer, suffix: str, *, dtype: torch.dtype, top_k: int | None) -> Writer:
     """Trace a model and return its writer for a format, given as a suffix; see :func:`export`."""
     traced = trace(model, dtype=dtype, top_k=top_k)
     if suffix == ".pt2":
@@ -285,11 +287,13 @@ def missing_packages(target: Path, packages: Sequence[str], extra: str) -> Modul
     return ModuleNotFoundError(f"{target}: {needs}")
 
 
-def describe(model: ConditionalDETR, suffix: str, *, precision: str, top_k: int | None) -> Description:
+def describe(model: DetectionTransformer, suffix: str, *, precision: str, top_k: int | None) -> Description:
     """Return the description to store in an exported model, without its parity and other measurements."""
     packages = ("conditional-detr", "torch", *_PACKAGES[suffix][0])
     versions = {package: version_of(package) for package in packages}
-    return Description(model.config, model.metadata, precision, top_k, (), "", versions, {})
+    return Description(
+        model.config, model.metadata, precision, top_k, (), "", versions, {}, architecture=model.architecture
+    )
 
 
 def version_of(package: str) -> str:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from conditional_detr.checkpoints.meta_init import other_modules
 from conditional_detr.deploy.backbone import FastBackbone
 from conditional_detr.deploy.kernels import Computation, FusedConv, MapMemory, has_kernels, mark_dynamic_size
-from conditional_detr.deploy.layers import FastDecoder, fast_encoder
+from conditional_detr.deploy.layers import fast_decoder, fast_encoder
 from conditional_detr.deploy.parameters import count_parameters
-from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output, check_input
+from conditional_detr.modeling.architectures import ARCHITECTURES, plain_class
+from conditional_detr.modeling.detection_transformer import DetectionTransformer, Output, check_input
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRACED = "backbone.body"  # with modules of any class
@@ -27,7 +28,9 @@ _NOT_SAVED = "an optimised copy cannot be saved or copied; save or copy the plai
 _CACHED_SIZES = 32  # feature map sizes whose position encodings are cached
 
 
-def optimize(model: ConditionalDETR, *, dtype: torch.dtype = torch.float32, compile: bool = False) -> "OptimizedDETR":
+def optimize(
+    model: DetectionTransformer, *, dtype: torch.dtype = torch.float32, compile: bool = False
+) -> "OptimizedDETR":
     """Make an optimised copy of a model for inference, on the model's device.
 
     The copy takes float32 pixels and returns float32 output of the last decoder layer: logits (1, B, N, C) and boxes
@@ -47,7 +50,8 @@ def optimize(model: ConditionalDETR, *, dtype: torch.dtype = torch.float32, comp
         The copy. It cannot be trained, saved, copied or moved to another device, and has no attention maps.
 
     Raises:
-        TypeError: the model is not a ConditionalDETR, or is of a subclass, whose changes would be lost; not a dtype.
+        TypeError: the model is not a ConditionalDETR or DETR, or is of a subclass, whose changes would be lost; not a
+            dtype.
         ValueError: an unsupported dtype; a model that is an optimised copy, or whose backbone cannot be traced.
     """
     check_model(model)
@@ -57,12 +61,12 @@ def optimize(model: ConditionalDETR, *, dtype: torch.dtype = torch.float32, comp
         return OptimizedDETR(model, computation)
 
 
-def check_model(model: ConditionalDETR) -> None:
-    """Raise TypeError or ValueError unless a model is a plain ConditionalDETR with the modules of this library."""
+def check_model(model: DetectionTransformer) -> None:
+    """Raise TypeError or ValueError unless a model is a ConditionalDETR or DETR with the modules of this library."""
     if isinstance(model, OptimizedDETR):
         raise ValueError("model: expected a plain model, got an optimised copy")
-    if type(model) is not ConditionalDETR:  # the changes of a subclass would be lost
-        raise TypeError(f"model: expected a ConditionalDETR, got {type(model).__name__}")
+    if type(model) not in ARCHITECTURES.values():  # the changes of a subclass would be lost
+        raise TypeError(f"model: expected a ConditionalDETR or DETR, got {type(model).__name__}")
     others = {name: got for name, (got, _) in other_modules(model).items() if not name.startswith(_TRACED)}
     if others:  # their changes would be lost, too: only their weights would be used
         names = ", ".join(f"{name} is a {got.__name__}" for name, got in islice(others.items(), 3))
@@ -77,7 +81,7 @@ def check_dtype(dtype: torch.dtype, expected: Sequence[torch.dtype]) -> None:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, expected))}, got {dtype}")
 
 
-class OptimizedDETR(ConditionalDETR):
+class OptimizedDETR(DetectionTransformer):
     """Optimised copy of a model; see :func:`optimize`.
 
     Args:
@@ -91,8 +95,9 @@ class OptimizedDETR(ConditionalDETR):
     projection: Any
     decoder: Any
 
-    def __init__(self, model: ConditionalDETR, computation: Computation) -> None:
+    def __init__(self, model: DetectionTransformer, computation: Computation) -> None:
         nn.Module.__init__(self)
+        self.architecture, self.scores = model.architecture, model.scores
         self.config, self.metadata, self.load_report = model.config, model.metadata, model.load_report
         self.plain_parameters = count_parameters(model)
         self._digest = f"{model.weights_digest()} {computation}"  # packed weights cannot be read
@@ -103,7 +108,7 @@ class OptimizedDETR(ConditionalDETR):
         fused = kernels and not compile
         self.projection = FusedConv(projection, relu=False, memory=MapMemory()) if fused else projection
         self.encoder = fast_encoder(model.encoder, computation)
-        self.decoder = FastDecoder(model.decoder, model.object_queries.weight, computation)
+        self.decoder = fast_decoder(model.decoder, model.object_queries.weight, computation)
         self.class_head = copy.deepcopy(model.class_head).float()
         self.box_head = copy.deepcopy(model.box_head).float()
         self.requires_grad_(False)
@@ -154,13 +159,18 @@ class OptimizedDETR(ConditionalDETR):
 
     def decode(
         self, memory: Tensor, positions: Tensor, padding: Tensor | None = None, *, object_queries: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the last decoder layer's states and the reference points; otherwise like the plain model."""
+    ) -> tuple[Tensor, ...]:
+        """Return what the plain model does, but only the last decoder layer's states."""
         if object_queries is not None:
             raise ValueError(
                 "object_queries: expected None, an optimised copy has fixed object queries; use the plain model"
             )
         return self.decoder(memory, positions, None if padding is None else padding.flatten(1))
+
+    def predict(self, *decoded: Tensor) -> Output:
+        """Predict classes and boxes as the plain model does."""
+        plain: Any = plain_class(self)
+        return plain.predict(self, *decoded)
 
     def attention_maps(self, *_: Any, **__: Any) -> Any:
         """Raise ValueError: only the plain model computes attention maps."""

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import NamedTuple
 
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 
 _HEADS = {"class_head", "box_head"}
 
@@ -20,7 +20,7 @@ class ParameterCounts(NamedTuple):
     trainable: int
 
 
-def count_parameters(model: ConditionalDETR) -> ParameterCounts:
+def count_parameters(model: DetectionTransformer) -> ParameterCounts:
     """Return the numbers of parameters of a plain model."""
     parts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():

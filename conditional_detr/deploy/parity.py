@@ -12,7 +12,7 @@ from conditional_detr.inference.exported import ExportedModel, Parity
 from conditional_detr.inference.images import open_image
 from conditional_detr.inference.preprocessing import to_pixels
 from conditional_detr.inference.sources import ImageSource
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.metadata import Preprocessing
 
 # Largest allowed differences of logits and boxes; half precision has 11 bits
@@ -34,7 +34,7 @@ def _pattern() -> np.ndarray:
 
 
 @torch.no_grad()
-def compare(exported: ExportedModel, model: ConditionalDETR, images: Sequence[Tensor]) -> tuple[Parity, ...]:
+def compare(exported: ExportedModel, model: DetectionTransformer, images: Sequence[Tensor]) -> tuple[Parity, ...]:
     """Return the differences between an exported model and the original on pixels (1, 3, H, W) of each image."""
     plain = copy.deepcopy(model).cpu().float().eval()
     parity = []
@@ -59,7 +59,7 @@ def check_parity(parity: Sequence[Parity], tolerances: Sequence[tuple[float, flo
 
 
 def tolerances_of(
-    parity: Sequence[Parity], model: ConditionalDETR, images: Sequence[Tensor], limits: tuple[float, float]
+    parity: Sequence[Parity], model: DetectionTransformer, images: Sequence[Tensor], limits: tuple[float, float]
 ) -> list[tuple[float, float]]:
     """Return the largest allowed differences of logits and boxes for each image.
 

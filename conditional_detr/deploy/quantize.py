@@ -33,7 +33,7 @@ from conditional_detr.inference.postprocessing import check_count
 from conditional_detr.inference.preprocessing import to_pixels
 from conditional_detr.inference.runtimes import SIZES, input_arrays
 from conditional_detr.inference.sources import ImageSource, source_name
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.metadata import Preprocessing
 from conditional_detr.system.atomic_files import unfinished_folder
 from conditional_detr.system.torch_settings import plain_torch_settings
@@ -48,7 +48,7 @@ _KEPT_IN_BACKBONE = {"ScaledDotProductAttention", "MVN"}  # OpenVINO's names of 
 
 
 def quantize(
-    model: ConditionalDETR,
+    model: DetectionTransformer,
     target: str | Path,
     images: Sequence[ImageSource],
     *,
@@ -85,8 +85,8 @@ def quantize(
     Raises:
         ModuleNotFoundError: openvino or nncf is not installed.
         OSError: the file cannot be written or exists, or an image cannot be read.
-        TypeError: the model is not a ConditionalDETR, is of a subclass, or has modules of other classes; ``images`` or
-            ``keep`` is not a list; an image of an unsupported type.
+        TypeError: the model is not a ConditionalDETR or DETR, is of a subclass, or has modules of other classes;
+            ``images`` or ``keep`` is not a list; an image of an unsupported type.
         ValueError: no image; an unsupported suffix; an unknown part; a model that is an optimised copy, whose backbone
             cannot be traced, or whose class head does not match its class names; outputs that are not finite.
     """
@@ -104,7 +104,7 @@ class Quantizer:
     @plain_torch_settings()
     def __init__(
         self,
-        model: ConditionalDETR,
+        model: DetectionTransformer,
         target: str | Path,
         images: Sequence[ImageSource],
         *,

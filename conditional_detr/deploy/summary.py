@@ -8,7 +8,11 @@ import torch
 from conditional_detr.checkpoints.meta_init import MetaInit
 from conditional_detr.deploy.optimize import OptimizedDETR
 from conditional_detr.deploy.parameters import count_parameters
-from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
+from conditional_detr.modeling.architectures import plain_class
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.config import Config
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
+from conditional_detr.modeling.detr import DETR
 from conditional_detr.modeling.metadata import LoadReport, Metadata
 
 
@@ -17,7 +21,8 @@ class Summary:
     """Summary of a model.
 
     Attributes:
-        config: the architecture.
+        network: name of the class, "ConditionalDETR" or "DETR".
+        config: the sizes of the network.
         metadata: class names, category ids and preprocessing.
         load_report: source of the weights; None: the model was not loaded.
         parameters: number of parameters of each part, by its name in the model; "heads" is the sum of both heads.
@@ -27,6 +32,7 @@ class Summary:
             architecture in ``config``, even if a head was replaced.
     """
 
+    network: str
     config: Config
     metadata: Metadata
     load_report: LoadReport | None
@@ -58,6 +64,7 @@ class Summary:
             }
         return {
             "weights": weights,
+            "network": self.network,
             "architecture": asdict(self.config),
             "classes": {
                 "names": list(names),
@@ -75,7 +82,7 @@ class Summary:
         }
 
 
-def summarise(model: ConditionalDETR, size: tuple[int, int] | None = None) -> Summary:
+def summarise(model: DetectionTransformer, size: tuple[int, int] | None = None) -> Summary:
     """Count the parameters of a model and its operations per image.
 
     Args:
@@ -91,26 +98,30 @@ def summarise(model: ConditionalDETR, size: tuple[int, int] | None = None) -> Su
     size = size or model.metadata.preprocessing.largest_size
     counts = model.plain_parameters if isinstance(model, OptimizedDETR) else count_parameters(model)
     return Summary(
+        network=plain_class(model).__name__,
         config=model.config,
         metadata=model.metadata,
         load_report=model.load_report,
         parameters=dict(counts.parts),
         trainable=counts.trainable,
         size=size,
-        flops=count_flops(model.config, *size),
+        flops=count_flops(model.config, *size, plain_class(model)),
     )
 
 
-def count_flops(config: Config, height: int, width: int) -> int:
+def count_flops(
+    config: Config, height: int, width: int, network: type[ConditionalDETR] | type[DETR] = ConditionalDETR
+) -> int:
     """Count the operations of a forward pass on one image, an addition and a multiplication as one each.
 
     Convolutions, matrix products and attention are counted, as in torch's FLOP counter; normalisation, activations and
     other elementwise operations are not.
 
     Args:
-        config: the architecture.
+        config: the sizes of the network.
         height: image height in pixels.
         width: image width in pixels.
+        network: ConditionalDETR or DETR.
 
     Returns:
         The number of operations.
@@ -123,7 +134,7 @@ def count_flops(config: Config, height: int, width: int) -> int:
     if min(height, width) < 1:
         raise ValueError(f"size: expected at least 1 x 1, got {height} x {width}")
     with MetaInit():
-        model = ConditionalDETR(config).eval()
+        model = network(config).eval()
     # the meta device computes nothing; on a CPU, some versions of the counter miss fused attention
     pixels = torch.empty(1, 3, height, width, device="meta")
     try:

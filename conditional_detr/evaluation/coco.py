@@ -28,7 +28,7 @@ from conditional_detr.data.rotated_boxes import ROTATED, Rotated, choose_boxes, 
 from conditional_detr.evaluation.average_precision import AveragePrecision, average_precision
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.detector import Detector
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MAX_DETECTIONS = 100  # per image, all classes together; COCO's own limit is per image and class
@@ -56,7 +56,7 @@ class CocoResult:
 
 
 def evaluate(
-    detector: Detector | ConditionalDETR,
+    detector: Detector | DetectionTransformer,
     annotations: str | Path | Mapping[str, Any] | Annotations,
     images: str | Path,
     *,

@@ -29,8 +29,8 @@ from conditional_detr.inference.postprocessing import (
 from conditional_detr.inference.preparation import PreparedImage, batch_pixels, prepare, read_images
 from conditional_detr.inference.preprocessing import PixelBuffer, to_pixels
 from conditional_detr.inference.sources import ImageSource, is_single_image
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.detection_model import DetectionModel
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.layers import evaluation_mode
 from conditional_detr.modeling.metadata import PUBLISHED
 
@@ -69,7 +69,8 @@ class Detector:
     def __init__(self, model: DetectionModel, *, limits: Limits = DEFAULT_LIMITS) -> None:
         if not isinstance(model, DetectionModel):
             raise TypeError(
-                f"model: expected a ConditionalDETR, an optimised copy or an ExportedModel, got {type(model).__name__}"
+                f"model: expected a ConditionalDETR or DETR, an optimised copy or an ExportedModel,"
+                f" got {type(model).__name__}"
             )
         self.model = model
         self.limits = limits
@@ -77,7 +78,7 @@ class Detector:
     @classmethod
     def from_pretrained(cls, name: str | Path = PUBLISHED, **options: Any) -> "Detector":
         """Load a checkpoint: see :func:`conditional_detr.checkpoints.loading.from_pretrained`."""
-        return cls(ConditionalDETR.from_pretrained(name, **options))
+        return cls(DetectionTransformer.from_pretrained(name, **options))
 
     @classmethod
     def from_file(cls, path: str | Path, **options: Any) -> "Detector":
@@ -174,7 +175,13 @@ class Detector:
         self, *, threshold: float = 0.5, top_k: int = 100, classes: Iterable[str | int] | None = None
     ) -> Postprocessing:
         """Return the post-processing for a call with these arguments; raises what the call raises."""
-        return make_postprocessing(self.model.metadata.class_names, threshold=threshold, top_k=top_k, classes=classes)
+        return make_postprocessing(
+            self.model.metadata.class_names,
+            threshold=threshold,
+            top_k=top_k,
+            classes=classes,
+            scores=self.model.scores,
+        )
 
     def settings(self, postprocessing: Postprocessing) -> dict[str, Any]:
         """Return all that decides the detections on an image, for results to record.
@@ -326,7 +333,7 @@ class Detector:
         pixels = batch_pixels(values, metadata.preprocessing, self.model.device, self.model.dtype, buffer)
         output = self._evaluate(self.model, pixels)
         logits, boxes = (x[-1].float().cpu() for x in output)  # (B, N, C), (B, N, 4)
-        check_head(logits.shape[-1], metadata.class_names)
+        check_head(self.model.scores.num_classes(logits.shape[-1]), metadata.class_names)
         for image, postprocessing, image_logits, image_boxes in zip(
             group, postprocessings, logits, boxes, strict=True
         ):

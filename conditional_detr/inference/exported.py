@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from conditional_detr.inference.checksums import files_of
 from conditional_detr.inference.postprocessing import check_count
 from conditional_detr.inference.runtimes import SUFFIXES, LoadedFile, open_file
-from conditional_detr.modeling.conditional_detr import AttentionMaps, Config, Output, check_input
+from conditional_detr.modeling.architectures import ARCHITECTURES
+from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.config import Config
+from conditional_detr.modeling.detection_transformer import AttentionMaps, Output, check_input
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
+from conditional_detr.modeling.scores import ClassScores
 
-FORMAT = 2  # of a description; format 1 calls the image "picture"
+FORMAT = 3  # of a description; format 2 has no architecture, and format 1 calls the image "picture"
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Description:
     """The description that an exported model contains.
 
     Attributes:
-        config: the architecture.
+        config: the sizes of the network.
         metadata: class names, category ids, preprocessing.
         precision: "float32", "float16" or "int8".
         top_k: number of detections per image in the outputs "corners", "scores" and "labels"; None: the exported model
@@ -50,6 +54,7 @@ class Description:
         image: the image they were measured on.
         versions: versions of the packages that wrote the file.
         measured: other measurements, such as AP, by name.
+        architecture: name of the architecture, "conditional_detr" or "detr".
     """
 
     config: Config
@@ -60,6 +65,7 @@ class Description:
     image: str
     versions: Mapping[str, str]
     measured: Mapping[str, Any]
+    architecture: str = ConditionalDETR.architecture
 
     def to_json(self) -> str:
         """Return the description as the JSON text that is stored in the file."""
@@ -81,7 +87,9 @@ class Description:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError("its description is damaged") from error
         if written == 1 and "picture" in content:
-            content["image"], written = content.pop("picture"), FORMAT
+            content["image"], written = content.pop("picture"), 2
+        if written == 2:
+            content["architecture"], written = ConditionalDETR.architecture, FORMAT
         if written != FORMAT:
             versions = content.get("versions")
             by = versions.get("conditional-detr", "?") if isinstance(versions, dict) else "?"
@@ -98,7 +106,10 @@ class Description:
             names, ids = tuple(metadata["class_names"]), tuple(metadata["category_ids"])
             config = Config(**content.pop("config"))
             parity = tuple(Parity(**one) for one in content.pop("parity"))
-            return cls(config, Metadata(names, ids, Preprocessing(**preprocessing)), parity=parity, **content)
+            if content["architecture"] not in ARCHITECTURES:
+                raise ValueError(f"architecture {content['architecture']!r}")
+            metadata = Metadata(names, ids, Preprocessing(**preprocessing))
+            return cls(config=config, metadata=metadata, parity=parity, **content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"its description is damaged: {error}") from error
 
@@ -120,7 +131,8 @@ class ExportedModel(nn.Module):
     Attributes:
         description: the description that the file contains.
         metadata: class names, category ids, preprocessing.
-        config: the architecture.
+        config: the sizes of the network.
+        scores: how logits become scores of classes.
         device: the device that pixels must be on.
         dtype: float32, the precision that pixels must have.
 
@@ -149,6 +161,7 @@ class ExportedModel(nn.Module):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         self.config, self.metadata = self.description.config, self.description.metadata
+        self.scores: ClassScores = ARCHITECTURES[self.description.architecture].scores
         self.device, self.dtype = self._opened.device, torch.float32
         self.eval()
 

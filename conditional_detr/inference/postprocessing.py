@@ -1,4 +1,4 @@
-"""Convert logits and boxes of the model to detections: the best query-class pairs above a threshold."""
+"""Convert logits and boxes of the model to detections: the best of its queries and classes above a threshold."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from conditional_detr.modeling.scores import ClassScores, SigmoidScores
+
+SIGMOID = SigmoidScores()
+
 
 class Postprocessing(NamedTuple):
     """Post-processing options, validated for a model.
@@ -17,15 +21,22 @@ class Postprocessing(NamedTuple):
         rows: (R,) int64, rows of the class head that are reported.
         threshold: only detections with a higher score are kept.
         top_k: maximum number of detections per image.
+        scores: how logits become scores of classes.
     """
 
     rows: Tensor
     threshold: float
     top_k: int
+    scores: ClassScores = SIGMOID
 
 
 def make_postprocessing(
-    names: Sequence[str | None], *, threshold: float, top_k: int, classes: Iterable[str | int] | None
+    names: Sequence[str | None],
+    *,
+    threshold: float,
+    top_k: int,
+    classes: Iterable[str | int] | None,
+    scores: ClassScores = SIGMOID,
 ) -> Postprocessing:
     """Validate post-processing options and return them.
 
@@ -34,6 +45,7 @@ def make_postprocessing(
         threshold: keep only detections with a higher score, in [0, 1].
         top_k: maximum number of detections per image.
         classes: names or class head rows of the classes to report; None: all.
+        scores: how logits become scores of classes.
 
     Raises:
         TypeError: ``classes`` is a string instead of a list.
@@ -42,7 +54,7 @@ def make_postprocessing(
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold: expected 0..1, got {threshold}")
     check_count("top_k", top_k)
-    return Postprocessing(_rows(names, classes), threshold, top_k)
+    return Postprocessing(_rows(names, classes), threshold, top_k, scores)
 
 
 def postprocess(
@@ -51,7 +63,7 @@ def postprocess(
     """Convert the output for one image to detections.
 
     Args:
-        logits: (N, C).
+        logits: (N, C), or (N, C + 1) with a row for "no object".
         boxes: (N, 4) cx cy w h in [0, 1].
         size: (height, width) of the image in pixels.
         postprocessing: the options.
@@ -61,7 +73,12 @@ def postprocess(
         score is first.
     """
     detections = top_k_detections(
-        logits[None], boxes[None], torch.tensor([size], device="cpu"), postprocessing.rows, postprocessing.top_k
+        logits[None],
+        boxes[None],
+        torch.tensor([size], device="cpu"),
+        postprocessing.rows,
+        postprocessing.top_k,
+        postprocessing.scores,
     )
     corners, scores, labels, queries = (x[0] for x in detections)
     kept = scores > postprocessing.threshold
@@ -69,24 +86,24 @@ def postprocess(
 
 
 def top_k_detections(
-    logits: Tensor, boxes: Tensor, sizes: Tensor, rows: Tensor, top_k: int
+    logits: Tensor, boxes: Tensor, sizes: Tensor, rows: Tensor, top_k: int, class_scores: ClassScores = SIGMOID
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the query-class pairs with the highest scores of each image.
+    """Return the detections with the highest scores of each image.
 
     Args:
-        logits: (B, N, C).
+        logits: (B, N, C), or (B, N, C + 1) with a row for "no object".
         boxes: (B, N, 4) cx cy w h in [0, 1].
         sizes: (B, 2), height and width of each image in pixels.
         rows: (R,) int64, rows of the class head that are reported.
-        top_k: number of pairs per image; K = min(top_k, N·R).
+        top_k: maximum number of detections per image.
+        class_scores: how logits become scores of classes, which decides K: at most N·R pairs of a query and a class,
+            or at most N queries with their best class.
 
     Returns:
         boxes (B, K, 4) x0 y0 x1 y1 in pixels, clipped to the image; scores (B, K); labels (B, K); queries (B, K). The
-        highest score is first.
+        highest score is first. A score of 0 stands for no detection.
     """
-    scores = logits[..., rows].sigmoid().flatten(1)  # (B, N·R)
-    scores, pairs = scores.topk(min(top_k, scores.shape[1]))
-    queries, labels = pairs // rows.shape[0], rows[pairs % rows.shape[0]]
+    scores, labels, queries = class_scores.best(logits, rows, top_k)
     limits = sizes.flip(-1).repeat(1, 2)[:, None].to(torch.float32)  # (B, 1, 4) w h w h
     corners = box_convert(boxes.gather(1, queries[..., None].expand(-1, -1, 4)), "cxcywh", "xyxy") * limits
     return torch.minimum(corners.clamp(min=0), limits), scores, labels, queries

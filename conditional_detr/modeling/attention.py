@@ -1,10 +1,34 @@
-"""Multi-head attention on projected queries, keys and values.
-
-These functions have no parameters: the projections belong to the encoder and the decoder.
-"""
+"""Multi-head attention: functions of projected queries, keys and values, and the projections that DETR has."""
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from conditional_detr.modeling.layers import Linear
+
+
+class MultiHeadAttention(nn.Module):
+    """The projections of multi-head attention; subclasses choose what is projected.
+
+    Args:
+        width: D.
+        heads: M.
+        dropout: rate on the attention weights.
+    """
+
+    def __init__(self, width: int, heads: int, *, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        # The authors store these three in one (3D, D) matrix, whose Xavier bound is smaller by √2.
+        self.query = Linear(width, width, gain=2**-0.5, zero_bias=True)
+        self.key = Linear(width, width, gain=2**-0.5, zero_bias=True)
+        self.value = Linear(width, width, gain=2**-0.5, zero_bias=True)
+        self.output = Linear(width, width, zero_bias=True)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
+        """Attend with projected queries (B, N, D) to keys and values (B, S, D), with padding (B, S): (B, N, D)."""
+        dropout = self.dropout if self.training else 0.0
+        return self.output(attend(q, k, v, self.heads, padding=padding, dropout=dropout))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from conditional_detr.modeling.attention import attend, attention_scores, attention_weights
-from conditional_detr.modeling.layers import MLP, FeedForward, Linear, at_least_float32, inverse_sigmoid
+from conditional_detr.modeling.decoder_layer import DecoderLayer
+from conditional_detr.modeling.layers import MLP, Linear, at_least_float32, inverse_sigmoid
 from conditional_detr.modeling.positions import sine_of_points
 
 
@@ -108,42 +109,6 @@ class ConditionalCrossAttention(nn.Module):
         return content, spatial, combined
 
 
-class DecoderLayer(nn.Module):
-    """Self-attention, conditional cross-attention and feed-forward network, each with residual addition and norm."""
-
-    def __init__(self, width: int, heads: int, feedforward: int, *, dropout: float, first: bool) -> None:
-        super().__init__()
-        self.self_attention = SelfAttention(width, heads, dropout=dropout)
-        self.self_attention_norm = nn.LayerNorm(width)
-        self.cross_attention = ConditionalCrossAttention(width, heads, dropout=dropout, first=first)
-        self.cross_attention_norm = nn.LayerNorm(width)
-        self.feedforward = FeedForward(width, feedforward, dropout=dropout)
-        self.feedforward_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self, f: Tensor, o_q: Tensor, p_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None
-    ) -> Tensor:
-        """Return the next decoder states (B, N, D) from f (B, N, D)."""
-        c = self.self_attend(f, o_q)
-        return self.update(c, self.cross_attention(c, o_q, p_q, memory, p_k, padding))
-
-    def self_attend(self, f: Tensor, o_q: Tensor) -> Tensor:
-        """Return the content c (B, N, D) for cross-attention: self-attention with residual addition and norm."""
-        return self.self_attention_norm(f + self.dropout(self.self_attention(f, o_q)))
-
-    def update(self, c: Tensor, attended: Tensor) -> Tensor:
-        """Return the next states: add the cross-attention's output and the feed-forward network's, each with norm."""
-        c = self.cross_attention_norm(c + self.dropout(attended))
-        return self.feedforward_norm(c + self.dropout(self.feedforward(c)))
-
-    def attention_maps(
-        self, f: Tensor, o_q: Tensor, p_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return content, spatial and combined cross-attention for decoder states f: each (B, M, N, S)."""
-        return self.cross_attention.attention_maps(self.self_attend(f, o_q), o_q, p_q, memory, p_k, padding)
-
-
 class Decoder(nn.Module):
     """The stack of decoder layers, with its reference points and conditional spatial queries.
 
@@ -158,7 +123,14 @@ class Decoder(nn.Module):
     def __init__(self, *, layers: int, width: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            DecoderLayer(width, heads, feedforward, dropout=dropout, first=i == 0) for i in range(layers)
+            DecoderLayer(
+                SelfAttention(width, heads, dropout=dropout),
+                ConditionalCrossAttention(width, heads, dropout=dropout, first=i == 0),
+                width,
+                feedforward,
+                dropout=dropout,
+            )
+            for i in range(layers)
         )
         self.norm = nn.LayerNorm(width)
         self.reference_point = MLP(width, width, 2, depth=2, linear=Linear)

@@ -6,8 +6,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from conditional_detr.modeling.conditional_detr import AttentionMaps, Config, Output
+from conditional_detr.modeling.config import Config
+from conditional_detr.modeling.detection_transformer import AttentionMaps, Output
 from conditional_detr.modeling.metadata import Metadata
+from conditional_detr.modeling.scores import ClassScores
 
 
 @runtime_checkable
@@ -17,10 +19,12 @@ class DetectionModel(Protocol):
     Attributes:
         config: the architecture.
         metadata: class names, category ids and preprocessing.
+        scores: how logits become scores of classes.
     """
 
     config: Config
     metadata: Metadata
+    scores: ClassScores
 
     @property
     def device(self) -> torch.device:

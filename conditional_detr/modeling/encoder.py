@@ -2,28 +2,16 @@
 
 from torch import Tensor, nn
 
-from conditional_detr.modeling.attention import attend
-from conditional_detr.modeling.layers import FeedForward, Linear
+from conditional_detr.modeling.attention import MultiHeadAttention
+from conditional_detr.modeling.layers import FeedForward
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with the position encoding added to queries and keys, not to values."""
+class SelfAttention(MultiHeadAttention):
+    """Multi-head self-attention with positions added to queries and keys, not to values."""
 
-    def __init__(self, width: int, heads: int, *, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.dropout = dropout
-        # The authors store these three in one (3D, D) matrix, whose Xavier bound is smaller by √2.
-        self.query = Linear(width, width, gain=2**-0.5, zero_bias=True)
-        self.key = Linear(width, width, gain=2**-0.5, zero_bias=True)
-        self.value = Linear(width, width, gain=2**-0.5, zero_bias=True)
-        self.output = Linear(width, width, zero_bias=True)
-
-    def forward(self, x: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, padding: Tensor | None = None) -> Tensor:
         """Attend from tokens x (B, S, D) to each other, with positions (B, S, D) and padding (B, S): (B, S, D)."""
-        q, k, v = self.project(x, positions)
-        dropout = self.dropout if self.training else 0.0
-        return self.output(attend(q, k, v, self.heads, padding=padding, dropout=dropout))
+        return self.attend(*self.project(x, positions), padding)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values (B, S, D) of tokens."""

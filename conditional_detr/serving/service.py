@@ -17,7 +17,7 @@ from conditional_detr.inference.downloads import Limits
 from conditional_detr.inference.postprocessing import Postprocessing
 from conditional_detr.inference.preparation import PreparedImage
 from conditional_detr.inference.preprocessing import PixelBuffer, resized_size
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.serving.batching import Batcher
 from conditional_detr.serving.errors import ApiError
 from conditional_detr.serving.metrics import Metrics
@@ -76,7 +76,7 @@ class ServedModel:
             "class_names": list(metadata.class_names),
             "preprocessing": asdict(metadata.preprocessing),
             "licence": self.licence,
-            "attention": isinstance(self.detector.model, ConditionalDETR),
+            "attention": isinstance(self.detector.model, DetectionTransformer),
         }
 
 

@@ -1,23 +1,29 @@
 """Assign queries to targets at minimum total cost, for every image at every decoder layer."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.layers import at_least_float32
+from conditional_detr.modeling.scores import ClassScores, SigmoidScores, SoftmaxScores
 from conditional_detr.set_prediction.boxes import generalized_iou
+from conditional_detr.set_prediction.class_losses import ClassLoss, FocalLoss, SoftmaxLoss, check_coefficients
 from conditional_detr.set_prediction.targets import JoinedTargets, Target, copy_to_device, validate_targets
 
 Pairs = list[tuple[Tensor, Tensor]]
 """Query indices and target indices of each image, int64, on the CPU, in the order of the queries."""
 
-_SMALLEST_PROBABILITY = 1e-8  # the authors' bound: a class with score 0 costs 18.4 instead of infinity
+_OF_SCORES: dict[type[ClassScores], tuple[float, ClassLoss]] = {
+    SigmoidScores: (2.0, FocalLoss()),
+    SoftmaxScores: (1.0, SoftmaxLoss()),
+}
+"""Coefficient and class loss of the papers, by the class scores of a network."""
 
 
 class Matches(NamedTuple):
@@ -36,33 +42,40 @@ class Matches(NamedTuple):
 
 @dataclass(frozen=True)
 class HungarianMatcher:
-    """Match queries with targets at minimum total cost (paper, section 3.1; DETR with focal loss).
+    """Match queries with targets at minimum total cost (paper, section 3.1).
 
-    The cost of a pair is a weighted sum of three terms: focal, α(1-p)^γ(-log p) - (1-α)p^γ(-log(1-p))
-    with p the score of the target's class; the L1 distance of the boxes cx cy w h; and -GIoU.
+    The cost of a pair is a weighted sum of three terms: the class cost, which the class loss defines; the L1 distance
+    of the boxes cx cy w h; and -GIoU.
 
     Attributes:
-        class_cost: coefficient of the focal cost.
+        class_cost: coefficient of the class cost.
         l1_cost: coefficient of the L1 distance.
         giou_cost: coefficient of -GIoU.
-        alpha: α, the weight of "this class" against "not this class".
-        gamma: γ, the focal exponent.
+        class_loss: the class loss, of the kind that the network's class scores need.
 
     Raises:
         TypeError: a coefficient is not a number.
-        ValueError: a coefficient is negative or not finite, all three costs are 0, or alpha is outside [0, 1].
+        ValueError: a coefficient is negative or not finite, or all three are 0.
     """
 
     class_cost: float = 2.0
     l1_cost: float = 5.0
     giou_cost: float = 2.0
-    alpha: float = 0.25
-    gamma: float = 2.0
+    class_loss: ClassLoss = field(default_factory=FocalLoss)
 
     def __post_init__(self) -> None:
-        check_coefficients({field.name: getattr(self, field.name) for field in fields(self)})
+        check_coefficients({name: getattr(self, name) for name in ("class_cost", "l1_cost", "giou_cost")})
         if not any((self.class_cost, self.l1_cost, self.giou_cost)):
             raise ValueError("expected class_cost, l1_cost or giou_cost above 0, got 0 for all three")
+
+    @classmethod
+    def for_model(cls, model: DetectionTransformer) -> "HungarianMatcher":
+        """Return the matcher of the model's paper.
+
+        ConditionalDETR: focal cost, coefficients 2, 5, 2. DETR: minus the score of the class, coefficients 1, 5, 2.
+        """
+        class_cost, class_loss = _OF_SCORES[type(model.scores)]
+        return cls(class_cost=class_cost, class_loss=class_loss)
 
     def __call__(self, logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> Pairs | list[Pairs]:
         """Match a batch, without gradients; half precision is computed in float32.
@@ -81,7 +94,7 @@ class HungarianMatcher:
             ValueError: shapes do not fit each other, targets are invalid, or predictions are not finite.
         """
         check_predictions(logits, boxes)
-        joined = validate_targets(targets, logits.shape[-3], logits.shape[-1])
+        joined = validate_targets(targets, logits.shape[-3], self.class_loss.num_classes(logits.shape[-1]))
         if logits.dim() == 4:
             return _per_image(self.match(logits, boxes, joined), joined)
         return _per_image(self.match(logits[None], boxes[None], joined), joined)[0]
@@ -115,23 +128,13 @@ class HungarianMatcher:
             (K, L, N), float32 or wider, on the device of the predictions.
         """
         labels, images = copy_to_device(torch.stack((targets.labels, targets.images)), logits.device)
-        x = at_least_float32(logits[:, images, :, labels])  # (K, L, N)
+        classes = self.class_loss.cost(at_least_float32(logits), images, labels)  # (K, L, N)
         predicted = at_least_float32(boxes).transpose(0, 1)  # (B, L, N, 4)
         target = copy_to_device(targets.boxes.to(predicted.dtype), logits.device)[:, None, None]  # (K, 1, 1, 4)
         l1 = (predicted[images] - target).abs().sum(-1)
         corners = box_convert(predicted, "cxcywh", "xyxy")[images]
         giou = generalized_iou(corners, box_convert(target, "cxcywh", "xyxy"))
-        return self.class_cost * self._focal_cost(x) + self.l1_cost * l1 - self.giou_cost * giou
-
-    def _focal_cost(self, x: Tensor) -> Tensor:
-        """Return the focal cost of logits of any shape: the cost of "this class" minus that of "not this class".
-
-        q = 1-p is computed as a sigmoid, so that both logarithms are as exact as a log-sigmoid, and bounded.
-        """
-        p, q = x.sigmoid(), (-x).sigmoid()
-        this = self.alpha * q**self.gamma * -(p + _SMALLEST_PROBABILITY).log()
-        other = (1 - self.alpha) * p**self.gamma * -(q + _SMALLEST_PROBABILITY).log()
-        return this - other
+        return self.class_cost * classes + self.l1_cost * l1 - self.giou_cost * giou
 
 
 def check_predictions(logits: Tensor, boxes: Tensor) -> None:
@@ -150,15 +153,6 @@ def check_predictions(logits: Tensor, boxes: Tensor) -> None:
         )
     if boxes.device != logits.device:
         raise ValueError(f"boxes: expected the device of the logits, {logits.device}, got {boxes.device}")
-
-
-def check_coefficients(coefficients: dict[str, Any]) -> None:
-    """Raise TypeError or ValueError unless all are numbers, finite and not negative, and alpha is at most 1."""
-    for name, value in coefficients.items():
-        if not isinstance(value, int | float):
-            raise TypeError(f"{name}: expected a number, got {value!r}")
-        if not (0 <= value < math.inf) or (name == "alpha" and value > 1):
-            raise ValueError(f"{name}: expected {'0..1' if name == 'alpha' else 'at least 0'}, got {value}")
 
 
 def _assign(cost: np.ndarray, counts: tuple[int, ...]) -> Matches:

@@ -8,6 +8,7 @@ files beside it are not read on resume.
 
 import ast
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,13 +21,14 @@ from torch import Tensor
 
 from conditional_detr.checkpoints.saving import write_tensors, writers_of
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.system.atomic_files import recover
 from conditional_detr.training.record import CHANGEABLE, differences
 
 LAST = "last"
 BEST = "best"
 STATE = "training_state.pt"
-FORMAT = 3
+FORMAT = 4
 """Format number of the training state. States of version 0.1.0 have none; older states are upgraded when read."""
 
 
@@ -80,7 +82,7 @@ class Progress:
             )
 
 
-def save_checkpoint(model: ConditionalDETR, folder: Path, state: Mapping[str, Any] | None = None) -> None:
+def save_checkpoint(model: DetectionTransformer, folder: Path, state: Mapping[str, Any] | None = None) -> None:
     """Write weights in the published format, and optionally a training state; all files or none.
 
     Raises:
@@ -141,7 +143,7 @@ def _check_form(state: Mapping[str, Any]) -> None:
         "average": (dict, type(None)),
         "best": (float, int, type(None)),
     }
-    settings: dict[str, tuple[type, ...]] = {"architecture": (dict,), "classes": (list,)}
+    settings: dict[str, tuple[type, ...]] = {"model": (str,), "architecture": (dict,), "classes": (list,)}
     settings |= dict.fromkeys(("seed", "epochs", "images"), (int,))
     for where, expected in ((state, parts), (state.get("settings", {}), settings)):
         for name, types in expected.items():
@@ -217,4 +219,17 @@ def _upgrade_architecture(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "format": 3, "settings": settings}
 
 
-_UPGRADES: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_upgrade_names, _upgrade_architecture)
+def _upgrade_model(state: dict[str, Any]) -> dict[str, Any]:
+    """Convert a training state of format 3, which knows only ConditionalDETR and the focal loss, to format 4."""
+    settings = {**state["settings"], "model": ConditionalDETR.architecture}
+    if "criterion" in settings:
+        focal = r"class_loss=FocalLoss(alpha=\1, gamma=\2)"
+        settings["criterion"] = re.sub(r"alpha=([^,]+), gamma=([^,)]+)", focal, settings["criterion"])
+    return {**state, "format": 4, "settings": settings}
+
+
+_UPGRADES: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (
+    _upgrade_names,
+    _upgrade_architecture,
+    _upgrade_model,
+)

@@ -13,7 +13,8 @@ from conditional_detr.checkpoints.saving import writers_of
 from conditional_detr.data.coco import Annotations
 from conditional_detr.data.dataset import Sample
 from conditional_detr.data.image_check import find_bad_images
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
+from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.training.loader import SampleDataset
 
 _EXAMPLES = 3  # bad images in a message
@@ -60,7 +61,7 @@ def parts_of(data: Any) -> list[Any]:
     return [data]
 
 
-def check_preprocessing(model: ConditionalDETR, data: SampleDataset, name: str) -> None:
+def check_preprocessing(model: DetectionTransformer, data: SampleDataset, name: str) -> None:
     """Raise ValueError if a dataset has another ``preprocessing`` than the model; a dataset without one passes."""
     expected = model.metadata.preprocessing
     for part in parts_of(data):
@@ -98,7 +99,7 @@ def check_images(train_data: SampleDataset, val_data: SampleDataset | None, max_
                 warnings.warn(message, stacklevel=5)
 
 
-def match_classes(model: ConditionalDETR, data: SampleDataset, name: str) -> SampleDataset:
+def match_classes(model: DetectionTransformer, data: SampleDataset, name: str) -> SampleDataset:
     """Compare the ``class_names`` of a dataset with those of the model.
 
     A dataset without ``class_names`` is not compared: its labels are rows of the class head. Classes are matched by
@@ -151,7 +152,7 @@ def _listed(names: Sequence[str | None]) -> str:
     return f"({', '.join('None' if name is None else repr(name) for name in names)})"
 
 
-def check_modules(model: ConditionalDETR, folder: Path) -> None:
+def check_modules(model: DetectionTransformer, folder: Path) -> None:
     """Check that checkpoints can store the model, and warn of modules that they restore as another class.
 
     Raises:
@@ -168,4 +169,14 @@ def check_modules(model: ConditionalDETR, folder: Path) -> None:
             f"model: checkpoints store weights, not classes of modules: {'; '.join(others[:3])}"
             + (f" and {len(others) - 3} more" if len(others) > 3 else ""),
             stacklevel=3,
+        )
+
+
+def check_criterion(model: DetectionTransformer, criterion: SetLoss) -> None:
+    """Raise ValueError if the class loss is for other rows of the class head than the model has."""
+    rows = model.scores.rows(model.config.num_classes)
+    if criterion.class_loss.num_classes(rows) != model.config.num_classes:
+        kind, architecture = type(criterion.class_loss).__name__, type(model).__name__
+        raise ValueError(
+            f"criterion: expected a class loss for {architecture}, as SetLoss.for_model(model) has, got {kind}"
         )

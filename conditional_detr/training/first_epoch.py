@@ -9,14 +9,14 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from conditional_detr.data.dataset import Sample
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.set_prediction.matcher import HungarianMatcher
 from conditional_detr.training.loader import SampleDataset
 from conditional_detr.training.validation import predict
 
 IMAGES = 64  # number of images checked, evenly spaced in the dataset
 _MATCHED_IOU = 0.5  # a box with a higher IoU counts as matched
-_LOW_SCORE = 0.05  # initial scores are 0.01
+_LOW_SCORE = 0.05  # initial scores of ConditionalDETR are 0.01; DETR first learns that all queries are "no object"
 _LOW_IOU = 0.3  # mean best IoU of boxes that are unrelated to the targets
 _FEW = 0.1  # fraction of matched targets
 
@@ -52,7 +52,7 @@ class FirstEpochReport:
 
 
 def check_first_epoch(
-    model: ConditionalDETR,
+    model: DetectionTransformer,
     data: SampleDataset,
     matcher: HungarianMatcher,
     ap: float | None = None,
@@ -89,7 +89,7 @@ def check_first_epoch(
 
 
 def _compare(
-    model: ConditionalDETR, sample: Sample, matcher: HungarianMatcher
+    model: DetectionTransformer, sample: Sample, matcher: HungarianMatcher
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return for one image the best IoU (T,), matched IoU (T',), whether the class is right (T',), top score ()."""
     target = sample[1]
@@ -98,8 +98,9 @@ def _compare(
     ((queries, targets),) = pairs
     iou = box_iou(*(box_convert(x.float(), "cxcywh", "xyxy") for x in (boxes[0], target["boxes"])))  # (N, T)
     best = iou.max(0).values if iou.numel() else torch.zeros(0, dtype=torch.float32, device="cpu")
-    right = logits[0, queries].argmax(-1) == target["labels"][targets]
-    return best, iou[queries, targets], right, logits.sigmoid().max()
+    scores = model.scores(logits)  # (1, N, C)
+    right = scores[0, queries].argmax(-1) == target["labels"][targets]
+    return best, iou[queries, targets], right, scores.max()
 
 
 def _advice(report: FirstEpochReport, ap: float | None) -> str:
@@ -115,8 +116,8 @@ def _advice(report: FirstEpochReport, ap: float | None) -> str:
         )
     if report.top_score < _LOW_SCORE:
         return (
-            "Boxes are close to the targets, but scores are still near their initial value of 0.01: train for more"
-            " steps, or raise the learning rate."
+            "Boxes are close to the targets, but all scores are below 0.05: train for more steps, or raise the"
+            " learning rate."
         )
     if report.best_iou < _LOW_IOU or report.matched < _FEW:
         return (

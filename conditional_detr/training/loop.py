@@ -8,19 +8,19 @@ an uninterrupted one, to the last bit.
 from contextlib import ExitStack
 from pathlib import Path
 
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.system.shutdown import ShutdownRequest
 from conditional_detr.system.torch_settings import plain_torch_settings
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.consistency import check_modules, check_preprocessing, match_classes
+from conditional_detr.training.consistency import check_criterion, check_modules, check_preprocessing, match_classes
 from conditional_detr.training.loader import SampleDataset
 from conditional_detr.training.optimizer import folded_batch_norm, gradient_checkpointing, linear_as_convolution
 from conditional_detr.training.run import Run, TrainResult
 
 
 def train(
-    model: ConditionalDETR,
+    model: DetectionTransformer,
     train_data: SampleDataset,
     val_data: SampleDataset | None = None,
     config: TrainConfig | None = None,
@@ -52,7 +52,7 @@ def train(
         val_data: the data that AP is measured on; None: no evaluation.
         config: the settings; default: the paper's.
         folder: where the run writes all its files; created if missing.
-        criterion: the loss; default: the paper's.
+        criterion: the loss; default: that of the model's paper.
         resume: resume from the checkpoint in the folder; without one, start a new run. The model then gets the
             weights of the checkpoint. Settings, data, preprocessing, augmentation, criterion and architecture must be
             those that the run began with, except for workers, epochs and intervals. With another number of epochs, a
@@ -73,10 +73,10 @@ def train(
         ValueError: invalid targets, a loss that is not finite (the message has the step and the images), a checkpoint
             of other settings, a dataset of other classes or preprocessing, or a model that checkpoints cannot store.
     """
-    if not isinstance(model, ConditionalDETR):
+    if not isinstance(model, DetectionTransformer):
         inner = next((name for name in ("module", "_orig_mod") if hasattr(model, name)), None)  # type: ignore[unreachable]
         hint = "" if inner is None else f"; pass its model.{inner}"
-        raise TypeError(f"model: expected a ConditionalDETR, got {type(model).__name__}{hint}")
+        raise TypeError(f"model: expected a ConditionalDETR or DETR, got {type(model).__name__}{hint}")
     config = TrainConfig() if config is None else config
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config: expected a TrainConfig, got {type(config).__name__}")
@@ -87,8 +87,10 @@ def train(
         if data is not None:
             check_preprocessing(model, data, name)
     check_modules(model, folder)
+    criterion = SetLoss.for_model(model) if criterion is None else criterion
+    check_criterion(model, criterion)
     with plain_torch_settings(), ExitStack() as stack:
-        run = Run(model, train_data, val_data, config, folder, criterion or SetLoss())
+        run = Run(model, train_data, val_data, config, folder, criterion)
         run.prepare(resume, check, stack)
         with (
             run.logging(progress),

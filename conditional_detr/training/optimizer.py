@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from conditional_detr.deploy.backbone import normalised_convolutions, pads_with_zeros
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.training.config import TrainConfig
 
 _BACKBONE = "backbone."
@@ -23,7 +23,7 @@ _DROP = 0.1  # factor of the learning rates after the step
 
 
 def parameter_groups(
-    model: ConditionalDETR, config: TrainConfig, other_queries: nn.Embedding | None = None
+    model: DetectionTransformer, config: TrainConfig, other_queries: nn.Embedding | None = None
 ) -> list[dict[str, Any]]:
     """Return the parameter groups of AdamW: trainable parameters of the backbone, and all others.
 
@@ -89,7 +89,7 @@ def rate_factor(config: TrainConfig, step: int, epochs: float) -> float:
     return warm
 
 
-def moving_average(model: ConditionalDETR, decay: float) -> AveragedModel:
+def moving_average(model: DetectionTransformer, decay: float) -> AveragedModel:
     """Return an exponential moving average of the model, with decay min(decay, (1 + n) / (10 + n)) after n updates."""
 
     @torch.no_grad()
@@ -102,7 +102,7 @@ def moving_average(model: ConditionalDETR, decay: float) -> AveragedModel:
 
 
 @contextmanager
-def gradient_checkpointing(model: ConditionalDETR, enabled: bool) -> Iterator[None]:
+def gradient_checkpointing(model: DetectionTransformer, enabled: bool) -> Iterator[None]:
     """Store only the inputs of trainable layers and backbone stages; recompute the rest in the backward pass."""
     parts = [*model.encoder.layers, *model.decoder.layers, *model.backbone.body.children()] if enabled else []
     parts = [part for part in parts if any(parameter.requires_grad for parameter in part.parameters())]
@@ -111,7 +111,7 @@ def gradient_checkpointing(model: ConditionalDETR, enabled: bool) -> Iterator[No
 
 
 @contextmanager
-def folded_batch_norm(model: ConditionalDETR) -> Iterator[None]:
+def folded_batch_norm(model: DetectionTransformer) -> Iterator[None]:
     """Fold each frozen BatchNorm of the backbone into the convolution before it, while the context is active.
 
     Its statistics are constant, so scaling the weights, which are small, gives the same gradients as scaling the

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from conditional_detr.data.seeds import derive_seed
-from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output
+from conditional_detr.modeling.detection_transformer import DetectionTransformer, Output
 
 
 class QueryGroups(nn.Module):
@@ -24,7 +24,7 @@ class QueryGroups(nn.Module):
         others: embedding ((G - 1)·N, D), the queries of the additional groups.
     """
 
-    def __init__(self, model: ConditionalDETR, groups: int, seed: int) -> None:
+    def __init__(self, model: DetectionTransformer, groups: int, seed: int) -> None:
         super().__init__()
         self.model = model
         self.groups = groups

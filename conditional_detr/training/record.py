@@ -10,7 +10,9 @@ from torch.utils.data import ConcatDataset, Subset
 
 from conditional_detr.data.coco import Annotations
 from conditional_detr.data.image_check import digest_of
-from conditional_detr.modeling.conditional_detr import ConditionalDETR, Config
+from conditional_detr.modeling.architectures import ARCHITECTURES
+from conditional_detr.modeling.config import Config
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.consistency import MatchedClasses, parts_of
@@ -25,7 +27,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def describe_run(
-    model: ConditionalDETR,
+    model: DetectionTransformer,
     train_data: SampleDataset,
     val_data: SampleDataset | None,
     config: TrainConfig,
@@ -37,6 +39,7 @@ def describe_run(
     return {
         **asdict(config),
         "criterion": _text(criterion),
+        "model": model.architecture,
         "architecture": asdict(model.config),
         "classes": list(model.metadata.class_names),
         "images": len(train_data),
@@ -70,13 +73,13 @@ def differences(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
     return found
 
 
-def initial_model(state: Mapping[str, Any]) -> ConditionalDETR:
+def initial_model(state: Mapping[str, Any]) -> DetectionTransformer:
     """Return a model of the architecture and the metadata of a training state, with new weights."""
     settings = state["settings"]
     sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["preprocessing"].items()}
     preprocessing = Preprocessing(**sizes)
     metadata = Metadata(tuple(settings["classes"]), tuple(state["category_ids"]), preprocessing)
-    return ConditionalDETR(Config(**settings["architecture"]), metadata)
+    return ARCHITECTURES[settings["model"]](Config(**settings["architecture"]), metadata)
 
 
 def _digest(data: Any) -> str | None:

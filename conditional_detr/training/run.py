@@ -14,7 +14,7 @@ import torch
 
 from conditional_detr.data.dataset import batches
 from conditional_detr.data.image_cache import ImageCache
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.system.atomic_files import remove_unfinished
 from conditional_detr.system.shutdown import ShutdownRequest
@@ -71,7 +71,7 @@ class Run:
 
     def __init__(
         self,
-        model: ConditionalDETR,
+        model: DetectionTransformer,
         train_data: SampleDataset,
         val_data: SampleDataset | None,
         config: TrainConfig,

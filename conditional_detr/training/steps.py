@@ -3,14 +3,15 @@
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from conditional_detr.data.seeds import derive_seed
-from conditional_detr.modeling.conditional_detr import ConditionalDETR, Output
-from conditional_detr.set_prediction.losses import SetLoss, boxes_per_process
+from conditional_detr.modeling.detection_transformer import DetectionTransformer, Output
+from conditional_detr.set_prediction.losses import Normalisers, SetLoss
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.loader import Batch
 from conditional_detr.training.optimizer import moving_average, parameter_groups, rate_factor
@@ -42,7 +43,7 @@ class Stepper:
 
     def __init__(
         self,
-        model: ConditionalDETR,
+        model: DetectionTransformer,
         config: TrainConfig,
         criterion: SetLoss,
         accelerator: Any,
@@ -64,9 +65,9 @@ class Stepper:
         self._wrapped: Any = None
 
     @property
-    def eval_model(self) -> ConditionalDETR:
+    def eval_model(self) -> DetectionTransformer:
         """The model to evaluate and save: the moving average if there is one, else the model itself."""
-        return self.model if self.average is None else cast(ConditionalDETR, self.average.module)
+        return self.model if self.average is None else cast(DetectionTransformer, self.average.module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that the next step depends on."""
@@ -154,25 +155,32 @@ class Stepper:
     def _backward(self, batches: MicroBatches, step: int) -> Tensor:
         """Compute the gradients of the joined batch; return its loss, and class, L1 and GIoU of the last layer (4,).
 
-        Each batch's loss is divided by its own number of boxes, that of the joined batch by the number of all boxes.
-        The losses are therefore weighted by their batches' share of the boxes.
+        Each batch's losses are divided by the normalisers of the joined batch, so that they add up.
         """
-        shares: list[Any] = [1.0]
-        if len(batches) > 1:
-            counts = [sum(len(target["labels"]) for target in targets) for _, (*_, targets) in batches]
-            total = boxes_per_process(sum(counts), self.device)
-            shares = [boxes_per_process(count, self.device) / total for count in counts]
-        weighted = []
-        for i, ((indices, batch), share) in enumerate(zip(batches, shares, strict=True)):
+        criterion = self._criterion([targets for _, (*_, targets) in batches])
+        added = []
+        for i, (indices, batch) in enumerate(batches):
             last = i == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self._wrapped):
-                losses = self._losses(batch, indices, step)
-                self.scaler.scale(losses["total"] * share).backward()
+                losses = self._losses(criterion, batch, indices, step)
+                self.scaler.scale(losses["total"]).backward()
             parts = [losses["total"], *(losses[name][-1] for name in ("class", "l1", "giou"))]
-            weighted.append(torch.stack(parts).detach() * share)
-        return torch.stack(weighted).sum(0)
+            added.append(torch.stack(parts).detach())
+        return torch.stack(added).sum(0)
 
-    def _losses(self, batch: Batch, indices: Sequence[int], step: int) -> dict[str, Tensor]:
+    def _criterion(self, targets: Sequence[Sequence[dict[str, Tensor]]]) -> SetLoss:
+        """Return the criterion for the batches of a step, which are parts of a joined batch, and for its groups.
+
+        The losses of several query groups are averaged: without boxes, their normalisers would not add up.
+        """
+        groups = self.config.query_groups
+        if len(targets) == groups == 1:
+            return self.criterion
+        counts = [len(target["labels"]) for batch in targets for target in batch]
+        one = self.criterion.normalisers_of(counts, self.model.config.num_queries, self.device)
+        return replace(self.criterion, normalisers=Normalisers(*(groups * divisor for divisor in one)))
+
+    def _losses(self, criterion: SetLoss, batch: Batch, indices: Sequence[int], step: int) -> dict[str, Tensor]:
         """Return the losses of a batch; an error message has its images."""
         pixels, padding, targets = batch
         pixels = pixels.to(self.device, self.model.dtype, non_blocking=True, memory_format=torch.channels_last)
@@ -182,26 +190,22 @@ class Stepper:
         with torch.autocast(self.device.type, dtype=dtype, enabled=precision is not None):
             output = self._wrapped(pixels, padding)
         try:
-            return self._mean_over_groups(output, targets)
+            return self._of_groups(criterion, output, targets)
         except (TypeError, ValueError) as error:
             raise ValueError(f"step {step + 1}: {error}; {self._describe_images(indices)}") from error
 
-    def _mean_over_groups(self, output: Output, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the losses, averaged over the query groups if there are several."""
+    def _of_groups(self, criterion: SetLoss, output: Output, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the losses of all query groups, each of which is matched to all targets."""
         groups = self.config.query_groups
-        if groups == 1:
-            return self.criterion(output, targets)
         try:
-            losses = self.criterion(output, targets * groups)
+            return criterion(output, targets * groups)
         except ValueError as error:
+            if groups == 1:
+                raise
             raise ValueError(
                 f"{error} (with {groups} query groups of {len(targets)} images each: images[{len(targets)}] is"
                 " images[0] of the second group)"
             ) from error
-        # the criterion divides by max(1, boxes of all groups): without boxes, the groups do not add up
-        count = sum(len(target["labels"]) for target in targets)
-        joined, each = (boxes_per_process(n, self.device) for n in (groups * count, count))
-        return {name: loss * (joined / (groups * each)) for name, loss in losses.items()}
 
     def _check_finite(self, numbers: dict[str, float], batches: MicroBatches, step: int) -> None:
         """Raise ValueError unless loss and gradients are finite; the scaler of float16 skips such gradients itself."""

@@ -11,12 +11,12 @@ from conditional_detr.data.dataset import Sample, batches, collate
 from conditional_detr.evaluation.coco import MAX_DETECTIONS, evaluate, evaluate_detections
 from conditional_detr.inference.detector import Detector
 from conditional_detr.inference.postprocessing import Postprocessing, postprocess
-from conditional_detr.modeling.conditional_detr import ConditionalDETR
+from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.layers import evaluation_mode
 from conditional_detr.training.loader import SampleDataset
 
 
-def measure(model: ConditionalDETR, data: SampleDataset, batch_size: int) -> dict[str, float]:
+def measure(model: DetectionTransformer, data: SampleDataset, batch_size: int) -> dict[str, float]:
     """Compute COCO's twelve metrics.
 
     A dataset in COCO's format has the attributes ``annotations`` and ``images``. It is evaluated on the original
@@ -44,7 +44,8 @@ def measure(model: ConditionalDETR, data: SampleDataset, batch_size: int) -> dic
     rank, processes = 0, 1
     if distributed.is_available() and distributed.is_initialized():
         rank, processes = distributed.get_rank(), distributed.get_world_size()
-    postprocessing = Postprocessing(torch.arange(model.config.num_classes, device="cpu"), 0.0, MAX_DETECTIONS)
+    rows = torch.arange(model.config.num_classes, device="cpu")
+    postprocessing = Postprocessing(rows, 0.0, MAX_DETECTIONS, model.scores)
     for indices in batches(data, batch_size, seed=0, epoch=0, shuffle=False, rank=rank, processes=processes):
         samples = [data[index] for index in indices]
         logits, boxes = predict(model, samples)
@@ -64,7 +65,7 @@ def measure(model: ConditionalDETR, data: SampleDataset, batch_size: int) -> dic
 
 
 @torch.inference_mode()
-def predict(model: ConditionalDETR, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+def predict(model: DetectionTransformer, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
     """Return the last layer's logits (B, N, C) and boxes (B, N, 4) on the CPU, computed in eval mode."""
     pixels, padding, _ = collate(samples)
     padding = None if padding is None else padding.to(model.device)
@@ -81,7 +82,7 @@ def _coco_entries(image_id: int, boxes: Tensor, labels: Tensor, **others: Tensor
     return [{"image_id": image_id, **dict(zip(columns, row, strict=True))} for row in rows]
 
 
-def _merge(shares: list[Any], model: ConditionalDETR) -> Mapping[str, Any]:
+def _merge(shares: list[Any], model: DetectionTransformer) -> Mapping[str, Any]:
     """Merge the annotations of all processes; an image that several processes have counts once."""
     images: dict[int, dict[str, Any]] = {}
     annotations: list[dict[str, Any]] = []

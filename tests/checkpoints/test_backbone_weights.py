@@ -92,7 +92,7 @@ def test_weights_of_a_deeper_network_are_an_error(tmp_path):
     torch.save(resnet34().state_dict(), tmp_path / "backbone.pth")
     with pytest.raises(ValueError, match=r"unexpected, in stages that the backbone has: layer1\.2\.conv1\.weight, "):
         load_backbone_weights(fresh(), tmp_path / "backbone.pth")
-    with pytest.raises(TypeError, match="expected a ConditionalDETR, got Linear"):
+    with pytest.raises(TypeError, match="expected a ConditionalDETR or DETR, got Linear"):
         load_backbone_weights(nn.Linear(2, 2), tmp_path / "backbone.pth")
     with pytest.raises(ValueError, match="expected a plain model, got one whose backbone is not from timm"):
         load_backbone_weights(optimize(fresh()), tmp_path / "backbone.pth")

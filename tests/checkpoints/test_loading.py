@@ -64,7 +64,7 @@ def test_parameter_names_equal_the_reference_lists(shared):
         assert detect_key_map(listed) == KeyMap(name_format)
 
 
-@pytest.mark.parametrize("checkpoint", ["tiny", "r50"])
+@pytest.mark.parametrize("checkpoint", ["tiny", "r50", "tiny_detr", "r50_detr"])
 def test_name_formats_give_bitwise_equal_models(checkpoint, request, tmp_path):
     published = request.getfixturevalue(checkpoint)
     expected = from_pretrained(published.folder)
@@ -387,7 +387,7 @@ def test_a_large_but_finite_sum_is_no_error(folder):
         ),
         (
             lambda t: [t.pop(n) for n in list(t) if "qpos_sine" in n],
-            r"expected a Conditional DETR checkpoint, but none of its \d+ tensors .*model_type 'conditional_detr'",
+            r"expected a Conditional DETR or DETR checkpoint, but none .*model_type 'conditional_detr'",
         ),
     ],
 )
@@ -403,12 +403,11 @@ def test_counters_of_batch_norm_are_ignored(tiny, folder):
 
 
 def test_another_models_checkpoint_is_an_error(tmp_path):
-    from transformers import DetrConfig, DetrForObjectDetection
+    from transformers import YolosConfig, YolosForObjectDetection
 
-    DetrForObjectDetection(
-        DetrConfig(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8)
-    ).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"expected a Conditional DETR checkpoint.*model_type 'detr'"):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    YolosForObjectDetection(YolosConfig(**sizes, image_size=[32, 32])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a Conditional DETR or DETR checkpoint.*model_type 'yolos'"):
         from_pretrained(tmp_path)
 
 

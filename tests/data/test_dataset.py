@@ -16,7 +16,7 @@ from conditional_detr.data.coco import read_annotations
 from conditional_detr.data.dataset import Augmentation, CocoData, batches, collate
 from conditional_detr.inference.images import open_image
 from conditional_detr.inference.preprocessing import to_pixels
-from conditional_detr.modeling.conditional_detr import Output
+from conditional_detr.modeling.detection_transformer import Output
 from conditional_detr.set_prediction.targets import validate_targets
 from helpers import coco
 

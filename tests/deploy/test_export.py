@@ -413,8 +413,8 @@ def test_errors_of_export(plain, tmp_path):
     endings = r"expected a file name that ends in one of \.onnx, \.xml, \.pt2"
     refusals = [
         (lambda: export(optimize(plain), target), ValueError, "model: expected a plain model, got an optimised copy"),
-        (lambda: export(Mine(plain.config), target), TypeError, "expected a ConditionalDETR, got Mine"),
-        (lambda: export(nn.Linear(2, 2), target), TypeError, "expected a ConditionalDETR, got Linear"),
+        (lambda: export(Mine(plain.config), target), TypeError, "expected a ConditionalDETR or DETR, got Mine"),
+        (lambda: export(nn.Linear(2, 2), target), TypeError, "expected a ConditionalDETR or DETR, got Linear"),
         (lambda: export(plain, tmp_path / "model.trt"), ValueError, rf"model\.trt: {endings}"),
         (lambda: export(plain, tmp_path), ValueError, endings),
         (lambda: export(plain, tmp_path / "folder.onnx"), OSError, r"folder\.onnx: expected a file name, got a fol"),
@@ -563,9 +563,9 @@ def test_foreign_files_and_damaged_descriptions(suffix, tmp_path, exports):
     write_one_operation(target)
     with pytest.raises(ValueError, match=rf"other\{suffix}: expected a model exported by `conditional-detr export`"):
         ExportedModel(target)
-    newer = '{"format": 3, "versions": {"conditional-detr": "9.1"}}'
+    newer = '{"format": 4, "versions": {"conditional-detr": "9.1"}}'
     write_one_operation(target, newer)
-    message = rf"other\{suffix}: expected a description of format 2, got 3, written by conditional-detr 9\.1; exp"
+    message = rf"other\{suffix}: expected a description of format 3, got 4, written by conditional-detr 9\.1; exp"
     with pytest.raises(ValueError, match=message):
         ExportedModel(target)
     write_one_operation(target, '{"format": 2, "config": {}')
@@ -584,7 +584,7 @@ def test_damaged_descriptions(exports):
         with pytest.raises(ValueError, match="its description is damaged"):
             Description.from_json(json.dumps(one))
     for versions in ([], None, {}):
-        with pytest.raises(ValueError, match=r"format 2, got 0, written by conditional-detr \?; export"):
+        with pytest.raises(ValueError, match=r"format 3, got 0, written by conditional-detr \?; export"):
             Description.from_json(json.dumps({**content, "format": 0, "versions": versions}))
 
 
@@ -613,7 +613,7 @@ def test_errors_of_an_exported_model(path, exported, plain, photograph):
         (lambda: exported.state_dict(), ValueError, "has no weights to save"),
         (lambda: copy.deepcopy(exported), ValueError, "an exported model cannot be copied; open the file again"),
         (lambda: Detector(exported).draw_attention(found), ValueError, "attention maps: an exported model has none"),
-        (lambda: export(exported, path), TypeError, "expected a ConditionalDETR, got ExportedModel"),
+        (lambda: export(exported, path), TypeError, "expected a ConditionalDETR or DETR, got ExportedModel"),
     ]
     for do, error, message in refusals:
         with pytest.raises(error, match=message):

@@ -249,14 +249,14 @@ def test_errors_of_the_optimised_copy(plain, tmp_path):
         (lambda: copy.deepcopy(fast), ValueError, "cannot be saved or copied"),
         (lambda: pickle.dumps(fast), ValueError, "cannot be saved or copied"),
         (lambda: fast.load_state_dict({}), ValueError, "cannot load weights"),
-        (lambda: optimize(Mine(plain.config)), TypeError, "expected a ConditionalDETR, got Mine"),
+        (lambda: optimize(Mine(plain.config)), TypeError, "expected a ConditionalDETR or DETR, got Mine"),
         (lambda: optimize(plain, dtype="bfloat16"), TypeError, "expected a torch.dtype, got 'bfloat16'"),
         (lambda: fast.half(), ValueError, "cannot change its device or dtype"),
         (lambda: fast.to("cpu"), ValueError, "cannot change its device or dtype"),
         (lambda: fast.attention_maps(memory), ValueError, "use the plain model"),
         (lambda: fast.decode(memory, positions, object_queries=memory), ValueError, "object_queries: expected None"),
         (lambda: optimize(fast), ValueError, "got an optimised copy"),
-        (lambda: optimize(nn.Linear(2, 2)), TypeError, "expected a ConditionalDETR, got Linear"),
+        (lambda: optimize(nn.Linear(2, 2)), TypeError, "expected a ConditionalDETR or DETR, got Linear"),
         (lambda: optimize(plain, dtype=torch.float64), ValueError, "dtype: expected one of torch.float32"),
         (lambda: fast(pixels_of(1, 64, 64)[0]), ValueError, "pixels: expected"),
     ]
@@ -266,7 +266,10 @@ def test_errors_of_the_optimised_copy(plain, tmp_path):
     fast.eval()
 
 
-@pytest.mark.parametrize("name", ["FastTokenAttention", "FastQueryAttention", "FastCrossAttention", "FastFeedForward"])
+FAST_LAYERS = ["FastTokenAttention", "FastQueryAttention", "FastConditionalCrossAttention", "FastCrossAttention"]
+
+
+@pytest.mark.parametrize("name", [*FAST_LAYERS, "FastFeedForward"])
 def test_methods_of_fast_layers_replace_those_of_the_plain_ones(name):
     """A method under another name would never be called, and nobody would notice but by the time it takes."""
     fast = getattr(layers, name)

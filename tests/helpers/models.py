@@ -16,9 +16,11 @@ ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "weights"
 
 
-def transformers_model(*, num_labels=91, dc5=False, backbone="resnet50", stage=4, seed=0, **options):
+def transformers_model(
+    *, architecture="conditional_detr", num_labels=91, dc5=False, backbone="resnet50", stage=4, seed=0, **options
+):
     """Return a transformers model with random weights for which queries, positions and every projection matter."""
-    from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection
+    from transformers import AutoConfig, AutoModelForObjectDetection
 
     backbone_config = {
         "model_type": "timm_backbone",
@@ -28,9 +30,9 @@ def transformers_model(*, num_labels=91, dc5=False, backbone="resnet50", stage=4
         "features_only": True,
         "use_pretrained_backbone": False,
     }
-    config = ConditionalDetrConfig(backbone_config=backbone_config, dilation=dc5, num_labels=num_labels, **options)
+    options |= {"backbone_config": backbone_config, "dilation": dc5, "num_labels": num_labels}
     torch.manual_seed(seed)
-    model = ConditionalDetrForObjectDetection(config).eval()
+    model = AutoModelForObjectDetection.from_config(AutoConfig.for_model(architecture, **options)).eval()
     randomise(model)
     return model
 

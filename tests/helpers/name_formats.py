@@ -23,14 +23,19 @@ _ORIGINAL = [
 
 
 def to_original(published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors by the authors' names; the encoder's query, key and value rows are concatenated in this order."""
-    original, encoder = {}, {}
+    """Return tensors by the authors' names; query, key and value rows are concatenated in this order.
+
+    Only DETR has three such tensors in the decoder, where the authors call cross-attention "multihead_attn".
+    """
+    original, joined = {}, {}
+    detr = any(".encoder_attn.q_proj." in name for name in published)
     for name, tensor in published.items():
         for pattern, replacement in _ORIGINAL:
             name = re.sub(pattern, replacement, name)
-        if match := re.match(r"(transformer\.encoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(\w+)", name):
+        name = name.replace(".cross_attn.", ".multihead_attn.") if detr else name
+        if match := re.match(r"(transformer\..*_attn)\.([qkv])_proj\.(\w+)", name):
             layer, which, kind = match.groups()
-            encoder.setdefault(f"{layer}.in_proj_{kind}", {})[which] = tensor
+            joined.setdefault(f"{layer}.in_proj_{kind}", {})[which] = tensor
         else:
             original[name] = tensor.clone()
-    return original | {name: torch.cat([parts[w] for w in "qkv"]) for name, parts in encoder.items()}
+    return original | {name: torch.cat([parts[w] for w in "qkv"]) for name, parts in joined.items()}

@@ -12,7 +12,7 @@ from conditional_detr import Output
 _FIRST = r"decoder\.layers\.0\.self_attention"
 IDLE = re.compile(
     r"(self_attention|cross_attention)\.(\w+_)?key\.bias"
-    rf"|{_FIRST}\.(content|position)_(query|key)\.|{_FIRST}\.value\.weight"
+    rf"|{_FIRST}\.(\w+_)?(query|key)\.|{_FIRST}\.value\.weight"
 )
 
 
@@ -22,9 +22,10 @@ def transformers_output(model, pixels: Tensor, padding: Tensor) -> Output:
     outputs = model.model(pixels, pixel_mask=(~padding).long(), output_hidden_states=True)
     *between, last = outputs.decoder_hidden_states[1:]  # only the last is normalised
     states = torch.stack([*map(model.model.decoder.layernorm, between), last])
-    points = outputs.reference_points.transpose(0, 1)  # (B, N, 2)
     boxes = model.bbox_predictor(states)
-    boxes[..., :2] += torch.log(points.clamp(min=1e-5) / (1 - points).clamp(min=1e-5))
+    if model.config.model_type == "conditional_detr":
+        points = outputs.reference_points.transpose(0, 1)  # (B, N, 2)
+        boxes[..., :2] += torch.log(points.clamp(min=1e-5) / (1 - points).clamp(min=1e-5))
     return Output(model.class_labels_classifier(states), boxes.sigmoid())
 
 

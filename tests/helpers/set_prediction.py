@@ -34,9 +34,21 @@ def theirs(targets):
 
 
 def transformers_losses(output: Output, targets, **options):
-    """Return transformers' total loss, and each of its losses by layer with this library's names."""
+    """Return transformers' total loss of Conditional DETR, and each loss by layer with this library's names."""
     from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 
+    return _losses(DeformableDetrForObjectDetectionLoss, output, targets, options)
+
+
+def transformers_softmax_losses(output: Output, targets, **options):
+    """Return the same of DETR, whose last column of logits is "no object"."""
+    from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
+
+    costs = {"class_cost": 1, "eos_coefficient": 0.1, "num_labels": output.logits.shape[-1] - 1}
+    return _losses(ForObjectDetectionLoss, output, targets, costs | options)
+
+
+def _losses(criterion, output, targets, options):
     depth = len(output.logits)
     config = SimpleNamespace(
         **{"class_cost": 2, "bbox_cost": 5, "giou_cost": 2, "bbox_loss_coefficient": 5, "giou_loss_coefficient": 2},
@@ -45,7 +57,7 @@ def transformers_losses(output: Output, targets, **options):
     )
     vars(config).update(options)
     last = output.logits[-1], theirs(targets), output.logits.device, output.boxes[-1]
-    total, found, _ = DeformableDetrForObjectDetectionLoss(*last, config, output.logits, output.boxes)
+    total, found, _ = criterion(*last, config, output.logits, output.boxes)
     names = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
     layers = [*(f"_{layer}" for layer in range(depth - 1)), ""]
     return total, {ours: torch.stack([found[name + layer] for layer in layers]) for ours, name in names.items()}
@@ -56,6 +68,15 @@ def transformers_pairs(output: Output, targets, class_cost=2, bbox_cost=5, giou_
     from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 
     matcher = DeformableDetrHungarianMatcher(class_cost, bbox_cost, giou_cost)
+    layers = zip(output.logits, output.boxes, strict=True)
+    return [matcher({"logits": logits, "pred_boxes": boxes}, theirs(targets)) for logits, boxes in layers]
+
+
+def transformers_softmax_pairs(output: Output, targets):
+    """Return the assignment of transformers' DETR, for every layer and image."""
+    from transformers.loss.loss_for_object_detection import HungarianMatcher
+
+    matcher = HungarianMatcher(class_cost=1, bbox_cost=5, giou_cost=2)
     layers = zip(output.logits, output.boxes, strict=True)
     return [matcher({"logits": logits, "pred_boxes": boxes}, theirs(targets)) for logits, boxes in layers]
 

@@ -143,7 +143,7 @@ def test_invalid_images(detector, photograph):
         with pytest.raises(TypeError, match="images: expected an image, or a list or iterator of them, got"):
             detector(image)
     with pytest.raises(
-        TypeError, match="model: expected a ConditionalDETR, an optimised copy or an ExportedModel, got str"
+        TypeError, match="model: expected a ConditionalDETR or DETR, an optimised copy or an ExportedModel, got str"
     ):
         Detector("model")
 

@@ -10,7 +10,7 @@ from torch import nn
 from conditional_detr import ConditionalDETR, HungarianMatcher, Output, SetLoss
 from conditional_detr.benchmark.timing import torch_threads
 from conditional_detr.inference.postprocessing import Postprocessing, postprocess
-from conditional_detr.set_prediction.losses import focal_loss
+from conditional_detr.set_prediction.class_losses import FocalLoss, SoftmaxLoss
 from conditional_detr.set_prediction.targets import copy_to_device
 from helpers.models import two_images
 from helpers.set_prediction import OnDevice, predictions, targets_of, transformers_losses
@@ -96,12 +96,12 @@ def test_focal_loss_equals_torchvisions_everywhere(alpha, gamma):
     (derivative,) = torch.autograd.grad(expected.sum(), logits)
     for dtype, rtol in [(torch.float64, 1e-9), (torch.float32, 1e-6)]:
         x = logits.detach().to(dtype).requires_grad_()
-        value = focal_loss(x, index, alpha, gamma)
+        value = FocalLoss(alpha, gamma).sums(x, index)
         torch.testing.assert_close(value.double(), expected.sum()[None].detach(), rtol=rtol, atol=0)
         assert_close(torch.autograd.grad(value.sum(), x)[0].double(), derivative, rtol=rtol)
     small = predictions(L=2, B=1, N=4, C=3, dtype=torch.float64).logits * 5
     index = tuple(torch.tensor(i) for i in ([[0], [1]], [[0], [0]], [[2], [3]], [[1], [0]]))
-    torch.autograd.gradcheck(lambda x: focal_loss(x, index, alpha, gamma), small)
+    torch.autograd.gradcheck(lambda x: FocalLoss(alpha, gamma).sums(x, index), small)
 
 
 @pytest.mark.parametrize("x", [-1e30, -200.0, -40.0, -17.0, 17.0, 40.0, 200.0, 1e30])
@@ -109,7 +109,7 @@ def test_focal_loss_of_extreme_logits_is_exact(x):
     """Of an unmatched logit: (1-α) p^γ softplus(x), within the range of float32."""
     logits = torch.full((1, 1, 1, 1), x, requires_grad=True)
     none = (torch.zeros(1, 0, dtype=torch.int64),) * 4
-    value = focal_loss(logits, none, 0.25, 2)
+    value = FocalLoss(0.25, 2).sums(logits, none)
     p = 1 / (1 + math.exp(min(-x, 700)))
     assert value.item() == pytest.approx(0.75 * p**2 * (x if x > 30 else math.log1p(math.exp(x))), rel=1e-6, abs=1e-37)
     assert torch.autograd.grad(value, logits)[0].item() == pytest.approx(0.75 * p**3 if x < 0 else 0.75, rel=1e-5)
@@ -131,8 +131,8 @@ def test_alpha_gamma_and_matcher_change_the_loss():
     from torchvision.ops import sigmoid_focal_loss
 
     output, targets = predictions(L=1), targets_of([3, 0, 5, 1])
-    matcher = HungarianMatcher(class_cost=0.5, alpha=0.6, gamma=1)
-    found = SetLoss(alpha=0.4, gamma=3, matcher=matcher)(output, targets)
+    matcher = HungarianMatcher(class_cost=0.5, class_loss=FocalLoss(0.6, 1))
+    found = SetLoss(class_loss=FocalLoss(0.4, 3), matcher=matcher)(output, targets)
     wanted, l1 = torch.zeros_like(output.logits), 0
     for image, (queries, indices) in enumerate(matcher(*output, targets)[0]):
         wanted[0, image, queries, targets[image]["labels"][indices]] = 1
@@ -418,11 +418,27 @@ def test_outputs_of_the_wrong_form(output, error, message):
     [
         ({"class_weight": -1}, ValueError, "class_weight: expected at least 0, got -1"),
         ({"giou_weight": math.nan}, ValueError, "giou_weight: expected at least 0, got nan"),
-        ({"alpha": 1.5}, ValueError, r"alpha: expected 0\.\.1, got 1.5"),
-        ({"gamma": "2"}, TypeError, "gamma: expected a number, got '2'"),
         ({"matcher": "hungarian"}, TypeError, "matcher: expected a HungarianMatcher, got str"),
+        (
+            {"class_loss": SoftmaxLoss()},
+            ValueError,
+            "matcher: expected one with the class loss SoftmaxLoss, got FocalLoss",
+        ),
     ],
 )
 def test_invalid_coefficients(options, error, message):
     with pytest.raises(error, match=message):
         SetLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "error", "message"),
+    [
+        (FocalLoss, {"alpha": 1.5}, ValueError, r"alpha: expected 0\.\.1, got 1.5"),
+        (FocalLoss, {"gamma": "2"}, TypeError, "gamma: expected a number, got '2'"),
+        (SoftmaxLoss, {"no_object": -0.1}, ValueError, "no_object: expected at least 0, got -0.1"),
+    ],
+)
+def test_invalid_coefficients_of_class_losses(part, options, error, message):
+    with pytest.raises(error, match=message):
+        part(**options)

@@ -122,7 +122,7 @@ def test_own_modules_with_the_same_parameters_train_with_a_warning(tmp_path):
 
 @pytest.mark.parametrize(("wrap", "hint"), [(nn.DataParallel, "module"), (torch.compile, "_orig_mod")])
 def test_a_wrapped_model_is_refused(tmp_path, wrap, hint):
-    with pytest.raises(TypeError, match=f"^model: expected a ConditionalDETR, got .*; pass its model.{hint}$"):
+    with pytest.raises(TypeError, match=f"^model: expected a ConditionalDETR or DETR, got .*; pass its model.{hint}$"):
         run(wrap(small_model()), Rectangles(4), tmp_path)
 
 

@@ -664,7 +664,7 @@ def test_predictions_that_are_not_finite_and_invalid_targets(tmp_path):
 
 
 def test_arguments_of_the_wrong_type(tmp_path):
-    with pytest.raises(TypeError, match="model: expected a ConditionalDETR, got Linear"):
+    with pytest.raises(TypeError, match="model: expected a ConditionalDETR or DETR, got Linear"):
         run(nn.Linear(1, 1), Rectangles(1), folder=tmp_path)
     with pytest.raises(TypeError, match="config: expected a TrainConfig, got dict"):
         run(small_model(), Rectangles(1), config={}, folder=tmp_path)

@@ -52,7 +52,7 @@ def test_a_run_of_version_0_1_0_resumes_to_the_same_losses(tmp_path):
     losses = {entry["step"]: entry["loss"] for entry in steps_of(tmp_path)}
     assert losses == pytest.approx({3: 6.730323314666748, 4: 7.222823143005371}, rel=1e-4)
     state = torch.load(result.last / STATE, weights_only=True)
-    assert state["format"] == FORMAT == 3
+    assert state["format"] == FORMAT == 4
     assert state["settings"]["images"] == 4
 
 
@@ -62,12 +62,15 @@ def test_all_parts_of_an_old_state_are_upgraded(tmp_path):
     train(small_model(), Rectangles(6), None, config, folder=tmp_path / "new", progress=False)
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     state = torch.load(tmp_path / "old" / "last" / STATE, weights_only=True)
-    del state["format"]
+    del state["format"], state["settings"]["model"]
     for part in ("model", "average"):
         state[part] = {name.replace("backbone.body.", "backbone.trunk."): value for name, value in state[part].items()}
         assert any("backbone.trunk." in name for name in state[part])
     settings = state["settings"]
     settings["pictures"] = settings.pop("images")
+    focal = "alpha=0.25, gamma=2.0"
+    assert settings["criterion"].count(f"class_loss=FocalLoss({focal})") == 2
+    settings["criterion"] = settings["criterion"].replace(f"class_loss=FocalLoss({focal})", focal)
     settings["architecture"], settings["classes"] = repr(small_model().config), "('red', 'blue')"
     for name in (
         "preprocessing",
@@ -98,6 +101,6 @@ def test_other_settings_and_newer_formats_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"training_state\.pt: expected the settings .* images 6, not 4"):
         train(small_model(), Rectangles(6), None, TrainConfig(), folder=tmp_path, resume=True, progress=False)
     state = torch.load(LAST / STATE, weights_only=True)
-    torch.save({**state, "format": 4}, tmp_path / "last" / STATE)
-    with pytest.raises(ValueError, match=r"training_state\.pt: expected a training state of format 3, got format 4$"):
+    torch.save({**state, "format": 5}, tmp_path / "last" / STATE)
+    with pytest.raises(ValueError, match=r"training_state\.pt: expected a training state of format 4, got format 5$"):
         train(small_model(), Rectangles(4), None, TrainConfig(), folder=tmp_path, resume=True, progress=False)

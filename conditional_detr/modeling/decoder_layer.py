@@ -1,0 +1,49 @@
+"""A layer of a transformer decoder, the same in Conditional DETR and in DETR but for its two attentions."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from conditional_detr.modeling.layers import FeedForward
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention and feed-forward network, each with residual addition and norm.
+
+    Args:
+        self_attention: attention of the queries to each other, called with f and o_q.
+        cross_attention: attention of the queries to the memory, called with the content, o_q and its other inputs.
+        width: D.
+        feedforward: hidden units of the feed-forward network.
+        dropout: rate on hidden units and residual branches.
+    """
+
+    def __init__(
+        self, self_attention: nn.Module, cross_attention: nn.Module, width: int, feedforward: int, *, dropout: float
+    ) -> None:
+        super().__init__()
+        self.self_attention = self_attention
+        self.self_attention_norm = nn.LayerNorm(width)
+        self.cross_attention: Any = cross_attention  # which also has attention maps
+        self.cross_attention_norm = nn.LayerNorm(width)
+        self.feedforward = FeedForward(width, feedforward, dropout=dropout)
+        self.feedforward_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, f: Tensor, o_q: Tensor, *cross: Tensor | None) -> Tensor:
+        """Return the next decoder states (B, N, D) from f (B, N, D); ``cross``: other inputs of cross-attention."""
+        c = self.self_attend(f, o_q)
+        return self.update(c, self.cross_attention(c, o_q, *cross))
+
+    def self_attend(self, f: Tensor, o_q: Tensor) -> Tensor:
+        """Return the content c (B, N, D) for cross-attention: self-attention with residual addition and norm."""
+        return self.self_attention_norm(f + self.dropout(self.self_attention(f, o_q)))
+
+    def update(self, c: Tensor, attended: Tensor) -> Tensor:
+        """Return the next states: add the cross-attention's output and the feed-forward network's, each with norm."""
+        c = self.cross_attention_norm(c + self.dropout(attended))
+        return self.feedforward_norm(c + self.dropout(self.feedforward(c)))
+
+    def attention_maps(self, f: Tensor, o_q: Tensor, *cross: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return content, spatial and combined cross-attention for decoder states f: each (B, M, N, S)."""
+        return self.cross_attention.attention_maps(self.self_attend(f, o_q), o_q, *cross)
