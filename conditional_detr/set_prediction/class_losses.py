@@ -132,16 +132,11 @@ class SoftmaxLoss:
 
     def cost(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """Return -p (K, L, N), with p the softmax at the target's class."""
-        normaliser = logits.logsumexp(-1).transpose(0, 1)  # (B, L, N)
-        return -(logits[:, images, :, labels] - normaliser[images]).exp()
+        return -logits.softmax(-1)[:, images, :, labels]
 
     def sums(self, logits: Tensor, matched: tuple[Tensor, ...]) -> Tensor:
         """Sum the weighted cross-entropy over queries: (L,)."""
-        normaliser = logits.logsumexp(-1)  # (L, B, N)
-        queries = matched[:-1]
-        nothing = normaliser - logits[..., -1]
-        found = normaliser[queries] - logits[matched]  # (L, K)
-        return self.no_object * (nothing.flatten(1).sum(1) - nothing[queries].sum(1)) + found.sum(1)
+        return _SoftmaxSum.apply(logits, matched, self.no_object)
 
     def normaliser(self, boxes: int, matched: int, queries: int) -> float:
         """Return the sum of the weights of all queries."""
@@ -177,8 +172,41 @@ class _FocalSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         """Multiply the derivative (L, ...) by the gradient (L,)."""
-        (derivative,) = ctx.saved_tensors
-        return derivative * gradient.view(-1, *[1] * (derivative.dim() - 1)), None, None, None
+        return _chain(ctx.saved_tensors[0], gradient), None, None, None
+
+
+class _SoftmaxSum(torch.autograd.Function):
+    """Compute value and derivative together, from one softmax of the largest tensor of the loss.
+
+    Almost no query is matched, so all are first computed as "no object", and the matched ones are then replaced.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matched: tuple[Tensor, ...], no_object: float) -> Tensor:
+        """Sum (L, B, N, C + 1) to (L,)."""
+        queries, labels = matched[:-1], matched[-1]
+        p = x.softmax(-1)
+        normaliser = x.amax(-1) - p.amax(-1).log()  # log Σ exp(x): the largest p is never near 0
+        value = (normaliser - x[..., -1]).mul_(no_object)
+        value[queries] = normaliser[queries] - x[matched]
+        of_matched, label = p[queries], labels[..., None]  # (L, K, C + 1), (L, K, 1)
+        of_matched.scatter_(-1, label, of_matched.gather(-1, label) - 1)
+        derivative = p.mul_(no_object)
+        derivative[..., -1] -= no_object
+        derivative[queries] = of_matched
+        ctx.save_for_backward(derivative)
+        return value.flatten(1).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Multiply the derivative (L, ...) by the gradient (L,)."""
+        return _chain(ctx.saved_tensors[0], gradient), None, None
+
+
+def _chain(derivative: Tensor, gradient: Tensor) -> Tensor:
+    """Multiply the derivative (L, ...) by the gradient (L,)."""
+    return derivative * gradient.view(-1, *[1] * (derivative.dim() - 1))
 
 
 def _negative_term(x: Tensor, weight: float, gamma: float) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,19 @@ def shapes(tmp_path_factory):
 def options(shapes):
     data = ["--data", shapes / "instances_train.json", "--images", shapes / "train"]
     data += ["--val-data", shapes / "instances_val.json", "--val-images", shapes / "val"]
-    return [*data, "--shortest-edge", 64, "--batch-size", 4, "--accumulation", 1, "--workers", 0, "--augmentation", "none"]
+    return [
+        *data,
+        "--shortest-edge",
+        64,
+        "--batch-size",
+        4,
+        "--accumulation",
+        1,
+        "--workers",
+        0,
+        "--augmentation",
+        "none",
+    ]
 
 
 @pytest.fixture(scope="module")
