@@ -16,7 +16,8 @@ class DETR(DetectionTransformer):
     :class:`~conditional_detr.modeling.detection_transformer.DetectionTransformer`.
 
     Args:
-        config: the sizes; default: those of the published checkpoint, with 100 queries.
+        config: the sizes; default: those of the published checkpoint, with 100 queries. The defaults of Config are
+            ConditionalDETR's, with 300: ``replace(DETR.default_config, num_classes=3)`` changes only the classes.
         metadata: class names, category ids and preprocessing; default: numbered classes, the paper's preprocessing.
 
     Raises:
