@@ -24,6 +24,7 @@ PACKAGES = {
     "training": "The training loop and its settings.",
     "deploy": "Optimised copies, exported models, quantization.",
     "serving": "The HTTP service.",
+    "distributed": "More than one machine.",
     "benchmark": "Time this library and others side by side.",
     "system": "Atomic files, shutdown requests, progress bars.",
 }
