@@ -251,9 +251,12 @@ def test_images_are_checked_unless_no_check_is_given(shapes, small, tmp_path):
         ((), "--weights: expected a checkpoint to start from: a folder, a file, a hub id, or none for random"),
         (
             ("--weights", "none", "--architecture", "depth=3"),
-            "--architecture: expected name=value with a name of num_",
+            "--architecture: expected name=value with a name of model, num_",
         ),
-        (("--weights", "none", "--architecture", "width"), "--architecture: expected name=value with a name of num_"),
+        (
+            ("--weights", "none", "--architecture", "width"),
+            "--architecture: expected name=value with a name of model, num_",
+        ),
         (("--weights", "none", "--architecture", "width=wide"), "width: expected int, got 'wide'"),
         (
             ("--weights", "{small}", "--architecture", "width=8"),

@@ -21,11 +21,12 @@ def test_a_description_that_version_0_1_0_stored():
     assert description.image == "drawn"
     assert description.parity[1] == Parity(33, 44, 2.384185791015625e-07, 5.960464477539063e-08)
     assert Description.from_json(description.to_json()) == description
-    assert json.loads(description.to_json())["format"] == FORMAT == 2
+    assert json.loads(description.to_json())["format"] == FORMAT == 3
+    assert description.architecture == "conditional_detr"  # the only one of that version
 
 
-@pytest.mark.parametrize("format", [0, 3, None, "2"])
+@pytest.mark.parametrize("format", [0, 4, None, "2"])
 def test_other_formats_are_refused(format):
     text = json.dumps({**json.loads(STORED), "format": format})
-    with pytest.raises(ValueError, match=rf"expected a description of format 2, got {format!r}, .* 0\.1\.0;"):
+    with pytest.raises(ValueError, match=rf"expected a description of format 3, got {format!r}, .* 0\.1\.0;"):
         Description.from_json(text)

@@ -2,8 +2,9 @@
 
 import json
 import logging
-import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -200,15 +201,16 @@ def test_the_rate_of_a_key(small, tmp_path):
 
 
 def test_a_full_service(small):
-    settings = ServiceSettings(max_queue=1)
+    detector, release = Detector.from_pretrained(small), threading.Event()
+    prepare = detector.prepare
     with (
-        served({"a/b": Detector.from_pretrained(small)}, settings) as service,
+        served({"a/b": detector}, ServiceSettings(max_queue=1)) as service,
         openai.OpenAI(base_url=f"{service.url}/v1", api_key="-", max_retries=0) as client,
     ):
         chat(client, IMAGE)
-        host, port = service.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as slow:  # its body never comes
-            slow.sendall(b"POST /v1/detect HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n")
+        detector.prepare = lambda *image, **options: release.wait(30) and prepare(*image, **options)
+        with ThreadPoolExecutor(1) as other:
+            first = other.submit(chat, client, IMAGE)
             deadline = time.monotonic() + 10
             while b"requests_in_progress 2.0" not in request(service, "GET", "/metrics").body:
                 assert time.monotonic() < deadline
@@ -216,6 +218,8 @@ def test_a_full_service(small):
                 chat(client, IMAGE)
             error = caught.value
             assert client.models.list().data  # what costs nothing is answered
+            release.set()
+            assert first.result().choices
         assert (error.status_code, error.code, error.type) == (503, "overloaded", "overloaded_error")
         assert error.response.headers["retry-after"] == "1"
         assert error.response.headers["x-should-retry"] == "true"

@@ -201,7 +201,7 @@ def test_workers_whose_weights_cannot_be_loaded(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"no weights")
     ended = run_command("--weights", str(path), "--port", "0", "--workers", "2")
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     lines = [line for line in ended.stderr.splitlines() if str(path) in line]
     assert len(lines) == 1, ended.stderr
     assert "Traceback" not in ended.stderr
