@@ -197,7 +197,7 @@ class BatchLoader:
         self._data.set_epoch(epoch)
         self._plan[:] = [(epoch, indices) for indices in batches]
         self._begin()
-        for indices, batch, errors, seconds in self._iterator:
+        for indices, batch, errors, seconds in self._loaded():
             for index, error in errors:
                 if not self._skips or isinstance(error, TypeError):
                     raise error
@@ -206,6 +206,16 @@ class BatchLoader:
                 raise errors[0][1]
             record(len(indices), seconds)
             yield indices, batch
+
+    def _loaded(self) -> Iterator[Any]:
+        """Yield what the workers load; which error torch raises after one has died depends on when it died."""
+        try:
+            yield from self._iterator
+        except (EOFError, OSError) as error:
+            dead = ", ".join(str(worker.pid) for worker in self._workers if not worker.is_alive())
+            if not dead:
+                raise
+            raise RuntimeError(f"DataLoader worker (pid {dead}) exited unexpectedly") from error
 
     def _begin(self) -> None:
         """Begin to load the plan; the first time, start the workers."""

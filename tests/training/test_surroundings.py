@@ -21,6 +21,7 @@ from conditional_detr.data.synthetic import write_shapes
 from conditional_detr.training import run_folder
 from conditional_detr.training.checkpoints import STATE
 from conditional_detr.training.config import TrainConfig
+from conditional_detr.training.loader import BatchLoader
 from conditional_detr.training.loop import train
 from conditional_detr.training.steps import Stepper
 from conditional_detr.training.surroundings import import_matplotlib, make_accelerator
@@ -171,6 +172,30 @@ def test_the_message_of_a_dead_worker_has_the_checkpoint(tmp_path):
     )
     with pytest.raises(RuntimeError, match=f"(?s){message}"):
         run(tmp_path, DiesAt7(8), replace(ONE, epochs=2, workers=1))
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset"), FileNotFoundError(2, "no socket")])
+def test_the_error_of_a_worker_that_dies_while_its_batch_is_fetched(error):
+    """Torch fetches shared memory through a socket of the worker, which is gone."""
+
+    class Dead:
+        pid = 123
+
+        def is_alive(self):
+            return False
+
+    class Fetching:
+        def __iter__(self):
+            yield
+            raise error
+
+    loader = BatchLoader(Rectangles(4), replace(ONE, workers=0), parts=(), pin=False, skip=print)
+    loader._iterator = Fetching()
+    with pytest.raises(type(error)):
+        list(loader._loaded())
+    loader._workers = [Dead()]
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker \(pid 123\) exited unexpectedly$"):
+        list(loader._loaded())
 
 
 def test_workers_that_die_during_an_evaluation(tmp_path):
