@@ -1,6 +1,7 @@
 """Optimise encoder and decoders: join projections, and compute once what does not depend on the image."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -142,7 +143,7 @@ class FastCrossAttention(CrossAttention):
         return self.query(f) + self.positions
 
 
-class FastDecoder(nn.Module):
+class FastDecoder(nn.Module, ABC):
     """Optimised decoder for fixed object queries, whose projections are computed once.
 
     Subclasses replace the attentions of the layers, and project queries, keys and values.
@@ -191,21 +192,21 @@ class FastDecoder(nn.Module):
             f = layer.update(c, layer.cross_attention.attend(q, keys[i], values[i], padding))
         return self.norm(f)[None].float()
 
+    @abstractmethod
     def queries_of_first_layer(self, plain: Any, c: Tensor, o_q: Tensor) -> Tensor:
         """Return the projected queries of the first layer, from the plain decoder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attentions(self, layer: Any, o_q: Tensor, computation: Computation) -> tuple[nn.Module, nn.Module]:
         """Return the optimised self-attention and cross-attention of a plain layer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def queries(self, cross: Any, c: Tensor, f: Tensor) -> Tensor:
         """Return the projected queries of a layer, from its content c and the states f before it, (B, N, D) each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keys(self, memory: Tensor, p_k: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return the keys and the values (B, S, D) of all layers."""
-        raise NotImplementedError
 
 
 class FastConditionalDecoder(FastDecoder):

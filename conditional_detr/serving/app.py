@@ -70,9 +70,7 @@ def create_app(
         warming.cancel()
         await asyncio.get_running_loop().run_in_executor(None, service.close)
 
-    app = FastAPIOffline(
-        title="Conditional DETR", lifespan=lifespan, redoc_url=None, static_url="/docs-assets", openapi_tags=[]
-    )
+    app = FastAPIOffline(title="Conditional DETR", lifespan=lifespan, redoc_url=None, static_url="/docs-assets")
     app.state.service = service
     app.include_router(router)
     app.mount("/page", StaticFiles(directory=_PAGE))

@@ -182,7 +182,7 @@ def read_responses(body: ResponsesRequest) -> Collected:
     """Collect the images and options of a request to ``/v1/responses``.
 
     Raises:
-        ApiError: 400 for a part of an unknown type.
+        ApiError: 400 for a part of an unknown type, or content that is neither text nor a list of parts.
     """
     collected = Collected(body)
     items: list[dict[str, Any]] = (
@@ -195,7 +195,11 @@ def read_responses(body: ResponsesRequest) -> Collected:
             collected.warn(f"input[{i}]: ignored: only messages of the role 'user' are read")
             continue
         parts = [{"type": "input_text", "text": parts}] if isinstance(parts, str) else parts
-        for j, part in enumerate(parts if isinstance(parts, list) else []):
+        if not isinstance(parts, list):
+            where = f"input[{i}].content"
+            got = type(parts).__name__
+            raise ApiError(400, f"{where}: expected text or a list of parts, got {got}", code="bad_part", param=where)
+        for j, part in enumerate(parts):
             where = f"input[{i}].content[{j}]"
             kind = part.get("type") if isinstance(part, dict) else None
             if kind in ("input_text", "text"):

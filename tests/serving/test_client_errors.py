@@ -285,3 +285,14 @@ def test_detect_has_the_same_errors(guarded):
     for index in (-1, 1000):
         beyond = request(guarded, "POST", f"/v1/attention?index={index}", image, "image/png", **key)
         assert (beyond.status, beyond.error["param"]) == (400, "index")
+
+
+@pytest.mark.parametrize("content", [None, 5, {"type": "input_image"}])
+def test_content_that_is_no_list_of_parts_is_not_dropped(small, content):
+    """Also if another message has an image."""
+    good = {"role": "user", "content": [{"type": "input_image", "image_url": IMAGE}]}
+    with served({"a/b": Detector.from_pretrained(small)}) as service:
+        answer = post(service, "/v1/responses", {"input": [good, {"role": "user", "content": content}]})
+    assert answer.status == 400
+    assert answer.error["param"] == "input[1].content"
+    assert answer.error["message"].startswith("input[1].content: expected text or a list of parts, got")
