@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias
@@ -25,6 +26,7 @@ from conditional_detr.training.config import TrainConfig
 
 _MUCH_WAITING = 0.1  # share of an epoch
 _LONG_WAITING = 10.0  # seconds: starting the workers takes a part of it
+_DEATH = 5.0  # seconds in which a dying process ends after its sockets are closed
 
 Batch: TypeAlias = tuple[Tensor, Tensor | None, list[dict[str, Any]]]
 """Pixels (B, 3, H, W); padding (B, H, W) bool, True = padded, or None; targets."""
@@ -212,10 +214,15 @@ class BatchLoader:
         try:
             yield from self._iterator
         except (EOFError, OSError) as error:
-            dead = ", ".join(str(worker.pid) for worker in self._workers if not worker.is_alive())
+            dead = self._wait_for_dead_workers()
             if not dead:
                 raise
-            raise RuntimeError(f"DataLoader worker (pid {dead}) exited unexpectedly") from error
+            raise RuntimeError(f"DataLoader worker (pid {', '.join(map(str, dead))}) exited unexpectedly") from error
+
+    def _wait_for_dead_workers(self) -> list[int | None]:
+        """Return the process numbers of the workers that have ended; if none has, wait shortly for the first."""
+        ended = connection.wait([worker.sentinel for worker in self._workers], _DEATH)
+        return [worker.pid for worker in self._workers if worker.sentinel in ended]
 
     def _begin(self) -> None:
         """Begin to load the plan; the first time, start the workers."""

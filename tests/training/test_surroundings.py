@@ -175,14 +175,8 @@ def test_the_message_of_a_dead_worker_has_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset"), FileNotFoundError(2, "no socket")])
-def test_the_error_of_a_worker_that_dies_while_its_batch_is_fetched(error):
-    """Torch fetches shared memory through a socket of the worker, which is gone."""
-
-    class Dead:
-        pid = 123
-
-        def is_alive(self):
-            return False
+def test_the_error_of_a_worker_that_dies_while_its_batch_is_fetched(monkeypatch, error):
+    """Torch fetches shared memory through a socket of the worker, which closes before the process has ended."""
 
     class Fetching:
         def __iter__(self):
@@ -193,9 +187,19 @@ def test_the_error_of_a_worker_that_dies_while_its_batch_is_fetched(error):
     loader._iterator = Fetching()
     with pytest.raises(type(error)):
         list(loader._loaded())
-    loader._workers = [Dead()]
-    with pytest.raises(RuntimeError, match=r"^DataLoader worker \(pid 123\) exited unexpectedly$"):
+    living, dying = (multiprocessing.Process(target=time.sleep, args=(seconds,), daemon=True) for seconds in (60, 0.3))
+    living.start()
+    loader._workers = [living]
+    monkeypatch.setattr("conditional_detr.training.loader._DEATH", 0.1)
+    with pytest.raises(type(error)):
         list(loader._loaded())
+    monkeypatch.undo()
+    dying.start()
+    loader._workers = [living, dying]
+    with pytest.raises(RuntimeError, match=rf"^DataLoader worker \(pid {dying.pid}\) exited unexpectedly$"):
+        list(loader._loaded())
+    living.kill()
+    living.join()
 
 
 def test_workers_that_die_during_an_evaluation(tmp_path):
