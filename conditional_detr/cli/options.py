@@ -21,6 +21,7 @@ FAST_PREPROCESSING = (
 )
 ROTATED = "Where attributes rotate a box: 'box' before the rotation, or the upright 'hull' around the rotated one."
 DEVICE = "cpu, cuda, cuda:1 or mps. With 'auto', exported models run on the CPU."
+CACHE = "Decode each training image once: 'ram' keeps all in memory, 'disk' in ~/.cache/conditional_detr."
 
 
 class RotatedBoxes(str, Enum):

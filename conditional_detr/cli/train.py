@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from conditional_detr.cli.console import INTERRUPTED, Precision, one_line_errors, out, print_line
-from conditional_detr.cli.options import FAST_PREPROCESSING, ROTATED, RotatedBoxes
+from conditional_detr.cli.options import CACHE, FAST_PREPROCESSING, ROTATED, RotatedBoxes
 from conditional_detr.cli.train_data import Augment, Caching, make_augmentation, open_datasets, resized_preprocessing
 from conditional_detr.cli.train_model import make_model, resumed_model, with_dropout
 from conditional_detr.training.config import TrainConfig
@@ -162,11 +162,7 @@ def train(
     ] = None,
     cache: Annotated[
         Caching | None,
-        typer.Option(
-            help="Decode each training image once: 'ram' keeps all in memory, 'disk' in ~/.cache/conditional_detr.",
-            show_default="decode in each epoch",
-            rich_help_panel=_SPEED,
-        ),
+        typer.Option(help=CACHE, show_default="decode in each epoch", rich_help_panel=_SPEED),
     ] = None,
     evaluate_every: Annotated[
         int | None, typer.Option(help="Epochs between evaluations.", rich_help_panel=_CHECKPOINTS)
@@ -229,7 +225,7 @@ def train(
         preprocessing = resized_preprocessing(model.metadata.preprocessing, edges)
         preprocessing = replace(preprocessing, backend="torchvision" if fast_preprocessing else "pil")
         choice = augmentation or (Augment.SMALL if preset is Preset.FINETUNE_SMALL else Augment.PAPER)
-        chosen = make_augmentation(choice, vertical_flip, quarter_turn)
+        chosen = make_augmentation(choice, vertical_flip, quarter_turn, preprocessing)
         options: dict[str, Any] = {"preprocessing": preprocessing, "rotated": rotated.value}
         datasets = open_datasets(data, images, val_data, val_images, chosen, seed, cache, **options)
         model.metadata = datasets[0].metadata

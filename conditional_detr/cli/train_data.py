@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +38,14 @@ def resized_preprocessing(present: "Preprocessing", edges: dict[str, int | None]
     return replace(present, shortest_edge=short, longest_edge=long, resizing="edges", size=None)
 
 
-def make_augmentation(choice: Augment, vertical_flip: bool, quarter_turn: bool) -> "Augmentation | None":
+def make_augmentation(
+    choice: Augment, vertical_flip: bool, quarter_turn: bool, preprocessing: "Preprocessing"
+) -> "Augmentation | None":
     """Return the augmentation of training images; None: none."""
     from conditional_detr.data.augmentation import Augmentation
 
-    chosen = Augmentation() if choice is Augment.NOTHING else getattr(Augmentation, choice.value)()
+    make = {Augment.PAPER: partial(Augmentation.paper, preprocessing.shortest_edge), Augment.SMALL: Augmentation.small}
+    chosen = make.get(choice, Augmentation)()
     if vertical_flip:
         chosen = replace(chosen, vertical_flip=0.5)
     if quarter_turn:

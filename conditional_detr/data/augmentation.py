@@ -112,9 +112,26 @@ class Augmentation:
             )
 
     @classmethod
-    def paper(cls) -> "Augmentation":
-        """Return the authors' augmentation: flip, crop, shorter side 480 to 800, longer side at most 1333."""
-        return cls(horizontal_flip=0.5, crop=0.5, shortest_edges=tuple(range(480, 801, 32)), longest_edge=1333)
+    def paper(cls, shortest_edge: int = 800) -> "Augmentation":
+        """Return the authors' augmentation: flip, crop, shorter side 480 to 800, longer side at most 1333.
+
+        Args:
+            shortest_edge: the shorter side that the model is to detect at, at least 8. The authors' is 800; with
+                another one, all lengths are in proportion.
+        """
+
+        def scaled(length: int) -> int:
+            return round(length * shortest_edge / 800)
+
+        plain = cls()
+        return cls(
+            horizontal_flip=0.5,
+            crop=0.5,
+            crop_edges=tuple(scaled(length) for length in plain.crop_edges),
+            crop_sides=(scaled(plain.crop_sides[0]), scaled(plain.crop_sides[1])),
+            shortest_edges=tuple(scaled(length) for length in range(480, 801, 32)),
+            longest_edge=scaled(1333),
+        )
 
     @classmethod
     def small(cls, *, vertical_flip: bool = False, quarter_turn: bool = False) -> "Augmentation":

@@ -3,17 +3,19 @@
 import json
 import os
 import sys
+from functools import partial
 
 import pytest
 import torch
 from torchvision.models import resnet18
 from typer.testing import CliRunner
 
-from conditional_detr import ConditionalDETR, Detector
+from conditional_detr import ConditionalDETR, Detector, Preprocessing
 from conditional_detr.cli import app
 from conditional_detr.cli.train_data import Augment, make_augmentation
 from conditional_detr.cli.train_model import with_dropout
 from conditional_detr.data import image_cache
+from conditional_detr.data.augmentation import Augmentation
 from conditional_detr.data.synthetic import CLASS_NAMES, write_shapes
 from conditional_detr.training.logging import RunLogger
 from helpers.models import assert_same
@@ -155,11 +157,20 @@ def test_a_backbone_that_has_weights(shapes, tmp_path):
 
 @pytest.mark.parametrize(("wish", "most"), [("none", 0.0), ("small", 0.2)])
 def test_vertical_flips_and_turns_come_on_top(wish, most):
-    augmentation = make_augmentation(Augment(wish), vertical_flip=True, quarter_turn=False)
+    make = partial(make_augmentation, preprocessing=Preprocessing(96, 128))
+    augmentation = make(Augment(wish), vertical_flip=True, quarter_turn=False)
     assert (augmentation.vertical_flip, augmentation.quarter_turn, augmentation.brightness) == (0.5, 0.0, most)
-    augmentation = make_augmentation(Augment(wish), vertical_flip=False, quarter_turn=True)
+    augmentation = make(Augment(wish), vertical_flip=False, quarter_turn=True)
     assert (augmentation.vertical_flip, augmentation.quarter_turn, augmentation.brightness) == (0.0, 0.5, most)
-    assert make_augmentation(Augment.NOTHING, vertical_flip=False, quarter_turn=False) is None
+    assert make(Augment.NOTHING, vertical_flip=False, quarter_turn=False) is None
+
+
+def test_the_papers_augmentation_has_the_size_that_the_model_detects_at():
+    augmentation = make_augmentation(Augment.PAPER, False, False, Preprocessing(200, 333))
+    assert augmentation.shortest_edges == (120, 128, 136, 144, 152, 160, 168, 176, 184, 192, 200)
+    assert (augmentation.crop_edges, augmentation.crop_sides) == ((100, 125, 150), (96, 150))
+    assert augmentation.longest_edge == 333
+    assert make_augmentation(Augment.PAPER, False, False, Preprocessing()) == Augmentation.paper()
 
 
 def test_another_dropout_and_the_same_weights(small):
