@@ -249,13 +249,16 @@ class Detector:
         with closing(prepared):
             yield from map_in_batches(prepared, key, run, batch_size=limit, window=_WINDOW * largest)
 
-    def draw_attention(self, detections: Detections, index: int = 0, *, layers: Sequence[int] = (-1,)) -> Image.Image:
+    def draw_attention(
+        self, detections: Detections, index: int = 0, *, layers: Sequence[int] = (-1,), name: str = ""
+    ) -> Image.Image:
         """Draw the cross-attention maps of one detection's query: the paper's figure 1.
 
         Args:
             detections: detections of this detector; the image is opened again.
             index: index of the detection.
             layers: decoder layers, -L..L-1.
+            name: the model's name, written before the class name.
 
         Returns:
             An image with one column per head (of each layer in turn), and one row each for the content part of the
@@ -266,7 +269,7 @@ class Detector:
             OSError: the image can no longer be read.
             ValueError: no layer, or one that the decoder does not have; a model without attention maps.
         """
-        box, score, name = detections[index]
+        box, score, class_name = detections[index]
         opened = detections.open_source()
         pixels = to_pixels(opened, self.model.metadata.preprocessing)[None]
         maps = self._evaluate(lambda x: self.model.attention_maps(x, layers=layers), pixels)
@@ -275,7 +278,7 @@ class Detector:
             to_pil(opened),
             *(part[0, :, query].float().cpu() for part in maps),
             box=box,
-            title=f"{name} {score:.2f}, decoder layer {', '.join(map(str, layers))}",
+            title=f"{name and name + ': '}{class_name} {score:.2f}, decoder layer {', '.join(map(str, layers))}",
         )
 
     @staticmethod

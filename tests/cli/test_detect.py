@@ -20,11 +20,12 @@ from PIL import Image
 from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
-from conditional_detr import Detections, Detector, Preprocessing
+from conditional_detr import DETR, Detections, Detector, Preprocessing
 from conditional_detr.cli import app
 from conditional_detr.data.synthetic import draw_image, image_index
 from conditional_detr.inference.listing import ListedImage, list_images
 from conditional_detr.inference.results import open_results
+from helpers.models import TINY_CONFIG
 
 PLAIN = Preprocessing(480, 640)
 
@@ -583,6 +584,30 @@ def test_attention(small, photograph, tmp_path):
     assert refused.stderr == "error: --object: expected 1 to 11, the number of detections, got 99\n"
     refused = run("attention", photograph, *options[:-1], 3)
     assert refused.stderr.startswith("error: layers: expected one or more of -3..2, got (3,)")
+
+
+def test_attention_of_several_models_for_the_same_object(small, photograph, tmp_path):
+    """Below one another, each for its detection that overlaps the first model's most: here its own, found again."""
+    torch.manual_seed(1)
+    other = DETR(replace(TINY_CONFIG, num_queries=9), Detector.from_pretrained(small).model.metadata)
+    other.save_pretrained(tmp_path / "other")
+    names = [small, tmp_path / "other", small]
+    options = [part for name in names for part in ("--weights", name)]
+    result = run("attention", photograph, "--object", 3, *options, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    detectors = [Detector.from_pretrained(name) for name in names]
+    found = [detector(photograph, threshold=0, top_k=11) for detector in detectors]
+    overlaps = [box_iou(found[0].boxes[2:3], one.boxes)[0] for one in found]
+    chosen = [int(overlap.argmax()) for overlap in overlaps]
+    assert chosen[0] == chosen[2] == 2
+    drawn = [
+        np.asarray(detector.draw_attention(one, index, name=str(name)))
+        for detector, one, index, name in zip(detectors, found, chosen, names, strict=True)
+    ]
+    with Image.open(tmp_path / "photograph-attention-3.png") as image:
+        assert np.array_equal(np.asarray(image), np.concatenate(drawn))
+    assert f"IoU {overlaps[1].max():.2f} with the first" in result.stdout.splitlines()[1]
+    assert "IoU 1.00 with the first" in result.stdout.splitlines()[2]
 
 
 def test_help_version_and_completion(monkeypatch):
