@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from conditional_detr.cli.attention import attention
 from conditional_detr.cli.benchmark import benchmark
 from conditional_detr.cli.check_data import check_data
+from conditional_detr.cli.compare import compare
 from conditional_detr.cli.console import one_line_errors, warn_in_one_line
 from conditional_detr.cli.convert import convert
 from conditional_detr.cli.detect import detect
@@ -64,7 +65,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 
 _PANELS = {
     "Detect": (detect, attention),
-    "Train and evaluate": (train, evaluate, check_data),
+    "Train and evaluate": (train, evaluate, check_data, compare),
     "Checkpoints": (info, convert),
     "Deploy": (serve, export, quantize, benchmark),
 }

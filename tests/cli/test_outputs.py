@@ -25,6 +25,7 @@ WRITTEN = {
     ("convert", "target"): ["out/model.safetensors", "out/config.json", "out/preprocessor_config.json", "out.pth"],
     ("export", "target"): ["out/model.onnx", "out/model.xml", "out/model.bin", "out/model.pt2"],
     ("quantize", "target"): ["out/model.xml", "out/model.bin"],
+    ("compare", "output"): ["out/comparison.json", "out/comparison.md", "out/comparison.png"],
     ("benchmark", "output"): ["out/benchmark.json", "out/benchmark.md", "out/benchmark.png"],
 }
 READ = {"results", "data", "images", "val_data", "val_images", "font", "backbone_weights", "api_key_file"}
@@ -67,6 +68,10 @@ def arguments(command: str, parameter: str, file: str, weights: Path) -> list[st
         "convert": [str(weights), *(["out.pth", "--to", "original"] if file == "out.pth" else ["out"])],
         "export": [str(weights), model],
         "quantize": [str(weights), model, "--calibration", "photo.png"],
+        "compare": [
+            *(*data, "--val-data", "data.json", "--output", "out", "--seeds", "0"),
+            *("--candidate", "a: width=16", "--candidate", "b: width=16", "--common", "epochs=1"),
+        ],
         "benchmark": ["--weights", str(weights), "--output", "out", "--engine", "plain"],
     }[command]
 
