@@ -1,5 +1,6 @@
 """Open the datasets that ``conditional-detr train`` trains and evaluates on, as its options describe them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from functools import partial
@@ -44,8 +45,12 @@ def make_augmentation(
     """Return the augmentation of training images; None: none."""
     from conditional_detr.data.augmentation import Augmentation
 
-    make = {Augment.PAPER: partial(Augmentation.paper, preprocessing.shortest_edge), Augment.SMALL: Augmentation.small}
-    chosen = make.get(choice, Augmentation)()
+    make: dict[Augment, Callable[[], Augmentation]] = {
+        Augment.PAPER: partial(Augmentation.paper, preprocessing.shortest_edge),
+        Augment.SMALL: Augmentation.small,
+        Augment.NOTHING: Augmentation,
+    }
+    chosen = make[choice]()
     if vertical_flip:
         chosen = replace(chosen, vertical_flip=0.5)
     if quarter_turn:
