@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from conditional_detr.data.formats.content import (
     split_folders,
     split_name,
 )
-from conditional_detr.data.json_values import describe, describe_content, get_value, to_id, to_number
+from conditional_detr.data.json_values import Id, describe, describe_content, get_value, to_id, to_number
 
 METADATA = "metadata.jsonl"
 _CATEGORIES = ("categories", "category", "label", "labels")  # as datasets on the hub call them
@@ -115,11 +116,10 @@ def _find_class_label(node: Any) -> Mapping[Any, Any]:
 
 def _names_in(entries: list[dict[str, Any]]) -> dict[int, str]:
     """Return the categories that occur, of all splits: integers as they are, names sorted."""
-    found = set()
+    found: set[Id] = set()
     for entry in entries:
-        objects = entry.get("objects")
-        values = objects.get(_category_key(objects), ()) if isinstance(objects, Mapping) else ()
-        found |= {key for value in (values if isinstance(values, list) else ()) if (key := to_id(value)) is not None}
+        with suppress(ValueError):  # raised or reported where its split is read
+            found.update(key for _, category in _read_objects(entry, "") if (key := to_id(category)) is not None)
     integers = {i: str(i) for i in sorted(key for key in found if isinstance(key, int))}
     texts = sorted(key for key in found if isinstance(key, str))
     if integers and texts:
@@ -165,7 +165,9 @@ def _read_objects(entry: dict[str, Any], where: str) -> list[tuple[Any, Any]]:
     if objects is None:
         return []
     if isinstance(objects, list):  # one object per box, as ``datasets`` shows lists of structures
-        return [(get_value(o, "bbox", where), o.get(_category_key(o))) for o in objects]
+        keys = [_category_key(entry) if isinstance(entry, Mapping) else "" for entry in objects]
+        pairs = zip(objects, keys, strict=True)
+        return [(get_value(o, "bbox", where), get_value(o, key, where)) for o, key in pairs]
     boxes = get_value(objects, "bbox", f"{where}: objects")
     key = _category_key(objects)
     categories = get_value(objects, key, f"{where}: objects")
