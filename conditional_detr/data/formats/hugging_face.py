@@ -58,7 +58,7 @@ def find_splits(path: Path) -> Splits:
             first, slash, _ = str(line[1].get("file_name", "")).partition("/")
             by_split.setdefault((slash and split_name(first)) or WHOLE, []).append(line)
         lines, roots = by_split, dict.fromkeys(by_split, roots[WHOLE])
-    known = names or _names_in([entry for of_split in lines.values() for _, entry in of_split])
+    known = names or _names_in(path, [entry for of_split in lines.values() for _, entry in of_split])
 
     def reader(name: str) -> Callable[[Errors], Split]:
         return lambda errors: _read_split(f"{path} ({name})", lines[name], roots[name], known, errors)
@@ -114,7 +114,7 @@ def _find_class_label(node: Any) -> Mapping[Any, Any]:
     return {}
 
 
-def _names_in(entries: list[dict[str, Any]]) -> dict[int, str]:
+def _names_in(path: Path, entries: list[dict[str, Any]]) -> dict[int, str]:
     """Return the categories that occur, of all splits: integers as they are, names sorted."""
     found: set[Id] = set()
     for entry in entries:
@@ -123,9 +123,8 @@ def _names_in(entries: list[dict[str, Any]]) -> dict[int, str]:
     integers = {i: str(i) for i in sorted(key for key in found if isinstance(key, int))}
     texts = sorted(key for key in found if isinstance(key, str))
     if integers and texts:
-        raise ValueError(
-            f"expected categories that are all integers or all names, got {describe([*integers, *texts])}"
-        )
+        got = describe([*integers, *texts])
+        raise ValueError(f"{path}: expected categories that are all integers or all names, got {got}")
     return integers or dict(enumerate(texts))
 
 

@@ -52,6 +52,8 @@ def open_data(
         ValueError: the format is not recognised, the dataset lacks the split, or it is invalid; the message has the
             file and the position in it.
     """
+    if images is None and not isinstance(source, str | Path):
+        raise ValueError("images: expected the folder of the images, got None")
     annotations, folder = read_split(source, images, split=split, format=format, errors=errors)
     return OpenedData(annotations, image_folder_of(annotations, folder))
 
@@ -65,7 +67,7 @@ def image_folder_of(annotations: Annotations, found: Path | None) -> Path:
     if found is None:
         first = next(iter(annotations.images.values())).get("file_name")
         raise FileNotFoundError(
-            f"{annotations.name}: expected the folder of the images; {first} is in none near the annotations"
+            f"{annotations.name}: expected the folder of the images, got none; {first} is in none near the annotations"
         )
     check_image_folder(found)
     return found

@@ -182,6 +182,8 @@ def _parse(file: Path) -> ElementTree.Element:
     def refuse(name: str, *_: object) -> None:
         raise ValueError(f"{file}: expected XML without entities, got the entity {name!r}")
 
+    if not file.is_file():  # which a set lists
+        raise FileNotFoundError(f"{file}: no such file")
     content = file.read_bytes()
     try:
         check = expat.ParserCreate()
