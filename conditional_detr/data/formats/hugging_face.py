@@ -97,8 +97,8 @@ def _class_names(folder: Path) -> dict[int, str]:
     except yaml.YAMLError as error:
         raise ValueError(f"{card}: expected YAML between the lines ---, got {' '.join(str(error).split())}") from error
     info = head.get("dataset_info") if isinstance(head, Mapping) else None
-    found = _find_class_label(info)
-    return {int(i): str(name) for i, name in found.items()}
+    names = _find_class_label(info)
+    return {int(i): str(name) for i, name in names.items() if str(i).isdecimal()}
 
 
 def _find_class_label(node: Any) -> Mapping[Any, Any]:

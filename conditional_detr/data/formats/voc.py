@@ -107,14 +107,14 @@ def _collect(
     errors: Errors,
 ) -> None:
     """Add the images and boxes of files. The size of an image is the stated one, or else that of its file."""
-    found = []
+    found, listing = [], cache(_images_by_name)
     for file in files:
         try:
             content = read(file)
         except ValueError as error:
             collector.reject(str(error))
             continue
-        found.append((content, _image_file(file, content.filename, images)))
+        found.append((content, _image_file(file, content.filename, images, listing)))
     unstated = [path for content, path in found if content.size is None]
     sizes = dict(zip(unstated, read_sizes(unstated, errors), strict=True))
     for content, path in found:
@@ -232,7 +232,7 @@ def _read_object(element: ElementTree.Element) -> _Object:
     return _Object(name, corners, _text(element, "difficult") in ("1", "true", "True"))
 
 
-def _image_file(file: Path, filename: str, images: Path | None) -> Path:
+def _image_file(file: Path, filename: str, images: Path | None, listing: Callable[[Path], dict[str, Path]]) -> Path:
     """Return the image of an XML file: of its filename, or else of its own name; a missing one has its filename."""
     below = file.parent.name if file.parent.name != "Annotations" else ""  # CVAT has a folder per split in each
     tops = [file.parent, file.parent.parent, file.parent.parent.parent]
@@ -241,17 +241,15 @@ def _image_file(file: Path, filename: str, images: Path | None) -> Path:
     )
     for name in (filename, file.stem):
         for place in dict.fromkeys(places):
-            if name and is_image_name(place / name) and (place / name).is_file():
-                return place / name
-            found = sorted(path for path in place.glob(f"{_escape(name or file.stem)}.*") if is_image_name(path))
-            if found and not is_image_name(place / name):
-                return found[0]
+            if name in listing(place):
+                return listing(place)[name]
     return places[0] / (filename or f"{file.stem}.jpg")
 
 
-def _escape(name: str) -> str:
-    """Return a name for glob."""
-    return re.sub(r"([*?\[])", r"[\1]", name)
+def _images_by_name(folder: Path) -> dict[str, Path]:
+    """Return the images of a folder by their names, with and without suffix; empty if there is no folder."""
+    paths = [path for path in sorted(folder.iterdir()) if is_image_name(path)] if folder.is_dir() else []
+    return {**{path.stem: path for path in reversed(paths)}, **{path.name: path for path in paths}}
 
 
 def _add_boxes(content: _File, image_id: int, devkit: bool, collector: Collector) -> None:
