@@ -165,10 +165,10 @@ def package_page(name: str, summary: str) -> str:
 
 
 def _modules(package: ModuleType) -> Iterator[ModuleType]:
-    """Yield the public modules of a package."""
-    for found in pkgutil.iter_modules(package.__path__):
-        if not found.name.startswith("_"):
-            yield importlib.import_module(f"{package.__name__}.{found.name}")
+    """Yield the public modules of a package and of the packages in it."""
+    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not found.name.rpartition(".")[2].startswith("_"):
+            yield importlib.import_module(found.name)
 
 
 def _has_public(module: ModuleType) -> bool:

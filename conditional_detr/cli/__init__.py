@@ -20,6 +20,7 @@ from conditional_detr.cli.check_data import check_data
 from conditional_detr.cli.compare import compare
 from conditional_detr.cli.console import one_line_errors, warn_in_one_line
 from conditional_detr.cli.convert import convert
+from conditional_detr.cli.convert_data import convert_data
 from conditional_detr.cli.detect import detect
 from conditional_detr.cli.evaluate import evaluate
 from conditional_detr.cli.export import export
@@ -65,7 +66,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 
 _PANELS = {
     "Detect": (detect, attention),
-    "Train and evaluate": (train, evaluate, check_data, compare),
+    "Train and evaluate": (train, evaluate, check_data, convert_data, compare),
     "Checkpoints": (info, convert),
     "Deploy": (serve, export, quantize, benchmark),
 }

@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from conditional_detr.cli.console import FAILED, err, one_line_errors, out, print_line
-from conditional_detr.cli.options import OVERWRITE
+from conditional_detr.cli.options import DATA, FORMAT, IMAGES, OVERWRITE, SPLIT_NAME, DataFormat
 from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.outputs import check_output
 from conditional_detr.system.progress import progress_bar
@@ -19,8 +19,10 @@ _SHOWN = 5  # cases of a kind that are printed; the JSON file has all
 
 
 def check_data(
-    data: Annotated[Path, typer.Option(help="COCO annotation file of the dataset.")],
-    images: Annotated[Path, typer.Option(help="Image folder of the dataset.")],
+    data: Annotated[Path, typer.Option(help=DATA)],
+    images: Annotated[Path | None, typer.Option(help=IMAGES)] = None,
+    format: Annotated[DataFormat | None, typer.Option(help=FORMAT, show_default="recognised")] = None,
+    split_name: Annotated[str, typer.Option(help=SPLIT_NAME)] = "train",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole report to this file.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Draw some images with their boxes to this file.")] = None,
     sheet_images: Annotated[int, typer.Option(min=1, help="Number of images on the sheet.")] = 20,
@@ -35,20 +37,27 @@ def check_data(
     with one_line_errors():
         from PIL import Image
 
-        from conditional_detr.data.coco import read_annotations
         from conditional_detr.data.contact_sheet import draw_sheet
+        from conditional_detr.data.formats.reading import open_data
         from conditional_detr.data.report import check_data as check
 
+        inputs = [path for path in (data, images) if path is not None]
         for path in (json_file, sheet):
             if path is not None:  # before all the work, not after
-                check_output(path, inputs=[data, images], overwrite=overwrite)
+                check_output(path, inputs=inputs, overwrite=overwrite)
         if json_file is not None and sheet is not None and json_file.resolve() == sheet.resolve():
             raise ValueError(f"--sheet: expected another file than that of --json, got {sheet}")
         if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
             raise ValueError(f"{sheet}: expected the suffix of an image, such as .jpg or .png, got {sheet.suffix!r}")
+        options: dict[str, Any] = {"split": split_name, "format": None if format is None else format.value}
         with progress_bar(err, shown=True) as bar:
             task = bar.add_task("checking", total=None)
-            report = check(data, images, progress=lambda done, total: bar.update(task, completed=done, total=total))
+            report = check(
+                data,
+                images,
+                **options,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
         _show(report)
         if json_file is not None:
             text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
@@ -56,7 +65,8 @@ def check_data(
             write_atomically({json_file: lambda path: path.write_bytes(content)})
             print_line(f"wrote {json_file}", to=out)
         if sheet is not None:
-            drawn, kind = draw_sheet(read_annotations(data, errors=[]), images, count=sheet_images), sheet.suffix
+            opened = open_data(data, images, **options, errors=[])
+            drawn, kind = draw_sheet(*opened, count=sheet_images), sheet.suffix
             write_atomically({sheet: lambda path: drawn.save(path, Image.registered_extensions()[kind.lower()])})
             print_line(f"wrote {sheet}", to=out)
     if report.problems:

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from conditional_detr.cli.console import INTERRUPTED, one_line_errors, out, print_line
-from conditional_detr.cli.options import CACHE, ROTATED, RotatedBoxes
-from conditional_detr.cli.train_data import Augment, Caching, make_augmentation, open_datasets, resized_preprocessing
+from conditional_detr.cli.options import CACHE, DATA, FORMAT, IMAGES, ROTATED, DataFormat, RotatedBoxes
+from conditional_detr.cli.train_data import (
+    Augment,
+    Caching,
+    make_augmentation,
+    open_datasets,
+    read_datasets,
+    resized_preprocessing,
+)
 from conditional_detr.cli.train_model import UNTRAINED, make_model
 from conditional_detr.training.config import TrainConfig
 
@@ -32,10 +39,16 @@ def compare(
             rich_help_panel=_MODELS,
         ),
     ],
-    data: Annotated[Path, typer.Option(help="COCO annotation file to train on.", rich_help_panel=_DATA)],
-    images: Annotated[Path, typer.Option(help="Image folder of --data.", rich_help_panel=_DATA)],
-    val_data: Annotated[Path, typer.Option(help="COCO annotation file to measure AP on.", rich_help_panel=_DATA)],
+    data: Annotated[Path, typer.Option(help=DATA, rich_help_panel=_DATA)],
     output: Annotated[Path, typer.Option(help="Folder for runs, table, numbers and curves.")],
+    images: Annotated[Path | None, typer.Option(help=IMAGES, rich_help_panel=_DATA)] = None,
+    format: Annotated[
+        DataFormat | None, typer.Option(help=FORMAT, show_default="recognised", rich_help_panel=_DATA)
+    ] = None,
+    val_data: Annotated[
+        Path | None,
+        typer.Option(help="Dataset to measure AP on.", show_default="val of --data", rich_help_panel=_DATA),
+    ] = None,
     val_images: Annotated[
         Path | None,
         typer.Option(help="Image folder of --val-data.", show_default="--images", rich_help_panel=_DATA),
@@ -75,7 +88,13 @@ def compare(
         from conditional_detr.training.comparison_report import check_folder, to_markdown, write
 
         numbers = [_integer(text) for text in seeds.replace(",", " ").split()]
-        start = partial(make_model, data, UNTRAINED, backbone_weights=backbone_weights, num_queries=None)
+        chosen_format: Any = None if format is None else format.value
+        found = read_datasets(data, images, val_data, val_images, chosen_format, None, 0)
+        if found[1] is None:
+            raise ValueError(f"--val-data: expected a dataset to measure AP on, got none, and {data} has no split val")
+        start = partial(
+            make_model, found[0].annotations, UNTRAINED, backbone_weights=backbone_weights, num_queries=None
+        )
         edges = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
         parsed = dict(_parse(text, common, start) for text in candidates)
         if len(parsed) < len(candidates):
@@ -85,7 +104,7 @@ def compare(
 
         def open_data(seed: int) -> "tuple[CocoData, CocoData]":
             options: dict[str, Any] = {"preprocessing": preprocessing, "rotated": rotated.value}
-            training, validation = open_datasets(data, images, val_data, val_images, chosen, seed, cache, **options)
+            training, validation = open_datasets(*found, chosen, seed, cache, **options)
             assert validation is not None
             return training, validation
 

@@ -10,11 +10,16 @@ from conditional_detr.cli.console import AUTO, err, one_line_errors, out, print_
 from conditional_detr.cli.options import (
     BATCH_SIZE,
     BATCH_SIZE_DEFAULT,
+    DATA,
     DEVICE,
     FAST_PREPROCESSING,
+    FORMAT,
+    IMAGES,
     OVERWRITE,
     ROTATED,
+    SPLIT_NAME,
     WEIGHTS,
+    DataFormat,
     RotatedBoxes,
     open_detector,
 )
@@ -45,10 +50,12 @@ _MEANINGS = {
 
 
 def evaluate(
-    data: Annotated[Path, typer.Option(help="COCO annotation file of the dataset.")],
-    images: Annotated[Path | None, typer.Option(help="Image folder of the dataset, to detect on.")] = None,
+    data: Annotated[Path, typer.Option(help=DATA)],
+    images: Annotated[Path | None, typer.Option(help=IMAGES)] = None,
+    format: Annotated[DataFormat | None, typer.Option(help=FORMAT, show_default="recognised")] = None,
+    split_name: Annotated[str, typer.Option(help=SPLIT_NAME)] = "val",
     weights: Annotated[str | None, typer.Option(help=WEIGHTS, show_default=PUBLISHED, rich_help_panel="Model")] = None,
-    results: Annotated[Path | None, typer.Option(help="COCO results file, to measure instead of --images.")] = None,
+    results: Annotated[Path | None, typer.Option(help="COCO results file, to measure instead of detecting.")] = None,
     rotated: Annotated[RotatedBoxes, typer.Option(help=ROTATED)] = RotatedBoxes.BOX,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
@@ -63,25 +70,27 @@ def evaluate(
     Under torchrun every process detects on its share of the images.
     """
     with one_line_errors():
-        if (images is None) == (results is None):
-            raise ValueError("expected either --images, to detect on, or --results, to measure")
+        if images is not None and results is not None:
+            raise ValueError("expected either --images, to detect on, or --results, to measure, got both")
         if weights is not None and results is not None:
             raise ValueError(f"--weights: expected none with --results, got {weights}")
         if json_file is not None:  # before hours of work, not after
             inputs = [path for path in (data, images, results, weights) if path is not None]
             check_output(json_file, inputs=inputs, overwrite=overwrite)
+        dataset: dict[str, Any] = {"split": split_name, "format": None if format is None else format.value}
+        dataset["rotated"] = rotated.value
         with join_processes() as (rank, _):
             if results is not None:
                 from conditional_detr.evaluation.coco import evaluate_detections
 
-                result = evaluate_detections(data, results, rotated=rotated.value)
+                result = evaluate_detections(data, results, **dataset)
             else:
-                from conditional_detr.data.coco import check_image_folder
+                from conditional_detr.data.formats.reading import find_splits
 
-                check_image_folder(Path(images or ""))  # before the model is loaded
+                find_splits(data, images, format=dataset["format"])  # before the model is loaded
                 detector = open_detector(weights or PUBLISHED, device, fast_preprocessing=fast_preprocessing)
-                options: dict[str, Any] = {"batch_size": batch_size, "rotated": rotated.value, "shown": rank == 0}
-                result = _detect_and_evaluate(detector, data, Path(images or ""), **options)
+                options = {**dataset, "batch_size": batch_size, "shown": rank == 0}
+                result = _detect_and_evaluate(detector, data, images, **options)
         if rank == 0 and json_file is not None:
             text = json.dumps(result.to_dict(), indent=2) + "\n"
             write_atomically({json_file: lambda path: path.write_text(text, encoding="utf-8")})
@@ -92,7 +101,7 @@ def evaluate(
 
 
 def _detect_and_evaluate(
-    detector: "Detector", data: Path, images: Path, *, shown: bool, **options: Any
+    detector: "Detector", data: Path, images: Path | None, *, shown: bool, **options: Any
 ) -> "CocoResult":
     """Detect and measure; show a progress bar in the first process."""
     from conditional_detr.evaluation.coco import evaluate

@@ -24,6 +24,23 @@ DEVICE = "cpu, cuda, cuda:1 or mps. With 'auto', exported models run on the CPU.
 CACHE = "Decode each training image once: 'ram' keeps all in memory, 'disk' in ~/.cache/conditional_detr."
 
 
+DATA = "Dataset: COCO, YOLO, Pascal VOC or Hugging Face, as a folder or its JSON or YAML file."
+IMAGES = "Image folder, where --data does not lead to it."
+FORMAT = "Format of --data; voc-devkit counts pixels from 1."
+SPLIT_NAME = "Split of --data to use, if it has several."
+SHARES = "Split --data at random into train, val and test: 0.8/0.1/0.1."
+
+
+class DataFormat(str, Enum):
+    """Formats of annotations."""
+
+    COCO = "coco"
+    YOLO = "yolo"
+    VOC = "voc"
+    VOC_DEVKIT = "voc-devkit"
+    HUGGINGFACE = "huggingface"
+
+
 class RotatedBoxes(str, Enum):
     """Boxes to use of annotations whose attributes rotate them."""
 

@@ -1,4 +1,4 @@
-"""``conditional-detr train``: train or fine-tune on a dataset in COCO format, in one process or several."""
+"""``conditional-detr train``: train or fine-tune on a dataset in any format, in one process or several."""
 
 from dataclasses import fields, replace
 from enum import Enum
@@ -8,8 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from conditional_detr.cli.console import INTERRUPTED, Precision, one_line_errors, out, print_line
-from conditional_detr.cli.options import CACHE, FAST_PREPROCESSING, ROTATED, RotatedBoxes
-from conditional_detr.cli.train_data import Augment, Caching, make_augmentation, open_datasets, resized_preprocessing
+from conditional_detr.cli.options import (
+    CACHE,
+    DATA,
+    FAST_PREPROCESSING,
+    FORMAT,
+    IMAGES,
+    ROTATED,
+    SHARES,
+    DataFormat,
+    RotatedBoxes,
+)
+from conditional_detr.cli.train_data import (
+    Augment,
+    Caching,
+    make_augmentation,
+    open_datasets,
+    read_datasets,
+    resized_preprocessing,
+)
 from conditional_detr.cli.train_model import make_model, resumed_model, with_dropout
 from conditional_detr.training.config import TrainConfig
 
@@ -39,13 +56,20 @@ class Schedule(str, Enum):
 
 
 def train(
-    data: Annotated[Path, typer.Option(help="COCO annotation file to train on.", rich_help_panel=_DATA)],
-    images: Annotated[Path, typer.Option(help="Image folder of --data.", rich_help_panel=_DATA)],
+    data: Annotated[Path, typer.Option(help=DATA, rich_help_panel=_DATA)],
     output: Annotated[
         Path, typer.Option(help="Folder for checkpoints, log and curves.", rich_help_panel=_CHECKPOINTS)
     ],
+    images: Annotated[Path | None, typer.Option(help=IMAGES, rich_help_panel=_DATA)] = None,
+    format: Annotated[
+        DataFormat | None, typer.Option(help=FORMAT, show_default="recognised", rich_help_panel=_DATA)
+    ] = None,
+    split: Annotated[str | None, typer.Option(metavar="<shares>", help=SHARES, rich_help_panel=_DATA)] = None,
     val_data: Annotated[
-        Path | None, typer.Option(help="COCO annotation file to measure AP on.", rich_help_panel=_DATA)
+        Path | None,
+        typer.Option(
+            help="Dataset to measure AP on.", show_default="the split val of --data, if any", rich_help_panel=_DATA
+        ),
     ] = None,
     val_images: Annotated[
         Path | None,
@@ -191,7 +215,9 @@ def train(
         ),
     ] = False,
 ) -> None:
-    """Train or fine-tune on a dataset in COCO format. The classes are those of the dataset.
+    """Train or fine-tune on a dataset. The classes are those of the dataset.
+
+    Of a dataset with splits, the split train is used, and val to measure AP on.
 
     Class head rows are kept where the weights have a class of the same name; all others are initialised anew.
 
@@ -216,9 +242,11 @@ def train(
         for folder in (images, val_images):
             if folder is not None:
                 check_image_folder(folder)  # before the model is loaded
+        chosen_format: Any = None if format is None else format.value
+        found = read_datasets(data, images, val_data, val_images, chosen_format, split, seed)
         start = (weights, architecture, backbone_weights, num_queries, seed)
-        model = resumed_model(data, output, *start) if resume else None
-        model = model or make_model(data, *start)
+        model = resumed_model(found[0].annotations, output, *start) if resume else None
+        model = model or make_model(found[0].annotations, *start)
         if dropout is not None:
             model = with_dropout(model, dropout)
         edges = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
@@ -227,7 +255,7 @@ def train(
         choice = augmentation or (Augment.SMALL if preset is Preset.FINETUNE_SMALL else Augment.PAPER)
         chosen = make_augmentation(choice, vertical_flip, quarter_turn, preprocessing)
         options: dict[str, Any] = {"preprocessing": preprocessing, "rotated": rotated.value}
-        datasets = open_datasets(data, images, val_data, val_images, chosen, seed, cache, **options)
+        datasets = open_datasets(*found, chosen, seed, cache, **options)
         model.metadata = datasets[0].metadata
         result = _run(model, *datasets, config, output, resume, not no_check)
     if result is not None:

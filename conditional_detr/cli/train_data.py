@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from conditional_detr.data.augmentation import Augmentation
     from conditional_detr.data.dataset import CocoData
+    from conditional_detr.data.formats.reading import Format, OpenedData
     from conditional_detr.modeling.metadata import Preprocessing
 
 
@@ -58,11 +59,43 @@ def make_augmentation(
     return None if chosen == Augmentation() else chosen
 
 
-def open_datasets(
+def read_datasets(
     data: Path,
-    images: Path,
+    images: Path | None,
     val_data: Path | None,
     val_images: Path | None,
+    format: "Format | None",
+    shares: str | None,
+    seed: int,
+) -> "tuple[OpenedData, OpenedData | None]":
+    """Return the annotations and image folders for training, and for validation if there are any.
+
+    Those for validation are of val_data, or of a split that the dataset has, or a part of it by the given shares.
+
+    Raises:
+        OSError, ValueError: as :func:`open_data` and :func:`split_data`.
+    """
+    from conditional_detr.data.formats.content import WHOLE
+    from conditional_detr.data.formats.reading import OpenedData, find_splits, open_data
+    from conditional_detr.data.formats.splitting import parse_fractions, split_data
+
+    fractions = None if shares is None else parse_fractions(shares)
+    splits = find_splits(data, images, format=format)
+    if fractions is not None and (val_data is not None or WHOLE not in splits):
+        got = f"--val-data {val_data}" if val_data is not None else f"{data} with {', '.join(splits)}"
+        raise ValueError(f"--split: expected --data without splits, and no --val-data, got {got}")
+    training = open_data(data, images, format=format)
+    if fractions is not None:
+        parts = split_data(*training, fractions, seed=seed)
+        return OpenedData(parts["train"], training.images), OpenedData(parts["val"], training.images)
+    if val_data is not None:
+        return training, open_data(val_data, val_images or images, split="val", format=format)
+    return training, open_data(data, images, split="val", format=format) if "val" in splits else None
+
+
+def open_datasets(
+    training: "OpenedData",
+    validation: "OpenedData | None",
     augmentation: "Augmentation | None",
     seed: int,
     cache: Caching | None,
@@ -72,8 +105,5 @@ def open_datasets(
     from conditional_detr.data.dataset import CocoData
 
     kept: Any = None if cache is None else cache.value
-    training = CocoData(data, images, augmentation=augmentation, seed=seed, cache=kept, **options)
-    if val_data is None:
-        return training, None
-    names = training.class_names
-    return training, CocoData(val_data, val_images or images, class_names=names, **options)
+    data = CocoData(*training, augmentation=augmentation, seed=seed, cache=kept, **options)
+    return data, None if validation is None else CocoData(*validation, class_names=data.class_names, **options)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from conditional_detr.cli.console import print_line
 
 if TYPE_CHECKING:
+    from conditional_detr.data.coco import Annotations
     from conditional_detr.modeling.conditional_detr import ConditionalDETR
     from conditional_detr.modeling.detection_transformer import DetectionTransformer
     from conditional_detr.modeling.detr import DETR
@@ -17,7 +18,7 @@ UNTRAINED = "none"
 
 
 def make_model(
-    data: Path,
+    data: "Annotations",
     weights: str | None,
     architecture: str,
     backbone_weights: Path | None,
@@ -30,10 +31,9 @@ def make_model(
     from conditional_detr.checkpoints.backbone_weights import load_backbone_weights
     from conditional_detr.checkpoints.loading import from_pretrained
     from conditional_detr.data.annotations import map_classes
-    from conditional_detr.data.coco import read_annotations
     from conditional_detr.modeling.metadata import Metadata
 
-    names, _ = map_classes(read_annotations(data), None)
+    names, _ = map_classes(data, None)
     torch.manual_seed(seed)
     if weights is None:
         raise ValueError(
@@ -56,7 +56,7 @@ def make_model(
 
 
 def resumed_model(
-    data: Path,
+    data: "Annotations",
     output: Path,
     weights: str | None,
     architecture: str,

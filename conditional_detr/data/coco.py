@@ -25,8 +25,8 @@ from conditional_detr.data.json_values import (
 from conditional_detr.data.rotated_boxes import rotation_of
 
 MAX_SIDE = 2**31 - 1  # pixels
-_YOLO = "; this may be a dataset in YOLO format: export or convert it to COCO format"
-_VOC = "; this may be a file in Pascal VOC format: export or convert the dataset to COCO format"
+_YOLO = "; this may be of a dataset in YOLO format, which is opened by its data.yaml or its folder"
+_VOC = "; this may be of a dataset in Pascal VOC format, which is opened by its folder"
 _OTHER_FORMATS = {".yaml": _YOLO, ".yml": _YOLO, ".txt": _YOLO, ".xml": _VOC}
 MAX_COORDINATE = 1e15  # pixels: areas stay exact enough, and sums finite
 
@@ -54,13 +54,17 @@ class Annotations:
 
 
 def read_annotations(
-    source: str | Path | Mapping[str, Any] | Annotations, *, errors: list[str] | None = None
+    source: str | Path | Mapping[str, Any] | Annotations,
+    *,
+    name: str = "annotations",
+    errors: list[str] | None = None,
 ) -> Annotations:
     """Read the annotations of a dataset and check them.
 
     Args:
         source: a JSON file, or its content, or annotations that are already read, which are returned unchanged. An
             annotation may lack area, which is then the area of its box, and iscrowd, which is then 0.
+        name: name of a content that is in no file, for messages.
         errors: collects one message per invalid annotation. These annotations are then skipped; without this list,
             the first one raises.
 
@@ -73,7 +77,7 @@ def read_annotations(
     """
     if isinstance(source, Annotations):
         return source
-    name, content = read_json(source, "annotations")
+    name, content = read_json(source, name)
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{name}: expected an object with images, annotations and categories, got {describe_content(content)}"

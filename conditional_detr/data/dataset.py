@@ -1,4 +1,4 @@
-"""Read training samples from a dataset in COCO format, group them into batches and collate them.
+"""Read training samples from a dataset in any format, group them into batches and collate them.
 
 Training accepts any map-style dataset of such samples: pixels (3, H, W) float32, normalised, and a target as defined
 in ``set_prediction/targets.py``.
@@ -26,7 +26,8 @@ from conditional_detr.data.annotations import (
 )
 from conditional_detr.data.augmentation import Augmentation as Augmentation
 from conditional_detr.data.augmentation import make_scene
-from conditional_detr.data.coco import check_size, image_paths, read_annotations, stated_size
+from conditional_detr.data.coco import check_size, image_paths, stated_size
+from conditional_detr.data.formats.reading import DataSource, open_data
 from conditional_detr.data.image_cache import Cache, make_cache
 from conditional_detr.data.json_values import Id
 from conditional_detr.data.rotated_boxes import ROTATED, Rotated, choose_boxes, rotated_indices
@@ -47,7 +48,7 @@ class Sized(Protocol):
 
 
 class CocoData(Dataset[Sample]):
-    """A dataset in COCO format. Sample i is image i of the JSON with its annotations.
+    """A dataset of images with annotations. Sample i is image i with its annotations.
 
     The augmentation of an image depends on ``(seed, epoch, index)`` alone, not on workers, order or earlier samples. A
     target depends on its image alone, and has "image_id" besides labels and boxes. It has no crowds: only evaluation
@@ -65,8 +66,8 @@ class CocoData(Dataset[Sample]):
 
     def __init__(
         self,
-        annotations: str | Path | Mapping[str, Any],
-        images: str | Path,
+        annotations: DataSource,
+        images: str | Path | None = None,
         *,
         augmentation: Augmentation | None = None,
         preprocessing: Preprocessing = Preprocessing(),  # noqa: B008  # frozen
@@ -78,8 +79,9 @@ class CocoData(Dataset[Sample]):
         """Read the annotations and check that the image files exist, without decoding them.
 
         Args:
-            annotations: the JSON file, or its content.
-            images: the folder of the images.
+            annotations: a file or folder in any format, of which the training split is used; the content of a COCO
+                JSON file; or what :func:`open_data` returns, as the first two arguments.
+            images: the folder of the images; default: where the format has them.
             augmentation: default: images are only resized, as for detection.
             preprocessing: the model's preprocessing.
             class_names: the rows of the class head, such as a model's ``metadata.class_names``. They include all
@@ -99,10 +101,9 @@ class CocoData(Dataset[Sample]):
         """
         if seed < 0:
             raise ValueError(f"seed: expected at least 0, got {seed}")
-        data = read_annotations(annotations)
+        data, self.images = open_data(annotations, images)
         warn_of_left_out_categories(data)
         self.annotations = choose_boxes(data, rotated)
-        self.images = Path(images)
         self.augmentation = augmentation or Augmentation()
         self.preprocessing = preprocessing
         self.seed = seed

@@ -25,9 +25,9 @@ from conditional_detr.data.coco import (
     explain_size,
     is_file,
     is_outside,
-    read_annotations,
     stated_size,
 )
+from conditional_detr.data.formats.reading import DataSource, Format, open_data
 from conditional_detr.data.json_values import Id
 from conditional_detr.data.rotated_boxes import ROTATED, rotated_indices
 from conditional_detr.inference.images import open_image, size_of
@@ -88,16 +88,21 @@ class _Opened(NamedTuple):
 
 
 def check_data(
-    annotations: str | Path | Mapping[str, Any],
-    images: str | Path,
+    annotations: DataSource,
+    images: str | Path | None = None,
     *,
+    split: str = "train",
+    format: Format | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
     """Check every image and annotation of a dataset.
 
     Args:
-        annotations: a COCO JSON file, or its content.
-        images: the folder of the images.
+        annotations: a file or folder in any format; the content of a COCO JSON file; or annotations that are already
+            read.
+        images: the folder of the images; default: where the format has them.
+        split: the split of a dataset that has several.
+        format: the format; default: recognised by the content.
         progress: called with the number of images that are checked, and the total.
 
     Returns:
@@ -108,8 +113,7 @@ def check_data(
         ValueError: the annotations are invalid as a whole, for example with duplicate image ids.
     """
     errors: list[str] = []
-    data = read_annotations(annotations, errors=errors)
-    folder = Path(images)
+    data, folder = open_data(annotations, images, split=split, format=format, errors=errors)
     check_image_folder(folder)
     problems: Cases = defaultdict(list, {"invalid annotations": errors})
     notes: Cases = defaultdict(list)

@@ -20,8 +20,8 @@ from conditional_detr.data.coco import (
     Annotations,
     check_size,
     image_paths,
-    read_annotations,
 )
+from conditional_detr.data.formats.reading import DataSource, Format, open_data, read_split
 from conditional_detr.data.json_values import Id, shorten_list
 from conditional_detr.data.results import Results, read_results
 from conditional_detr.data.rotated_boxes import ROTATED, Rotated, choose_boxes, rotated_indices
@@ -57,9 +57,11 @@ class CocoResult:
 
 def evaluate(
     detector: Detector | DetectionTransformer,
-    annotations: str | Path | Mapping[str, Any] | Annotations,
-    images: str | Path,
+    annotations: DataSource,
+    images: str | Path | None = None,
     *,
+    split: str = "val",
+    format: Format | None = None,
     batch_size: int | None = None,
     rotated: Rotated = "box",
     progress: Callable[[int, int], None] | None = None,
@@ -69,8 +71,11 @@ def evaluate(
     Args:
         detector: the detector, or a model. Classes are matched by name: the detector must have all categories of the
             dataset, and only these are detected.
-        annotations: a COCO JSON file, or its content, or annotations that are already read.
-        images: the folder of the images.
+        annotations: a file or folder in any format; the content of a COCO JSON file; or annotations that are already
+            read.
+        images: the folder of the images; default: where the format has them.
+        split: the split of a dataset that has several.
+        format: the format; default: recognised by the content.
         batch_size: the maximum number of images that run together; default: that of the detector.
         rotated: which box to use of an annotation whose attributes rotate its box, as CVAT writes them: "box", its box
             before the rotation, with a warning; or "hull", the smallest upright box around the rotated one.
@@ -86,9 +91,10 @@ def evaluate(
             not of the size in the annotations.
     """
     detector = detector if isinstance(detector, Detector) else Detector(detector)
-    data = _read(annotations, rotated)
+    opened = open_data(annotations, images, split=split, format=format)
+    data = _prepare(opened.annotations, annotations, rotated)
     check_classes(detector, data)
-    paths = image_paths(data, images)
+    paths = image_paths(data, opened.images)
     rank, processes = _process()
     image_ids = sorted(paths)[rank::processes]
 
@@ -99,17 +105,21 @@ def evaluate(
 
 
 def evaluate_detections(
-    annotations: str | Path | Mapping[str, Any],
+    annotations: DataSource,
     results: str | Path | Sequence[Mapping[str, Any]],
     *,
+    split: str = "val",
+    format: Format | None = None,
     rotated: Rotated = "box",
 ) -> CocoResult:
     """Evaluate given detections.
 
     Args:
-        annotations: a COCO JSON file, or its content.
+        annotations: as in :func:`evaluate`; the images are not needed.
         results: a JSON file in COCO's results format, or its content. Under torch.distributed, the results of this
             process; if several processes have results of one image, those of the lowest rank are used.
+        split: as in :func:`evaluate`.
+        format: as in :func:`evaluate`.
         rotated: as in :func:`evaluate`.
 
     Returns:
@@ -119,7 +129,7 @@ def evaluate_detections(
         OSError: a file cannot be read.
         ValueError: the annotations or results are invalid; the message has the file and the position in it.
     """
-    data = _read(annotations, rotated)
+    data = _prepare(read_split(annotations, split=split, format=format)[0], annotations, rotated)
 
     def read() -> ImageDetections:
         return _group_by_image(read_results(results, data), data)
@@ -127,9 +137,8 @@ def evaluate_detections(
     return _gather(read, lambda parts: _compute_metrics(data, parts))
 
 
-def _read(source: str | Path | Mapping[str, Any] | Annotations, rotated: Rotated) -> Annotations:
-    """Read annotations and warn of what may be unintended; those that are already read are returned unchanged."""
-    read = read_annotations(source)
+def _prepare(read: Annotations, source: DataSource, rotated: Rotated) -> Annotations:
+    """Choose the boxes of annotations; warn of what may be unintended, unless the source was already read."""
     data = choose_boxes(read, rotated)
     if read is not source:
         warn_of_left_out_categories(data, stacklevel=4)
