@@ -88,19 +88,20 @@ def test_results_need_no_images(tmp_path):
 
 
 def test_errors_are_one_line(tmp_path, small):
-    write_files(tmp_path, {"a.xml": voc_text(), "a.png": "", "data.yaml": f"train: .\n{NAMES}", "a.txt": LABEL})
+    data = tmp_path / "set"
+    write_files(data, {"a.xml": voc_text(), "a.png": "", "data.yaml": f"train: .\n{NAMES}", "a.txt": LABEL})
     for command in (
         ("check-data",),
         ("convert-data", "--output", tmp_path / "out"),
         ("evaluate", "--weights", small),
         ("train", "--weights", small, "--output", tmp_path / "out"),
     ):
-        output = run(*command, "--data", tmp_path, code=2)
-        assert output.startswith(f"error: {tmp_path}: expected a dataset in one format, got yolo (data.yaml) and voc")
+        output = run(*command, "--data", data, code=2)
+        assert output.startswith(f"error: {data}: expected a dataset in one format, got yolo (data.yaml) and voc")
         assert len(output.splitlines()) == 1
-    voc = ("--data", tmp_path, "--format", "voc")
+    voc = ("--data", data, "--format", "voc")
     assert "expected --data without splits, and no --val-data, got --val-data" in run(
-        *("train", *voc, "--split", "0.5/0.5", "--val-data", tmp_path, "--weights", small, "--output", "out"), code=2
+        *("train", *voc, "--split", "0.5/0.5", "--val-data", data, "--weights", small, "--output", "out"), code=2
     )
     assert "split: expected two or three positive shares" in run(
         *("train", *voc, "--split", "1", "--weights", small, "--output", "out"), code=2

@@ -126,7 +126,7 @@ def _stratify(
 ) -> list[int]:
     """Return the split of each group of images, by iterative stratification (Sechidis et al., 2011).
 
-    The rarest class that is left goes first, each of its groups to the split that lacks most images of it.
+    The rarest class that is left goes first, each of its groups to the split that lacks most images of it, of those that are not full.
 
     Args:
         counts: the number of images of each class in each group.
@@ -142,7 +142,8 @@ def _stratify(
     for rarest in sorted(totals, key=lambda c: (totals[c], str(c))):
         for i in order:
             if chosen[i] < 0 and counts[i][rarest]:
-                split = max(range(len(shares)), key=lambda s: (lacking[rarest][s], room[s]))
+                open_splits = [s for s in range(len(shares)) if room[s] >= sizes[i] / 2] or range(len(shares))
+                split = max(open_splits, key=lambda s: (lacking[rarest][s], room[s]))
                 chosen[i] = split
                 room[split] -= sizes[i]
                 for c, n in counts[i].items():
