@@ -18,6 +18,7 @@ from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.system.atomic_files import remove_unfinished
 from conditional_detr.system.shutdown import ShutdownRequest
+from conditional_detr.training.bad_images import BadImages
 from conditional_detr.training.checkpoints import (
     BEST,
     LAST,
@@ -84,6 +85,7 @@ class Run:
         fitted = fit_warmup(config, self.steps_per_epoch * config.epochs)
         self.stepper = Stepper(model, fitted, criterion, self.accelerator, self._describe)
         self.progress = Progress()
+        self.bad_images = BadImages(self.progress, config.max_bad_images, self._describe)
         self.settings = describe_run(model, train_data, val_data, config, criterion, self.accelerator.num_processes)
         self.initial_weights: str | None = None
         self.first_epoch: FirstEpochReport | None = None
@@ -143,7 +145,7 @@ class Run:
             self._report(f"the run is finished: {why}; nothing to train")
             self._save()
         pin, parts = self.accelerator.device.type == "cuda", parts_of(self.train_data)
-        loader = BatchLoader(self.train_data, self.config, parts=parts, pin=pin, skip=self._skip_image)
+        loader = BatchLoader(self.train_data, self.config, parts=parts, pin=pin, skip=self.bad_images.skip)
         try:
             with loader:
                 while not self.finished:
@@ -268,20 +270,6 @@ class Run:
         self.input.waiting += time.monotonic() - began
         return group
 
-    def _skip_image(self, index: int, error: Exception) -> None:
-        """Count an image that cannot be read, and warn of it; raise its error if there are too many."""
-        bad, limit = self.progress.bad_images, self.config.max_bad_images
-        if index in bad:
-            return
-        bad.append(index)
-        if len(bad) > limit:
-            raise (OSError if isinstance(error, OSError) else ValueError)(
-                f"{error}; expected at most {limit} such images (max_bad_images), got {len(bad)}"
-            )
-        warnings.warn(
-            f"{error}; skipped {self._describe(index)}, {len(bad)} of at most {limit} such images", stacklevel=3
-        )
-
     def _stop_if_requested(self, shutdown: ShutdownRequest) -> None:
         """Save and raise KeyboardInterrupt in all processes if any of them has a shutdown request."""
         requested = torch.tensor(float(shutdown.requested), dtype=torch.float32, device=self.accelerator.device)
@@ -316,7 +304,7 @@ class Run:
             progress.best, progress.stale = (entry["AP"], 0) if better else (progress.best, progress.stale + 1)
         entry["seconds"] = time.monotonic() - self.epoch_began
         progress.history.append(entry)
-        self._share_bad_images()
+        self.bad_images.share(self.accelerator)
         if number == 0 and self.accelerator.is_main_process:
             matcher = self.stepper.criterion.matcher
             self.first_epoch = check_first_epoch(
@@ -330,13 +318,6 @@ class Run:
         if better and self.accelerator.is_main_process:
             save_checkpoint(self.stepper.eval_model, self.folder / BEST)
         self._save()
-
-    def _share_bad_images(self) -> None:
-        """Merge the skipped images of all processes."""
-        if self.config.max_bad_images and self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            self.progress.bad_images = sorted(set(gather_object(self.progress.bad_images)))
 
     def _save(self) -> None:
         """Write the last checkpoint, in the first process only."""
