@@ -16,7 +16,7 @@ from conditional_detr.training.config import TrainConfig
 if TYPE_CHECKING:
     from conditional_detr.data.dataset import CocoData
     from conditional_detr.modeling.detection_transformer import DetectionTransformer
-    from conditional_detr.training.run import TrainResult
+    from conditional_detr.training.result import TrainResult
 
 _DATA, _MODEL, _IMAGES = "Data", "Model", "Image size and augmentation"
 _OPTIMIZER, _SPEED, _CHECKPOINTS = "Optimisation", "Speed and memory", "Evaluation and checkpoints"

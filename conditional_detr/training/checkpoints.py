@@ -23,7 +23,7 @@ from conditional_detr.checkpoints.saving import write_tensors, writers_of
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.system.atomic_files import recover
-from conditional_detr.training.record import CHANGEABLE, differences
+from conditional_detr.training.record import ADDED, CHANGEABLE, differences
 
 LAST = "last"
 BEST = "best"
@@ -131,7 +131,7 @@ def read_training_state(folder: Path, *, mmap: bool = False) -> dict[str, Any] |
         _check_form(state)
     except (AttributeError, KeyError, RecursionError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a training state of format {number}, got {error!r}") from error
-    return state
+    return {**state, "settings": {**ADDED, **state["settings"]}}
 
 
 def _check_form(state: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ SCHEDULES: tuple[str, ...] = ("step", "cosine", "constant")
 PRECISIONS: tuple[str | None, ...] = (None, "bfloat16", "float16")
 _AT_LEAST_ONE = ("epochs", "batch_size", "accumulation", "evaluate_every", "save_every", "query_groups")
 _AT_LEAST_ZERO = ("warmup", "patience", "workers", "seed", "max_bad_images")
-_NOT_NEGATIVE = ("lr", "backbone_lr", "weight_decay", "clip", "ema", "drop_at")
+_NOT_NEGATIVE = ("layer_decay", "lr", "backbone_lr", "weight_decay", "clip", "ema", "drop_at")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class TrainConfig:
         accumulation: forward and backward passes a step; their gradients are those of the joined batch.
         lr: learning rate of AdamW.
         backbone_lr: learning rate of the backbone; 0 freezes it.
+        layer_decay: in (0, 1], factor of the learning rate from each layer to the one before it. Heads train with
+            ``lr``, the last decoder layer with layer_decay x lr, and so on to the first encoder layer; the backbone's
+            last stage with ``backbone_lr``, the stage before it with layer_decay x backbone_lr. 1: equal rates.
+        freeze: names of parts that are not trained, such as ("backbone", "encoder", "decoder.layers.0").
         weight_decay: weight decay of AdamW.
         clip: maximum norm of all gradients together; 0: no limit.
         warmup: steps in which the learning rates rise linearly from 0. If that is more than half of the run's steps,
@@ -54,6 +58,8 @@ class TrainConfig:
     accumulation: int = 1
     lr: float = 1e-4
     backbone_lr: float = 1e-5
+    layer_decay: float = 1.0
+    freeze: tuple[str, ...] = ()
     weight_decay: float = 1e-4
     clip: float = 0.1
     warmup: int = 0
@@ -80,6 +86,10 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected at least {minimum}, got {value}")
         if not isinstance(self.gradient_checkpointing, bool):
             raise TypeError(f"gradient_checkpointing: expected a bool, got {self.gradient_checkpointing!r}")
+        if not isinstance(self.freeze, tuple) or not all(isinstance(part, str) for part in self.freeze):
+            raise TypeError(f"freeze: expected a tuple of names, got {self.freeze!r}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay: expected a factor above 0, at most 1, got {self.layer_decay}")
         if self.ema >= 1:
             raise ValueError(f"ema: expected a decay below 1, got {self.ema}")
         if self.drop_at > 1:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,35 +18,32 @@ from conditional_detr.deploy.backbone import normalised_convolutions, pads_with_
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.training.config import TrainConfig
 
-_BACKBONE = "backbone."
+MakeOptimizer: TypeAlias = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""Creates the optimizer of parameter groups, dicts of params, lr and initial_lr."""
+
 _DROP = 0.1  # factor of the learning rates after the step
 
 
-def parameter_groups(
-    model: DetectionTransformer, config: TrainConfig, other_queries: nn.Embedding | None = None
-) -> list[dict[str, Any]]:
-    """Return the parameter groups of AdamW: trainable parameters of the backbone, and all others.
-
-    Args:
-        model: the model.
-        config: the settings.
-        other_queries: object queries of additional groups, see QueryGroups.
+def create_optimizer(
+    groups: list[dict[str, Any]], config: TrainConfig, make: MakeOptimizer | None
+) -> torch.optim.Optimizer:
+    """Return AdamW, or what ``make`` returns.
 
     Raises:
-        ValueError: no parameter is trainable.
+        TypeError: that is no optimizer.
+        ValueError: it has other parameters than the groups, or no ``initial_lr``, which each step scales.
     """
-    backbone: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (backbone if name.startswith(_BACKBONE) else others).append(parameter)
-    if other_queries is not None:
-        others.extend(parameter for parameter in other_queries.parameters() if parameter.requires_grad)
-    groups = [(others, config.lr), (backbone, config.backbone_lr)]
-    filled = [{"params": group, "lr": rate, "initial_lr": rate} for group, rate in groups if group]
-    if not filled:
-        raise ValueError("model: expected trainable parameters, got none with requires_grad")
-    return filled
+    if make is None:
+        return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    wanted = {id(parameter) for group in groups for parameter in group["params"]}
+    optimizer = make(groups)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected a function that returns a torch Optimizer, got {optimizer!r}")
+    if {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} != wanted:
+        raise ValueError("optimizer: expected one of all parameters of the groups, got one of others")
+    if any("initial_lr" not in group for group in optimizer.param_groups):
+        raise ValueError("optimizer: expected groups with initial_lr, as they were given, got groups without it")
+    return optimizer
 
 
 def have_equal_rates(first: TrainConfig, second: TrainConfig, steps: int, batches: int) -> bool:

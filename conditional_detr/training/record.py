@@ -22,6 +22,8 @@ CHANGEABLE = (
     *("workers", "save_every", "epochs", "patience", "evaluate_every", "gradient_checkpointing", "max_bad_images"),
 )
 """Settings that may change on resume. Any other setting would change the numbers of the run."""
+ADDED: dict[str, Any] = {"layer_decay": 1.0, "freeze": (), "optimizer": "AdamW", "callbacks": []}
+"""Settings that states of earlier versions do not have, with the only values that there were."""
 _DEFAULTS = {"architecture": asdict(Config()), "preprocessing": asdict(Preprocessing())}
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -32,7 +34,10 @@ def describe_run(
     val_data: SampleDataset | None,
     config: TrainConfig,
     criterion: Any,
+    *,
     processes: int,
+    optimizer: str,
+    callbacks: list[str],
 ) -> dict[str, Any]:
     """Return all that decides the numbers of a run, by name, in types that a training state can store."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -50,6 +55,8 @@ def describe_run(
         "annotations": _digest(train_data),
         "validation": None if val_data is None else _digest(val_data),
         "frozen_parameters": f"{len(frozen)} ({hashlib.sha256(repr(frozen).encode()).hexdigest()[:16]})",
+        "optimizer": optimizer,
+        "callbacks": callbacks,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 

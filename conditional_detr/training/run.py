@@ -4,8 +4,8 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.system.atomic_files import remove_unfinished
 from conditional_detr.system.shutdown import ShutdownRequest
 from conditional_detr.training.bad_images import BadImages
+from conditional_detr.training.callbacks import Callback, Callbacks
 from conditional_detr.training.checkpoints import (
     BEST,
     LAST,
@@ -32,39 +33,15 @@ from conditional_detr.training.consistency import check_images, parts_of
 from conditional_detr.training.first_epoch import FirstEpochReport, check_first_epoch
 from conditional_detr.training.loader import BatchLoader, InputTimes, LoadedBatch, SampleDataset
 from conditional_detr.training.logging import RunLogger
-from conditional_detr.training.optimizer import fit_warmup, have_equal_rates
+from conditional_detr.training.optimizer import MakeOptimizer, fit_warmup, have_equal_rates
 from conditional_detr.training.record import describe_run
+from conditional_detr.training.result import TrainResult
 from conditional_detr.training.run_folder import check_folder, locked
 from conditional_detr.training.steps import Stepper
 from conditional_detr.training.surroundings import make_accelerator
 from conditional_detr.training.validation import measure
 
 _UNSAVED = 60.0  # seconds since the last checkpoint after which one is written before an evaluation
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Result of a training run.
-
-    Attributes:
-        folder: the folder of the run, with ``log.jsonl``, ``curves.png``, ``tensorboard``, ``last`` and ``best``.
-        last: checkpoint of the last step, with the training state to resume from.
-        best: checkpoint with the best AP; None without validation data.
-        best_ap: AP of ``best``.
-        steps: number of completed steps.
-        history: a dict an epoch: epoch, step, mean_loss, seconds and, if it was evaluated, COCO's twelve metrics.
-        first_epoch: the check after the first epoch; None if this process did not train the first epoch.
-        stopped_early: whether training stopped because AP had not improved for ``patience`` evaluations.
-    """
-
-    folder: Path
-    last: Path
-    best: Path | None
-    best_ap: float | None
-    steps: int
-    history: tuple[dict[str, Any], ...]
-    first_epoch: FirstEpochReport | None
-    stopped_early: bool
 
 
 class Run:
@@ -78,15 +55,27 @@ class Run:
         config: TrainConfig,
         folder: Path,
         criterion: SetLoss,
+        callbacks: Sequence[Callback],
+        make_optimizer: MakeOptimizer | None,
     ) -> None:
         self.accelerator = make_accelerator()
         self.train_data, self.val_data, self.config, self.folder = train_data, val_data, config, folder
         self.steps_per_epoch = math.ceil(len(self._batches(0)) / config.accumulation)
         fitted = fit_warmup(config, self.steps_per_epoch * config.epochs)
-        self.stepper = Stepper(model, fitted, criterion, self.accelerator, self._describe)
+        self.stepper = Stepper(model, fitted, criterion, self.accelerator, self._describe, make_optimizer)
         self.progress = Progress()
         self.bad_images = BadImages(self.progress, config.max_bad_images, self._describe)
-        self.settings = describe_run(model, train_data, val_data, config, criterion, self.accelerator.num_processes)
+        self.settings = describe_run(
+            model,
+            train_data,
+            val_data,
+            config,
+            criterion,
+            processes=self.accelerator.num_processes,
+            optimizer=type(self.stepper.optimizer).__name__,
+            callbacks=Callbacks(callbacks).names,
+        )
+        self.callbacks = Callbacks(callbacks if self.accelerator.is_main_process else ())
         self.initial_weights: str | None = None
         self.first_epoch: FirstEpochReport | None = None
         self.logger: RunLogger | None = None
@@ -136,7 +125,8 @@ class Run:
             if self.stepper.config.warmup != self.config.warmup:
                 fitted, wanted = self.stepper.config.warmup, self.config.warmup
                 self._report(f"warm-up of {fitted} steps instead of {wanted}: the whole run has {total} steps")
-            yield
+            with self.callbacks.running(self.stepper.model, self.settings, self.folder):
+                yield
 
     def train_epochs(self, shutdown: ShutdownRequest) -> None:
         """Train the remaining epochs; error messages have the checkpoint to resume from."""
@@ -202,6 +192,8 @@ class Run:
         try:
             self.stepper.load_state_dict(state)
             self.progress.load_state_dict(state)
+            if self.accelerator.is_main_process:
+                self.callbacks.load_state_dict(state.get("callbacks", []))
             self.progress.check(count, self.config.accumulation)
             known = {field.name: before[field.name] for field in fields(TrainConfig) if field.name in before}
             old = fit_warmup(TrainConfig(**known), self.steps_per_epoch * before["epochs"])
@@ -258,7 +250,9 @@ class Run:
             progress.step, progress.batch = progress.step + 1, progress.batch + len(group)
             progress.losses.append(numbers["loss"])
             if self.logger is not None:
-                self.logger.log_step({"step": progress.step, "epoch": progress.epoch, **numbers})
+                entry = {"step": progress.step, "epoch": progress.epoch, **numbers}
+                self.logger.log_step(entry)
+                self.callbacks.step(entry)
             if progress.step % self.config.save_every == 0:
                 self._save()
             self._stop_if_requested(shutdown)
@@ -300,6 +294,7 @@ class Run:
             if time.monotonic() - self.saved_at > _UNSAVED:
                 self._save()
             entry |= measure(self.stepper.eval_model, self.val_data, self.config.batch_size)
+            entry |= self.callbacks.metrics(self.stepper.eval_model, self.val_data, entry)
             better = progress.best is None or entry["AP"] > progress.best
             progress.best, progress.stale = (entry["AP"], 0) if better else (progress.best, progress.stale + 1)
         entry["seconds"] = time.monotonic() - self.epoch_began
@@ -314,6 +309,7 @@ class Run:
         if self.logger is not None:
             speed = {"images_per_second_loaded": self.input.rate(self.config.workers), "waited": self.input.waiting}
             self.logger.log_epoch({**entry, **speed}, epochs=self.config.epochs, best=progress.best)
+            self.callbacks.epoch(self.stepper.eval_model, entry)
         progress.epoch, progress.batch, progress.losses = number + 1, 0, []
         if better and self.accelerator.is_main_process:
             save_checkpoint(self.stepper.eval_model, self.folder / BEST)
@@ -324,6 +320,7 @@ class Run:
         if self.accelerator.is_main_process:
             state = self.stepper.state_dict() | self.progress.state_dict()
             state |= {"settings": self.settings, "initial_weights": self.initial_weights}
+            state["callbacks"] = self.callbacks.state_dict()
             state["category_ids"] = list(self.stepper.model.metadata.category_ids)
             save_checkpoint(self.stepper.eval_model, self.folder / LAST, state)
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()

@@ -30,9 +30,9 @@ from conditional_detr.training.optimizer import (
     gradient_checkpointing,
     linear_as_convolution,
     moving_average,
-    parameter_groups,
     rate_factor,
 )
+from conditional_detr.training.parts import parameter_groups
 from conditional_detr.training.steps import Stepper
 from conditional_detr.training.validation import measure
 from helpers import training_runs
