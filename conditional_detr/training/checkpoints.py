@@ -44,6 +44,8 @@ class Progress:
         stale: number of evaluations since the best AP.
         history: a dict an epoch, as in :class:`~conditional_detr.training.run.TrainResult`.
         losses: loss of each completed step of the current epoch.
+        seconds: duration of the run so far.
+        ended: whether the time limit has ended the run.
         bad_images: dataset indices of the images that could not be read and were skipped, in the first process.
     """
 
@@ -54,6 +56,8 @@ class Progress:
     stale: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    ended: bool = False
     bad_images: list[int] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,6 +70,7 @@ class Progress:
         self.best, self.stale = state["best"], state["stale"]
         self.history, self.losses = list(state["history"]), list(state["losses"])
         self.bad_images = list(state.get("bad_images", ()))
+        self.seconds, self.ended = float(state.get("seconds", 0.0)), bool(state.get("ended", False))
 
     def check(self, batches: int, accumulation: int) -> None:
         """Raise ValueError unless the numbers of steps, epochs and batches agree.

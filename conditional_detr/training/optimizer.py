@@ -22,6 +22,7 @@ MakeOptimizer: TypeAlias = Callable[[list[dict[str, Any]]], torch.optim.Optimize
 """Creates the optimizer of parameter groups, dicts of params, lr and initial_lr."""
 
 _DROP = 0.1  # factor of the learning rates after the step
+_LONGEST_WARMUP = 0.1  # part of the time limit
 
 
 def create_optimizer(
@@ -66,7 +67,7 @@ def have_equal_rates(first: TrainConfig, second: TrainConfig, steps: int, batche
 
 def fit_warmup(config: TrainConfig, steps: int) -> TrainConfig:
     """Return the settings for a run of some steps: a warm-up of more than half of them becomes a tenth of them."""
-    return config if 2 * config.warmup <= steps else replace(config, warmup=math.ceil(steps / 10))
+    return config if config.time_limit or 2 * config.warmup <= steps else replace(config, warmup=math.ceil(steps / 10))
 
 
 def rate_factor(config: TrainConfig, step: int, epochs: float) -> float:
@@ -75,10 +76,13 @@ def rate_factor(config: TrainConfig, step: int, epochs: float) -> float:
     Args:
         config: the settings.
         step: number of completed steps.
-        epochs: number of completed epochs, including the fraction of the current one.
+        epochs: number of completed epochs, including the fraction of the current one; with a time limit, the part of
+            it that is used, times ``config.epochs``.
     """
     done = epochs / config.epochs
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    if config.time_limit:  # the number of steps is unknown
+        warm = min(1.0, max(warm, done / _LONGEST_WARMUP))
     if config.schedule == "cosine":
         return warm * (1 + math.cos(math.pi * min(done, 1.0))) / 2
     if config.schedule == "step" and done >= config.drop_at:

@@ -22,7 +22,10 @@ CHANGEABLE = (
     *("workers", "save_every", "epochs", "patience", "evaluate_every", "gradient_checkpointing", "max_bad_images"),
 )
 """Settings that may change on resume. Any other setting would change the numbers of the run."""
-ADDED: dict[str, Any] = {"layer_decay": 1.0, "freeze": (), "optimizer": "AdamW", "callbacks": []}
+ADDED: dict[str, Any] = {
+    **{"time_limit": 0.0, "layer_decay": 1.0, "freeze": (), "balanced": False, "class_weights": None},
+    **{"optimizer": "AdamW", "callbacks": []},
+}
 """Settings that states of earlier versions do not have, with the only values that there were."""
 _DEFAULTS = {"architecture": asdict(Config()), "preprocessing": asdict(Preprocessing())}
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -44,6 +47,7 @@ def describe_run(
     return {
         **asdict(config),
         "criterion": _text(criterion),
+        "class_weights": getattr(criterion.class_loss, "class_weights", None),
         "model": model.architecture,
         "architecture": asdict(model.config),
         "classes": list(model.metadata.class_names),

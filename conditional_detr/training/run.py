@@ -37,8 +37,10 @@ from conditional_detr.training.optimizer import MakeOptimizer, fit_warmup, have_
 from conditional_detr.training.record import describe_run
 from conditional_detr.training.result import TrainResult
 from conditional_detr.training.run_folder import check_folder, locked
+from conditional_detr.training.sampling import balanced_probabilities
 from conditional_detr.training.steps import Stepper
 from conditional_detr.training.surroundings import make_accelerator
+from conditional_detr.training.time_limit import Clock
 from conditional_detr.training.validation import measure
 
 _UNSAVED = 60.0  # seconds since the last checkpoint after which one is written before an evaluation
@@ -60,10 +62,12 @@ class Run:
     ) -> None:
         self.accelerator = make_accelerator()
         self.train_data, self.val_data, self.config, self.folder = train_data, val_data, config, folder
+        self.probabilities = balanced_probabilities(train_data) if config.balanced else None
         self.steps_per_epoch = math.ceil(len(self._batches(0)) / config.accumulation)
         fitted = fit_warmup(config, self.steps_per_epoch * config.epochs)
         self.stepper = Stepper(model, fitted, criterion, self.accelerator, self._describe, make_optimizer)
         self.progress = Progress()
+        self.clock, self.saving = Clock(config.time_limit, 0 if val_data is None else len(val_data)), 0.0
         self.bad_images = BadImages(self.progress, config.max_bad_images, self._describe)
         self.settings = describe_run(
             model,
@@ -116,7 +120,7 @@ class Run:
         if not self.accelerator.is_main_process:
             yield
             return
-        total = self.steps_per_epoch * self.config.epochs
+        total = None if self.config.time_limit else self.steps_per_epoch * self.config.epochs
         done = {"step": self.progress.step, "epoch": self.progress.epoch}
         with RunLogger(self.folder, **done, total=total, shown=shown) as self.logger:
             for part in parts_of(self.train_data):
@@ -132,6 +136,7 @@ class Run:
         """Train the remaining epochs; error messages have the checkpoint to resume from."""
         if self.finished:
             why = "AP stopped improving" if self.stopped_early else f"all {self.config.epochs} epochs are done"
+            why = "its time limit is over" if self.progress.ended else why
             self._report(f"the run is finished: {why}; nothing to train")
             self._save()
         pin, parts = self.accelerator.device.type == "cuda", parts_of(self.train_data)
@@ -154,7 +159,8 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to train."""
-        return self.progress.epoch >= self.config.epochs or self.stopped_early
+        done = not self.config.time_limit and self.progress.epoch >= self.config.epochs
+        return done or self.progress.ended or self.stopped_early
 
     @property
     def stopped_early(self) -> bool:
@@ -192,6 +198,7 @@ class Run:
         try:
             self.stepper.load_state_dict(state)
             self.progress.load_state_dict(state)
+            self.clock.before = self.progress.seconds
             if self.accelerator.is_main_process:
                 self.callbacks.load_state_dict(state.get("callbacks", []))
             self.progress.check(count, self.config.accumulation)
@@ -202,7 +209,10 @@ class Run:
                 f"{self.folder / LAST}: expected the training state of this model, got {error}"
             ) from error
         steps, epochs = self.progress.step, self.config.epochs
-        if self.accelerator.is_main_process and not have_equal_rates(old, self.stepper.config, steps, count):
+        timed = bool(self.config.time_limit)  # its rates do not depend on the number of epochs
+        if self.accelerator.is_main_process and not (
+            timed or have_equal_rates(old, self.stepper.config, steps, count)
+        ):
             warnings.warn(
                 f"epochs: got {epochs}, not {before['epochs']} as before: the first {steps} steps had other learning"
                 f" rates than those of a run of {epochs} epochs, so the weights will differ from such a run's",
@@ -230,8 +240,9 @@ class Run:
 
     def _batches(self, epoch: int) -> list[list[int]]:
         """Return the sample indices of each batch of an epoch, for this process."""
-        sharing = {"rank": self.accelerator.process_index, "processes": self.accelerator.num_processes}
-        return batches(self.train_data, self.config.batch_size, seed=self.config.seed, epoch=epoch, **sharing)
+        options: dict[str, Any] = {"seed": self.config.seed, "epoch": epoch, "probabilities": self.probabilities}
+        options |= {"rank": self.accelerator.process_index, "processes": self.accelerator.num_processes}
+        return batches(self.train_data, self.config.batch_size, **options)
 
     def _train_epoch(self, loader: BatchLoader, shutdown: ShutdownRequest) -> None:
         """Train the remaining steps of the current epoch."""
@@ -244,11 +255,13 @@ class Run:
     def _train_batches(self, loaded: Iterator[LoadedBatch], count: int, shutdown: ShutdownRequest) -> None:
         """Train on the remaining batches of an epoch of ``count`` batches."""
         progress = self.progress
-        while group := self._next_group(loaded):
-            epochs = progress.epoch + progress.batch / count
+        while (part := self._shared(self.clock.part)) < 1 and (group := self._next_group(loaded)):
+            began = time.monotonic()
+            epochs = part * self.config.epochs if self.config.time_limit else progress.epoch + progress.batch / count
             numbers = self.stepper.train_step(group, step=progress.step, epochs=epochs)
             progress.step, progress.batch = progress.step + 1, progress.batch + len(group)
             progress.losses.append(numbers["loss"])
+            self.clock.add_step(sum(len(indices) for indices, _ in group), time.monotonic() - began)
             if self.logger is not None:
                 entry = {"step": progress.step, "epoch": progress.epoch, **numbers}
                 self.logger.log_step(entry)
@@ -256,6 +269,13 @@ class Run:
             if progress.step % self.config.save_every == 0:
                 self._save()
             self._stop_if_requested(shutdown)
+
+    def _shared(self, value: float) -> float:
+        """Return the mean of the processes' values, each of its own clock, so that all decide alike."""
+        if not self.config.time_limit or self.accelerator.num_processes == 1:
+            return value
+        values = torch.tensor(value, dtype=torch.float32, device=self.accelerator.device)
+        return float(self.accelerator.reduce(values, reduction="mean"))
 
     def _next_group(self, loaded: Iterator[LoadedBatch]) -> list[LoadedBatch]:
         """Return the batches of the next step, and record the time of waiting for them."""
@@ -288,12 +308,15 @@ class Run:
             warnings.warn(slow, stacklevel=3)
         entry: dict[str, Any] = {"step": progress.step, "epoch": number}
         entry["mean_loss"] = math.fsum(progress.losses) / max(len(progress.losses), 1)
-        evaluate = (number + 1) % self.config.evaluate_every == 0 or number + 1 == self.config.epochs
+        began, ended = time.monotonic(), self._shared(self.clock.part) >= 1
+        last = ended if self.config.time_limit else number + 1 == self.config.epochs
+        evaluate = (number + 1) % self.config.evaluate_every == 0 and self._shared(self.clock.evaluates) > 0.5
+        evaluate = evaluate or last
         better = False
         if self.val_data is not None and evaluate:
             if time.monotonic() - self.saved_at > _UNSAVED:
                 self._save()
-            entry |= measure(self.stepper.eval_model, self.val_data, self.config.batch_size)
+            entry |= measure(self.stepper.eval_model, self.val_data, self.config.batch_size, self.stepper.criterion)
             entry |= self.callbacks.metrics(self.stepper.eval_model, self.val_data, entry)
             better = progress.best is None or entry["AP"] > progress.best
             progress.best, progress.stale = (entry["AP"], 0) if better else (progress.best, progress.stale + 1)
@@ -308,15 +331,21 @@ class Run:
             self._report(str(self.first_epoch))
         if self.logger is not None:
             speed = {"images_per_second_loaded": self.input.rate(self.config.workers), "waited": self.input.waiting}
-            self.logger.log_epoch({**entry, **speed}, epochs=self.config.epochs, best=progress.best)
+            epochs = None if self.config.time_limit else self.config.epochs
+            self.logger.log_epoch({**entry, **speed}, epochs=epochs, best=progress.best)
             self.callbacks.epoch(self.stepper.eval_model, entry)
-        progress.epoch, progress.batch, progress.losses = number + 1, 0, []
+        if not ended:
+            progress.epoch, progress.batch, progress.losses = number + 1, 0, []
+        if evaluate:
+            self.clock.add_closing(time.monotonic() - began + self.saving)
+            progress.ended = self._shared(self.clock.part) >= 1
         if better and self.accelerator.is_main_process:
             save_checkpoint(self.stepper.eval_model, self.folder / BEST)
         self._save()
 
     def _save(self) -> None:
         """Write the last checkpoint, in the first process only."""
+        began, self.progress.seconds = time.monotonic(), self.clock.seconds
         if self.accelerator.is_main_process:
             state = self.stepper.state_dict() | self.progress.state_dict()
             state |= {"settings": self.settings, "initial_weights": self.initial_weights}
@@ -324,6 +353,7 @@ class Run:
             state["category_ids"] = list(self.stepper.model.metadata.category_ids)
             save_checkpoint(self.stepper.eval_model, self.folder / LAST, state)
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
+        self.saving = self.saved_at - began
 
     def _report(self, text: str) -> None:
         if self.logger is not None:
