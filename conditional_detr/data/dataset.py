@@ -247,8 +247,8 @@ def batches(
 
     In each step, all processes together use the samples that one process would use with ``processes`` times the batch
     size. Every sample is used once, unless they have probabilities, and all processes have the same number of batches.
-    The batches of one step may be smaller. Only if that step has fewer samples than processes, some samples may be used
-    twice.
+    The batches of one step may be smaller. Only if that step has fewer samples than processes, some samples may be
+    used twice.
 
     Args:
         data: the dataset. If it has ``shapes``, (height, width) of each sample, and is shuffled, samples of one shape

@@ -63,13 +63,11 @@ class RunLogger:
     def log_epoch(self, entry: Mapping[str, Any], *, epochs: int | None, best: float | None) -> None:
         """Log an epoch and print a summary line."""
         self._write(entry, "val")
-        ap = (
-            f"  AP {entry['AP']:.3f}  AP50 {entry['AP50']:.3f}  best {best:.3f}  val loss {entry['val_loss']:.3f}"
-            if "AP" in entry
-            else ""
-        )
+        of = "" if epochs is None else f"/{epochs}"
+        ap = f"  AP {entry['AP']:.3f}  AP50 {entry['AP50']:.3f}  best {best:.3f}" if "AP" in entry else ""
+        loss = f"  val loss {entry['val_loss']:.3f}" if "val_loss" in entry else ""
         self.report(
-            f"epoch {entry['epoch'] + 1}{'' if epochs is None else f'/{epochs}'}  step {entry['step']}  mean loss {entry['mean_loss']:.3f}{ap}"
+            f"epoch {entry['epoch'] + 1}{of}  step {entry['step']}  mean loss {entry['mean_loss']:.3f}{loss}{ap}"
             f"  {entry['seconds']:.0f} s, {entry['waited']:.0f} s of it waiting for images"
         )
 

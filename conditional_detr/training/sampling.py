@@ -45,10 +45,10 @@ def _labels(data: Any) -> Sequence[Any]:
         return [labels[index] for index in data.indices]
     if isinstance(data, ConcatDataset):
         return [of_image for part in data.datasets for of_image in _labels(part)]
-    labels = getattr(data, "image_labels", None)
-    if labels is None or len(labels) != len(data):
+    found: Any = getattr(data, "image_labels", None)
+    if found is None or len(found) != len(data):
         raise TypeError(
             f"balanced: expected a dataset with image_labels, the labels of each image, got {type(data).__name__}"
-            + ("" if labels is None else f" with those of {len(labels)} of {len(data)} images")
+            + ("" if found is None else f" with those of {len(found)} of {len(data)} images")
         )
-    return labels
+    return found

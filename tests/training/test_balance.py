@@ -43,7 +43,7 @@ def test_probabilities_by_hand():
     assert balanced_probabilities(RARE) == pytest.approx(expected)
     parts = ConcatDataset([Subset(RARE, [3, 4]), Subset(RARE, [2, 0, 1])])
     assert balanced_probabilities(parts) == pytest.approx([1 / 2, 1 / 5, 1 / 10, 1 / 10, 1 / 10])
-    with pytest.raises(TypeError, match="balanced: expected a dataset with image_labels, .*, got Rectangles"):
+    with pytest.raises(TypeError, match=r"balanced: expected a dataset with image_labels, .*, got Rectangles"):
         balanced_probabilities(Rectangles(3))
 
 
@@ -127,7 +127,7 @@ def test_wrong_weights_of_classes(tmp_path):
     with pytest.raises(ValueError, match=r"class_weights\[1\]: expected at least 0, got -1"):
         SoftmaxLoss(class_weights=(1, -1))
     three = SetLoss(class_loss=FocalLoss(class_weights=(1, 2, 3)))
-    with pytest.raises(ValueError, match="criterion: expected class_weights of all 2 classes, got 3"):
+    with pytest.raises(ValueError, match="criterion: expected class_weights of all 2 classes of the model, got 3"):
         train(small_model(), Rectangles(2), folder=tmp_path, criterion=three, **QUIET)
     with pytest.raises(ValueError, match="class_weights: expected 2, one per class, got 3"):
         three(Output(torch.zeros(1, 1, 3, 2), one_query()[0]), one_query()[1])
