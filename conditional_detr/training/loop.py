@@ -17,12 +17,7 @@ from conditional_detr.training.callbacks import Callback
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.consistency import check_criterion, check_modules, check_preprocessing, match_classes
 from conditional_detr.training.loader import SampleDataset
-from conditional_detr.training.optimizer import (
-    MakeOptimizer,
-    folded_batch_norm,
-    gradient_checkpointing,
-    linear_as_convolution,
-)
+from conditional_detr.training.optimizer import MakeOptimizer, training_forwards
 from conditional_detr.training.result import TrainResult
 from conditional_detr.training.run import Run
 
@@ -107,9 +102,7 @@ def train(
         run.prepare(resume, check, stack)
         with (
             run.logging(progress),
-            folded_batch_norm(model),
-            linear_as_convolution(model),
-            gradient_checkpointing(model, config.gradient_checkpointing),
+            training_forwards(model, config),
             ShutdownRequest() as shutdown,
         ):
             run.train_epochs(shutdown)

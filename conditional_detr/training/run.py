@@ -18,6 +18,7 @@ from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.system.atomic_files import remove_unfinished
 from conditional_detr.system.shutdown import ShutdownRequest
+from conditional_detr.training.advice import advise
 from conditional_detr.training.bad_images import BadImages
 from conditional_detr.training.callbacks import Callback, Callbacks
 from conditional_detr.training.checkpoints import (
@@ -126,6 +127,8 @@ class Run:
             for part in parts_of(self.train_data):
                 if isinstance(cache := getattr(part, "cache", None), ImageCache):
                     self._report(str(cache))
+            if not self.finished:
+                self._report("\n".join(advise(self.stepper, self.config, self.accelerator)))
             if self.stepper.config.warmup != self.config.warmup:
                 fitted, wanted = self.stepper.config.warmup, self.config.warmup
                 self._report(f"warm-up of {fitted} steps instead of {wanted}: the whole run has {total} steps")
