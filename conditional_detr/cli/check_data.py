@@ -8,6 +8,7 @@ import typer
 
 from conditional_detr.cli.console import FAILED, err, one_line_errors, out, print_line
 from conditional_detr.cli.options import OVERWRITE
+from conditional_detr.cli.train_data import Augment, make_augmentation
 from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.outputs import check_output
 from conditional_detr.system.progress import progress_bar
@@ -24,6 +25,10 @@ def check_data(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole report to this file.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Draw some images with their boxes to this file.")] = None,
     sheet_images: Annotated[int, typer.Option(min=1, help="Number of images on the sheet.")] = 20,
+    preview_augmentation: Annotated[
+        Path | None, typer.Option(help="Draw some images as --augmentation changes them to this file.")
+    ] = None,
+    augmentation: Annotated[Augment, typer.Option(help="Augmentation of the preview.")] = Augment.SMALL,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Check every image and box of a dataset before training on it.
@@ -36,16 +41,26 @@ def check_data(
         from PIL import Image
 
         from conditional_detr.data.coco import read_annotations
-        from conditional_detr.data.contact_sheet import draw_sheet
+        from conditional_detr.data.contact_sheet import draw_augmented, draw_sheet
+        from conditional_detr.data.dataset import CocoData
         from conditional_detr.data.report import check_data as check
 
-        for path in (json_file, sheet):
-            if path is not None:  # before all the work, not after
-                check_output(path, inputs=[data, images], overwrite=overwrite)
-        if json_file is not None and sheet is not None and json_file.resolve() == sheet.resolve():
-            raise ValueError(f"--sheet: expected another file than that of --json, got {sheet}")
-        if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
-            raise ValueError(f"{sheet}: expected the suffix of an image, such as .jpg or .png, got {sheet.suffix!r}")
+        written = {"json": json_file, "sheet": sheet, "preview-augmentation": preview_augmentation}
+        names: dict[Path, str] = {}
+        for name, path in written.items():
+            if path is None:
+                continue
+            check_output(path, inputs=[data, images], overwrite=overwrite)  # before all the work, not after
+            if (other := names.setdefault(path.resolve(), name)) != name:
+                raise ValueError(f"--{name}: expected another file than that of --{other}, got {path}")
+            if name != "json" and path.suffix.lower() not in Image.registered_extensions():
+                raise ValueError(f"{path}: expected the suffix of an image, such as .jpg or .png, got {path.suffix!r}")
+
+        def write_image(drawn: Image.Image, target: Path) -> None:
+            kind = Image.registered_extensions()[target.suffix.lower()]
+            write_atomically({target: lambda path: drawn.save(path, kind)})
+            print_line(f"wrote {target}", to=out)
+
         with progress_bar(err, shown=True) as bar:
             task = bar.add_task("checking", total=None)
             report = check(data, images, progress=lambda done, total: bar.update(task, completed=done, total=total))
@@ -56,9 +71,10 @@ def check_data(
             write_atomically({json_file: lambda path: path.write_bytes(content)})
             print_line(f"wrote {json_file}", to=out)
         if sheet is not None:
-            drawn, kind = draw_sheet(read_annotations(data, errors=[]), images, count=sheet_images), sheet.suffix
-            write_atomically({sheet: lambda path: drawn.save(path, Image.registered_extensions()[kind.lower()])})
-            print_line(f"wrote {sheet}", to=out)
+            write_image(draw_sheet(read_annotations(data, errors=[]), images, count=sheet_images), sheet)
+        if preview_augmentation is not None:
+            dataset = CocoData(data, images, augmentation=make_augmentation(augmentation))
+            write_image(draw_augmented(dataset), preview_augmentation)
     if report.problems:
         raise typer.Exit(FAILED)
 

@@ -16,6 +16,7 @@ class Augment(str, Enum):
 
     PAPER = "paper"
     SMALL = "small"
+    STRONG = "strong"
     NOTHING = "none"
 
 
@@ -37,7 +38,9 @@ def resized_preprocessing(present: "Preprocessing", edges: dict[str, int | None]
     return replace(present, shortest_edge=short, longest_edge=long, resizing="edges", size=None)
 
 
-def make_augmentation(choice: Augment, vertical_flip: bool, quarter_turn: bool) -> "Augmentation | None":
+def make_augmentation(
+    choice: Augment, vertical_flip: bool = False, quarter_turn: bool = False
+) -> "Augmentation | None":
     """Return the augmentation of training images; None: none."""
     from conditional_detr.data.augmentation import Augmentation
 

@@ -60,9 +60,10 @@ def test_a_resumed_run_has_the_time_that_is_left(tmp_path, monkeypatch):
             raise OSError("no space left")
         return plain(self, *arguments, step=step, **options)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+    with monkeypatch.context() as patch:
         patch.setattr(Stepper, "train_step", failing)
-        train(small_model(), Rectangles(4), None, config, folder=tmp_path, **QUIET)
+        with pytest.raises(OSError, match="no space left"):
+            train(small_model(), Rectangles(4), None, config, folder=tmp_path, **QUIET)
     began = clock.now = clock.now + 5000  # of the pause
     result = train(small_model(), Rectangles(4), None, config, folder=tmp_path, resume=True, **QUIET)
     assert clock.now - began == pytest.approx(40 - 15, abs=2)
