@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -40,7 +40,7 @@ from conditional_detr.training.result import TrainResult
 from conditional_detr.training.run_folder import check_folder, locked
 from conditional_detr.training.sampling import balanced_probabilities
 from conditional_detr.training.steps import Stepper
-from conditional_detr.training.surroundings import make_accelerator
+from conditional_detr.training.surroundings import in_first_process, make_accelerator
 from conditional_detr.training.time_limit import Clock
 from conditional_detr.training.validation import measure
 
@@ -104,7 +104,7 @@ class Run:
             for folder in (self.folder, self.folder / LAST, self.folder / BEST):
                 remove_unfinished(folder)
 
-        self._in_first_process(open_folder)
+        in_first_process(self.accelerator, open_folder)
         state = read_training_state(self.folder) if resume else None
         if state is None:
             self.initial_weights = self.stepper.model.weights_digest()
@@ -112,7 +112,7 @@ class Run:
             self._load(state)
         if check and not self.finished:
             limit = self.config.max_bad_images
-            self._in_first_process(lambda: check_images(self.train_data, self.val_data, limit))
+            in_first_process(self.accelerator, lambda: check_images(self.train_data, self.val_data, limit))
         self.stepper.join_processes()
 
     @contextlib.contextmanager
@@ -225,21 +225,6 @@ class Run:
         if self.settings["validation"] is None:  # of an evaluation that may follow later
             self.settings["validation"] = state["settings"].get("validation")
         self.saved_step = self.progress.step
-
-    def _in_first_process(self, function: Callable[[], None]) -> None:
-        """Call a function in the first process only; all processes raise its OSError or ValueError."""
-        errors: list[Exception | None] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                function()
-            except (OSError, ValueError) as error:
-                errors = [error]
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(errors)
-        if errors[0] is not None:
-            raise errors[0]
 
     def _batches(self, epoch: int) -> list[list[int]]:
         """Return the sample indices of each batch of an epoch, for this process."""

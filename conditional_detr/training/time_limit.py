@@ -30,7 +30,7 @@ class Clock:
         return self.before + time.monotonic() - self._began
 
     def add_step(self, images: int, seconds: float) -> None:
-        """Record the number of images and the duration of a step, with the wait for its images."""
+        """Record the number of images and the duration of a step, without the wait for its images."""
         self._steps, self._images, self._stepping = self._steps + 1, self._images + images, self._stepping + seconds
 
     def add_closing(self, seconds: float) -> None:
