@@ -28,7 +28,9 @@ def check_data(
     preview_augmentation: Annotated[
         Path | None, typer.Option(help="Draw some images as --augmentation changes them to this file.")
     ] = None,
-    augmentation: Annotated[Augment, typer.Option(help="Augmentation of the preview.")] = Augment.SMALL,
+    augmentation: Annotated[
+        Augment, typer.Option(metavar="<name>", help="Of the preview: paper, small, strong or none.")
+    ] = Augment.SMALL,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Check every image and box of a dataset before training on it.

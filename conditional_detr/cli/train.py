@@ -105,7 +105,10 @@ def train(
     augmentation: Annotated[
         Augment | None,
         typer.Option(
-            help="Augmentation.", show_default="small with finetune_small, else paper", rich_help_panel=_IMAGES
+            metavar="<name>",
+            help="Augmentation: paper, small, strong or none.",
+            show_default="small with finetune_small, else paper",
+            rich_help_panel=_IMAGES,
         ),
     ] = None,
     vertical_flip: Annotated[
@@ -150,7 +153,9 @@ def train(
     ] = None,
     freeze: Annotated[
         list[str] | None,
-        typer.Option(help="Part not to train, such as encoder; repeatable.", rich_help_panel=_OPTIMIZER),
+        typer.Option(
+            metavar="<part>", help="Part not to train, such as encoder; repeatable.", rich_help_panel=_OPTIMIZER
+        ),
     ] = None,
     class_weights: Annotated[
         str,
