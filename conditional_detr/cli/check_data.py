@@ -75,7 +75,8 @@ def check_data(
         if sheet is not None:
             write_image(draw_sheet(read_annotations(data, errors=[]), images, count=sheet_images), sheet)
         if preview_augmentation is not None:
-            dataset = CocoData(data, images, augmentation=make_augmentation(augmentation))
+            usable = read_annotations(data, errors=[])
+            dataset = CocoData(usable, images, augmentation=make_augmentation(augmentation))
             write_image(draw_augmented(dataset), preview_augmentation)
     if report.problems:
         raise typer.Exit(FAILED)

@@ -1,9 +1,10 @@
 """Settings of ``conditional-detr train`` that need the data or the run, and the run itself."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -59,15 +60,17 @@ def weighted_criterion(model: "DetectionTransformer", text: str) -> "SetLoss":
     for part in text.replace(",", " ").split():
         name, _, value = part.rpartition("=")
         try:
-            number = float(value)
+            weight = float(value)
         except ValueError:
-            number = None
-        if number is None or name not in weights:
+            weight = math.nan
+        if math.isnan(weight) or name not in weights:
             shown = ", ".join(filter(None, names))
             raise ValueError(f"--class-weights: expected class=number with a class of {shown}, got {part!r}")
-        weights[name] = number
+        weights[name] = weight
     criterion = SetLoss.for_model(model)
-    return replace(criterion, class_loss=replace(criterion.class_loss, class_weights=tuple(map(weights.get, names))))  # type: ignore[type-var]
+    class_loss: Any = criterion.class_loss
+    class_weights = tuple(weights[name] for name in names)
+    return replace(criterion, class_loss=replace(class_loss, class_weights=class_weights))
 
 
 def with_batch_size(

@@ -68,7 +68,8 @@ def draw_augmented(data: CocoData, *, count: int = 5) -> Image.Image:
     index_of = {image_id: index for index, image_id in enumerate(data.annotations.images)}
     rows: list[list[tuple[str, Image.Image]]] = []
     for image_id in _random_order(data.annotations, data.seed):
-        index, row = index_of[image_id], []
+        index = index_of[image_id]
+        row: list[tuple[str, Image.Image]] = []
         try:
             for epoch in range(COLUMNS):
                 data.set_epoch(epoch)

@@ -26,7 +26,7 @@ from conditional_detr.data.annotations import (
 )
 from conditional_detr.data.augmentation import Augmentation as Augmentation
 from conditional_detr.data.augmentation import make_scene
-from conditional_detr.data.coco import check_size, image_paths, read_annotations, stated_size
+from conditional_detr.data.coco import Annotations, check_size, image_paths, read_annotations, stated_size
 from conditional_detr.data.image_cache import Cache, make_cache
 from conditional_detr.data.json_values import Id
 from conditional_detr.data.rotated_boxes import ROTATED, Rotated, choose_boxes, rotated_indices
@@ -65,7 +65,7 @@ class CocoData(Dataset[Sample]):
 
     def __init__(
         self,
-        annotations: str | Path | Mapping[str, Any],
+        annotations: str | Path | Mapping[str, Any] | Annotations,
         images: str | Path,
         *,
         augmentation: Augmentation | None = None,
@@ -78,7 +78,7 @@ class CocoData(Dataset[Sample]):
         """Read the annotations and check that the image files exist, without decoding them.
 
         Args:
-            annotations: the JSON file, or its content.
+            annotations: the JSON file, or its content, or annotations that are already read.
             images: the folder of the images.
             augmentation: default: images are only resized, as for detection.
             preprocessing: the model's preprocessing.

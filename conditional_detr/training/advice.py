@@ -26,9 +26,9 @@ def advise(stepper: Stepper, config: TrainConfig, accelerator: Any) -> list[str]
     taken = weights * (2 if config.ema else 1) + 3 * trained
     on_gpu = accelerator.device.type == "cuda"
     free = torch.cuda.mem_get_info(accelerator.device)[0] if on_gpu else free_memory()
+    left = f"; {readable_bytes(free)} are free" if math.isfinite(free) else ""
     lines = [
-        f"memory: {readable_bytes(taken)} for weights, gradients and moments, images come on top;"
-        f" {readable_bytes(free)} are free. If they do not suffice: a smaller batch size with more accumulation, which"
+        f"memory: {readable_bytes(taken)} for weights, gradients and moments, images come on top{left}. If they do not suffice: a smaller batch size with more accumulation, which"
         " trains the same, gradient checkpointing, autocast"
     ]
     images = config.batch_size * config.accumulation * accelerator.num_processes

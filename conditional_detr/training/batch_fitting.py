@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from conditional_detr.data.dataset import Sample
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.system.memory import free_memory, readable_bytes
@@ -83,7 +84,8 @@ def fit_batch_size(
 def _largest_sample(data: SampleDataset) -> tuple[int, int, dict[str, Any]]:
     """Return the largest height and width, and the longest target, of images that are evenly spaced in the dataset."""
     count = min(_SAMPLES, len(data))
-    samples, errors = [], []
+    samples: list[Sample] = []
+    errors: list[Exception] = []
     for i in range(count):
         try:
             samples.append(data[i * len(data) // count])
