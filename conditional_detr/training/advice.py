@@ -28,8 +28,9 @@ def advise(stepper: Stepper, config: TrainConfig, accelerator: Any) -> list[str]
     free = torch.cuda.mem_get_info(accelerator.device)[0] if on_gpu else free_memory()
     left = f"; {readable_bytes(free)} are free" if math.isfinite(free) else ""
     lines = [
-        f"memory: {readable_bytes(taken)} for weights, gradients and moments, images come on top{left}. If they do not suffice: a smaller batch size with more accumulation, which"
-        " trains the same, gradient checkpointing, autocast"
+        f"memory: {readable_bytes(taken)} for weights, gradients and moments, images come on top{left}."
+        " If it does not suffice: a smaller batch size with more accumulation, which trains the same, gradient"
+        " checkpointing, autocast"
     ]
     images = config.batch_size * config.accumulation * accelerator.num_processes
     usual = usual_rate(images)
