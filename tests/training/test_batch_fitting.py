@@ -26,7 +26,7 @@ class Limited(ConditionalDETR):
         return super().forward(pixels, padding)
 
 
-def limited(most=3):
+def limited():
     torch.manual_seed(0)
     Limited.sizes = ()
     return Limited(SMALL, Metadata(("red", "blue")))
