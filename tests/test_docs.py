@@ -360,6 +360,17 @@ def test_example_plain_loop(tmp_path, run_again):
     assert not any("conditional_detr.training" in line for line in lines)
 
 
+def test_example_denoising(tmp_path):
+    from conditional_detr import ConditionalDETR
+
+    *epochs, saved = run_example("denoising", "--epochs", "3", "--images", "32", folder=tmp_path)
+    first, *_, last = ([float(number) for number in re.findall(r"\d+\.\d+", line)] for line in epochs)
+    assert last[0] < first[0]
+    assert last[1] < first[1]
+    assert saved == "saved in denoised"
+    assert ConditionalDETR.from_pretrained(tmp_path / "denoised").metadata.class_names == ("disc", "square")
+
+
 def test_example_benchmarks_own_model(small, tmp_path):
     """On small images: whether it runs, not what it says."""
     little = ("--weights", small, "--height", "64", "--width", "96", "--rounds", "1")

@@ -32,7 +32,7 @@ ALLOWED = {
     "distributed": set(),
     "cli": {
         *("modeling", "system", "inference", "checkpoints", "data", "deploy", "evaluation", "training", "benchmark"),
-        "serving",
+        *("set_prediction", "serving"),
     },
 }
 # The class methods of the network, two lines each.

@@ -8,6 +8,7 @@ import typer
 
 from conditional_detr.cli.console import FAILED, err, one_line_errors, out, print_line
 from conditional_detr.cli.options import DATA, FORMAT, IMAGES, OVERWRITE, SPLIT_NAME, DataFormat
+from conditional_detr.cli.train_data import Augment, make_augmentation
 from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.outputs import check_output
 from conditional_detr.system.progress import progress_bar
@@ -26,6 +27,12 @@ def check_data(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole report to this file.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Draw some images with their boxes to this file.")] = None,
     sheet_images: Annotated[int, typer.Option(min=1, help="Number of images on the sheet.")] = 20,
+    preview_augmentation: Annotated[
+        Path | None, typer.Option(help="Draw some images as --augmentation changes them to this file.")
+    ] = None,
+    augmentation: Annotated[
+        Augment, typer.Option(metavar="<name>", help="Of the preview: paper, small, strong or none.")
+    ] = Augment.SMALL,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Check every image and box of a dataset before training on it.
@@ -37,19 +44,30 @@ def check_data(
     with one_line_errors():
         from PIL import Image
 
-        from conditional_detr.data.contact_sheet import draw_sheet
+        from conditional_detr.data.contact_sheet import draw_augmented, draw_sheet
+        from conditional_detr.data.dataset import CocoData
         from conditional_detr.data.formats.reading import open_data
         from conditional_detr.data.report import check_data as check
+        from conditional_detr.modeling.metadata import Preprocessing
 
         inputs = [path for path in (data, images) if path is not None]
-        for path in (json_file, sheet):
-            if path is not None:  # before all the work, not after
-                check_output(path, inputs=inputs, overwrite=overwrite)
-        if json_file is not None and sheet is not None and json_file.resolve() == sheet.resolve():
-            raise ValueError(f"--sheet: expected another file than that of --json, got {sheet}")
-        if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
-            raise ValueError(f"{sheet}: expected the suffix of an image, such as .jpg or .png, got {sheet.suffix!r}")
+        written = {"json": json_file, "sheet": sheet, "preview-augmentation": preview_augmentation}
+        names: dict[Path, str] = {}
+        for name, path in written.items():
+            if path is None:
+                continue
+            check_output(path, inputs=inputs, overwrite=overwrite)  # before all the work, not after
+            if (other := names.setdefault(path.resolve(), name)) != name:
+                raise ValueError(f"--{name}: expected another file than that of --{other}, got {path}")
+            if name != "json" and path.suffix.lower() not in Image.registered_extensions():
+                raise ValueError(f"{path}: expected the suffix of an image, such as .jpg or .png, got {path.suffix!r}")
         options: dict[str, Any] = {"split": split_name, "format": None if format is None else format.value}
+
+        def write_image(drawn: Image.Image, target: Path) -> None:
+            kind = Image.registered_extensions()[target.suffix.lower()]
+            write_atomically({target: lambda path: drawn.save(path, kind)})
+            print_line(f"wrote {target}", to=out)
+
         with progress_bar(err, shown=True) as bar:
             task = bar.add_task("checking", total=None)
             report = check(
@@ -64,11 +82,13 @@ def check_data(
             content = text.encode("utf-8", "backslashreplace")  # which is also JSON's escape of a lone surrogate
             write_atomically({json_file: lambda path: path.write_bytes(content)})
             print_line(f"wrote {json_file}", to=out)
+        if sheet is not None or preview_augmentation is not None:
+            usable = open_data(data, images, **options, errors=[])
         if sheet is not None:
-            opened = open_data(data, images, **options, errors=[])
-            drawn, kind = draw_sheet(*opened, count=sheet_images), sheet.suffix
-            write_atomically({sheet: lambda path: drawn.save(path, Image.registered_extensions()[kind.lower()])})
-            print_line(f"wrote {sheet}", to=out)
+            write_image(draw_sheet(*usable, count=sheet_images), sheet)
+        if preview_augmentation is not None:
+            dataset = CocoData(*usable, augmentation=make_augmentation(augmentation, Preprocessing()))
+            write_image(draw_augmented(dataset), preview_augmentation)
     if report.problems:
         raise typer.Exit(FAILED)
 

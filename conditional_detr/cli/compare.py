@@ -100,7 +100,7 @@ def compare(
         if len(parsed) < len(candidates):
             raise ValueError("--candidate: expected different names, got two of one name")
         preprocessing = resized_preprocessing(Preprocessing(), edges)
-        chosen = make_augmentation(augmentation, vertical_flip, False, preprocessing)
+        chosen = make_augmentation(augmentation, preprocessing, vertical_flip)
 
         def open_data(seed: int) -> "tuple[CocoData, CocoData]":
             options: dict[str, Any] = {"preprocessing": preprocessing, "rotated": rotated.value}

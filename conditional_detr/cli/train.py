@@ -3,11 +3,11 @@
 from dataclasses import fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from conditional_detr.cli.console import INTERRUPTED, Precision, one_line_errors, out, print_line
+from conditional_detr.cli.console import Precision, one_line_errors
 from conditional_detr.cli.options import (
     CACHE,
     DATA,
@@ -28,12 +28,16 @@ from conditional_detr.cli.train_data import (
     resized_preprocessing,
 )
 from conditional_detr.cli.train_model import make_model, resumed_model, with_dropout
+from conditional_detr.cli.train_run import (
+    AUTO,
+    read_batch_size,
+    read_duration,
+    run_training,
+    show_result,
+    weighted_criterion,
+    with_batch_size,
+)
 from conditional_detr.training.config import TrainConfig
-
-if TYPE_CHECKING:
-    from conditional_detr.data.dataset import CocoData
-    from conditional_detr.modeling.detection_transformer import DetectionTransformer
-    from conditional_detr.training.run import TrainResult
 
 _DATA, _MODEL, _IMAGES = "Data", "Model", "Image size and augmentation"
 _OPTIMIZER, _SPEED, _CHECKPOINTS = "Optimisation", "Speed and memory", "Evaluation and checkpoints"
@@ -125,7 +129,10 @@ def train(
     augmentation: Annotated[
         Augment | None,
         typer.Option(
-            help="Augmentation.", show_default="small with finetune_small, else paper", rich_help_panel=_IMAGES
+            metavar="<name>",
+            help="Augmentation: paper, small, strong or none.",
+            show_default="small with finetune_small, else paper",
+            rich_help_panel=_IMAGES,
         ),
     ] = None,
     vertical_flip: Annotated[
@@ -149,8 +156,13 @@ def train(
         ),
     ] = Preset.FINETUNE_SMALL,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.", rich_help_panel=_OPTIMIZER)] = None,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(help="End after a time such as 2h or 90m instead of --epochs.", rich_help_panel=_OPTIMIZER),
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images per forward pass of a process.", rich_help_panel=_OPTIMIZER)
+        str | None,
+        typer.Option(help="Images per forward pass; 'auto': as many as fit.", rich_help_panel=_OPTIMIZER),
     ] = None,
     accumulation: Annotated[
         int | None, typer.Option(help="Forward passes per step.", rich_help_panel=_OPTIMIZER)
@@ -159,6 +171,20 @@ def train(
     backbone_lr: Annotated[
         float | None, typer.Option(help="Learning rate of the backbone; 0 freezes it.", rich_help_panel=_OPTIMIZER)
     ] = None,
+    layer_decay: Annotated[
+        float | None,
+        typer.Option(help="Factor of the learning rate from a layer to the one before.", rich_help_panel=_OPTIMIZER),
+    ] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="<part>", help="Part not to train, such as encoder; repeatable.", rich_help_panel=_OPTIMIZER
+        ),
+    ] = None,
+    class_weights: Annotated[
+        str,
+        typer.Option(help="Factors of classes' losses: 'cat=2 dog=0.5'.", rich_help_panel=_OPTIMIZER),
+    ] = "",
     weight_decay: Annotated[
         float | None, typer.Option(help="Weight decay of AdamW.", rich_help_panel=_OPTIMIZER)
     ] = None,
@@ -200,6 +226,10 @@ def train(
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints.", rich_help_panel=_CHECKPOINTS)
     ] = None,
+    balanced: Annotated[
+        bool,
+        typer.Option("--balanced", help="Draw images so that classes are equally likely.", rich_help_panel=_DATA),
+    ] = False,
     max_bad_images: Annotated[
         int | None,
         typer.Option(help="Unreadable images that are skipped before training stops.", rich_help_panel=_DATA),
@@ -235,6 +265,9 @@ def train(
 
         if val_images is not None and val_data is None:
             raise ValueError(f"--val-images: expected --val-data with it, got {val_images} alone")
+        given["batch_size"] = None if batch_size is None else read_batch_size(batch_size)
+        given["time_limit"] = None if time_limit is None else read_duration(time_limit)
+        given["freeze"] = tuple(freeze or ())
         names = [f.name for f in fields(TrainConfig) if given.get(f.name) is not None]
         changes = {name: value.value if isinstance(value := given[name], Enum) else value for name in names}
         changes["autocast"] = None if autocast is Precision.FLOAT32 else autocast.value
@@ -253,53 +286,13 @@ def train(
         preprocessing = resized_preprocessing(model.metadata.preprocessing, edges)
         preprocessing = replace(preprocessing, backend="torchvision" if fast_preprocessing else "pil")
         choice = augmentation or (Augment.SMALL if preset is Preset.FINETUNE_SMALL else Augment.PAPER)
-        chosen = make_augmentation(choice, vertical_flip, quarter_turn, preprocessing)
+        chosen = make_augmentation(choice, preprocessing, vertical_flip, quarter_turn)
         options: dict[str, Any] = {"preprocessing": preprocessing, "rotated": rotated.value}
         datasets = open_datasets(*found, chosen, seed, cache, **options)
         model.metadata = datasets[0].metadata
-        result = _run(model, *datasets, config, output, resume, not no_check)
+        criterion = weighted_criterion(model, class_weights) if class_weights else None
+        if batch_size == AUTO:
+            config = with_batch_size(model, datasets[0], config, criterion, output if resume else None)
+        result = run_training(model, *datasets, config, criterion, output, resume, not no_check)
     if result is not None:
-        _show(result)
-
-
-def _run(
-    model: "DetectionTransformer",
-    train_data: "CocoData",
-    val_data: "CocoData | None",
-    config: TrainConfig,
-    output: Path,
-    resume: bool,
-    check: bool,
-) -> "TrainResult | None":
-    """Train; return the result in the first process, None in the others."""
-    from torch import distributed
-
-    from conditional_detr.training.checkpoints import LAST, STATE
-    from conditional_detr.training.loop import train
-
-    try:
-        result = train(model, train_data, val_data, config, folder=output, resume=resume, check=check)
-        first = not distributed.is_initialized() or distributed.get_rank() == 0
-        return result if first else None
-    except KeyboardInterrupt:
-        saved = (output / LAST / STATE).exists()
-        how = f"--resume continues from {output / LAST}" if saved else "there is no checkpoint yet"
-        print_line(f"interrupted; {how}")
-        raise typer.Exit(INTERRUPTED) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise OSError(f"a process that loads images ended: {error}") from error
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-
-
-def _show(result: "TrainResult") -> None:
-    """Print the results and their files."""
-    if result.stopped_early:
-        out.print("stopped early: AP has not improved within the patience", markup=False)
-    if result.best is not None:
-        out.print(f"best AP {result.best_ap:.3f}: {result.best}", markup=False, soft_wrap=True)
-    out.print(f"after {result.steps} steps: {result.last}", markup=False, soft_wrap=True)
-    out.print(f"curves: {result.folder / 'curves.png'}", markup=False, soft_wrap=True)
+        show_result(result)

@@ -19,6 +19,7 @@ class Augment(str, Enum):
 
     PAPER = "paper"
     SMALL = "small"
+    STRONG = "strong"
     NOTHING = "none"
 
 
@@ -41,7 +42,7 @@ def resized_preprocessing(present: "Preprocessing", edges: dict[str, int | None]
 
 
 def make_augmentation(
-    choice: Augment, vertical_flip: bool, quarter_turn: bool, preprocessing: "Preprocessing"
+    choice: Augment, preprocessing: "Preprocessing", vertical_flip: bool = False, quarter_turn: bool = False
 ) -> "Augmentation | None":
     """Return the augmentation of training images; None: none."""
     from conditional_detr.data.augmentation import Augmentation
@@ -49,6 +50,7 @@ def make_augmentation(
     make: dict[Augment, Callable[[], Augmentation]] = {
         Augment.PAPER: partial(Augmentation.paper, preprocessing.shortest_edge),
         Augment.SMALL: Augmentation.small,
+        Augment.STRONG: Augmentation.strong,
         Augment.NOTHING: Augmentation,
     }
     chosen = make[choice]()

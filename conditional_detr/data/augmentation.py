@@ -155,6 +155,22 @@ class Augmentation:
             hue=0.02,
         )
 
+    @classmethod
+    def strong(cls) -> "Augmentation":
+        """Return a strong augmentation for long training on few images: each image stays one scene, without mosaics.
+
+        As ``small``, with zoom down to half and up to twice the size, more stretch and more change of colour.
+        """
+        return cls(
+            horizontal_flip=0.5,
+            zoom=(0.5, 2.0),
+            stretch=1.5,
+            brightness=0.4,
+            contrast=0.4,
+            saturation=0.5,
+            hue=0.05,
+        )
+
     def __call__(self, scene: Scene, preprocessing: Preprocessing, generator: torch.Generator) -> Scene:
         """Augment and resize an image with its boxes.
 

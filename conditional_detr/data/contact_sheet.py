@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.ops import box_convert
 
 from conditional_detr.data.coco import Annotations
+from conditional_detr.data.dataset import CocoData
 from conditional_detr.data.json_values import Id
 from conditional_detr.inference.drawing import draw_boxes
 from conditional_detr.inference.images import open_image, to_pil
@@ -47,6 +49,53 @@ def draw_sheet(data: Annotations, images: str | Path, *, count: int = 20, seed: 
     if not cells:
         raise ValueError(f"{images}: expected images, got none that can be read")
     return _arrange(cells)
+
+
+def draw_augmented(data: CocoData, *, count: int = 5) -> Image.Image:
+    """Draw some images of a dataset as training augments them, a row an image, with the boxes that are kept.
+
+    Args:
+        data: the dataset, with its augmentation and seed.
+        count: the maximum number of images. Every class is in one of them if the number suffices. Images that cannot
+            be read are skipped.
+
+    Returns:
+        An RGB image, whose columns are epochs.
+
+    Raises:
+        ValueError: no image can be read.
+    """
+    index_of = {image_id: index for index, image_id in enumerate(data.annotations.images)}
+    rows: list[list[tuple[str, Image.Image]]] = []
+    for image_id in _random_order(data.annotations, data.seed):
+        index = index_of[image_id]
+        row: list[tuple[str, Image.Image]] = []
+        try:
+            for epoch in range(COLUMNS):
+                data.set_epoch(epoch)
+                row.append((Path(data.describe(index)).name, _draw_sample(data, index)))
+        except (OSError, ValueError):
+            continue
+        rows.append(row)
+        if len(rows) == count:
+            break
+    if not rows:
+        raise ValueError(f"{data.images}: expected images, got none that can be read")
+    return _arrange([cell for row in rows for cell in row])
+
+
+def _draw_sample(data: CocoData, index: int) -> Image.Image:
+    """Draw a sample with its boxes at the size of a cell."""
+    pixels, target = data[index]
+    mean, std = (pixels.new_tensor(part)[:, None, None] for part in (data.preprocessing.mean, data.preprocessing.std))
+    colours = ((pixels * std + mean).clamp(0, 1) * 255).round().byte()
+    image = Image.fromarray(colours.permute(1, 2, 0).numpy())
+    scale = min(CELL_SIZE[0] / image.width, CELL_SIZE[1] / image.height)
+    image = image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)))
+    sides = target["boxes"].new_tensor([image.width, image.height] * 2)
+    boxes = (box_convert(target["boxes"], "cxcywh", "xyxy") * sides).tolist()
+    labels = target["labels"].tolist()
+    return draw_boxes(image, boxes, labels, [str(data.class_names[label]) for label in labels], None)
 
 
 def _random_order(data: Annotations, seed: int) -> list[Id]:

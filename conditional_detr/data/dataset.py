@@ -125,6 +125,11 @@ class CocoData(Dataset[Sample]):
         """The metadata of a model that trains on this dataset."""
         return Metadata(self.class_names, self.category_ids, self.preprocessing)
 
+    @property
+    def image_labels(self) -> list[Tensor]:
+        """The labels (T,) of each sample."""
+        return [self._labels[image_id] for image_id in self._image_ids]
+
     def set_epoch(self, epoch: int) -> None:
         """Use the augmentations of an epoch, also in running workers.
 
@@ -235,14 +240,16 @@ def batches(
     seed: int,
     epoch: int,
     shuffle: bool = True,
+    probabilities: np.ndarray | None = None,
     rank: int = 0,
     processes: int = 1,
 ) -> list[list[int]]:
     """Return the batches of an epoch for one process, as lists of sample indices.
 
     In each step, all processes together use the samples that one process would use with ``processes`` times the batch
-    size. Every sample is used once, and all processes have the same number of batches. The batches of one step may be
-    smaller. Only if that step has fewer samples than processes, some samples may be used twice.
+    size. Every sample is used once, unless they have probabilities, and all processes have the same number of batches.
+    The batches of one step may be smaller. Only if that step has fewer samples than processes, some samples may be
+    used twice.
 
     Args:
         data: the dataset. If it has ``shapes``, (height, width) of each sample, and is shuffled, samples of one shape
@@ -251,6 +258,8 @@ def batches(
         seed: another seed gives another order; so does another epoch.
         epoch: see seed.
         shuffle: False: keep the dataset's order.
+        probabilities: of each sample, (len(data),): draw as many samples as the dataset has, with replacement, instead
+            of each one once.
         rank: the index of the process.
         processes: the number of processes.
 
@@ -266,6 +275,8 @@ def batches(
     generator = np.random.default_rng((seed, epoch))
     size = batch_size * processes
     order = generator.permutation(len(data)).tolist() if shuffle else list(range(len(data)))
+    if probabilities is not None:
+        order = generator.choice(len(data), size=len(data), p=probabilities).tolist()
     shapes = getattr(data, "shapes", None) if shuffle else None
     steps = _steps(order, shapes, size)
     if shuffle:

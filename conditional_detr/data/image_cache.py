@@ -26,13 +26,14 @@ from torch import Tensor
 from conditional_detr.data.image_check import cache_folder
 from conditional_detr.inference.sources import source_state
 from conditional_detr.system.atomic_files import remove_unfinished, write_atomically
+from conditional_detr.system.memory import free_memory, readable_bytes
 
 Cache: TypeAlias = Literal["ram", "disk"]
 """Where decoded images are kept: in memory that all workers of a process share, or in the user's cache folder."""
 
 _SHARE = 0.8  # of the free memory or disk space that a cache may take: other programs and checkpoints need some
 _PIL, _TENSOR, _PLANES = 1, 2, 3  # (H, W, 3) of a PIL image, or of a tensor whose channels come last; (3, H, W)
-_SHARED_MEMORY, _CGROUPS = Path("/dev/shm"), Path("/sys/fs/cgroup")
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 class ImageCache(ABC):
@@ -87,7 +88,7 @@ class MemoryCache(ImageCache):
         self._values = torch.empty(total, dtype=torch.uint8, device="cpu").share_memory_()
 
     def __str__(self) -> str:
-        return f"cache: {len(self._sizes):,} images, {_readable(len(self._values))} in memory"
+        return f"cache: {len(self._sizes):,} images, {readable_bytes(len(self._values))} in memory"
 
     def _state(self, index: int) -> list[object]:
         return []
@@ -134,7 +135,7 @@ class DiskCache(ImageCache):
         self._intact: set[int] = set()  # whose checksum this process has compared
 
     def __str__(self) -> str:
-        return f"cache: {len(self._paths):,} images, {_readable(self._total)} in {self._folder}"
+        return f"cache: {len(self._paths):,} images, {readable_bytes(self._total)} in {self._folder}"
 
     def _file(self, index: int) -> Path:
         name = f"{os.path.abspath(self._paths[index])}\n{self._backend}"  # noqa: PTH100  # Path keeps ".."
@@ -211,28 +212,14 @@ def _check_space(images: int, needed: int, free: float, where: str, instead: str
     """Raise ValueError if images need more bytes than a part of those that are free."""
     if needed > _SHARE * free:
         raise ValueError(
-            f"cache: expected at most {_readable(_SHARE * free)}, {_SHARE:.0%} of the free {where},"
-            f" got {images:,} images of {_readable(needed)}; use {instead}"
+            f"cache: expected at most {readable_bytes(_SHARE * free)}, {_SHARE:.0%} of the free {where},"
+            f" got {images:,} images of {readable_bytes(needed)}; use {instead}"
         )
 
 
 def _free_memory() -> float:
     """Return the bytes of shared memory that this process may take; infinity where the system does not tell it."""
-    found = [math.inf]
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))))
-        found.append(shutil.disk_usage(_SHARED_MEMORY).free)  # in containers often 64 MB
-    with suppress(OSError, IndexError):
-        group = _CGROUPS / Path("/proc/self/cgroup").read_text().split("::")[1].split("\n")[0].lstrip("/")
-        for folder in (group, *group.parents):
-            with suppress(OSError, ValueError, KeyError):  # no limit is "max"
-                limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                found.append(limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))
-    return min(found)
-
-
-def _readable(count: float) -> str:
-    """Return a number of bytes in MB or GB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    shared = math.inf
+    with suppress(OSError):
+        shared = shutil.disk_usage(_SHARED_MEMORY).free  # in containers often 64 MB
+    return min(shared, free_memory())

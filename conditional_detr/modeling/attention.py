@@ -43,6 +43,7 @@ def attend(
     heads: int,
     *,
     padding: Tensor | None = None,
+    hidden: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Compute softmax(q kᵀ / √d) v in every head.
@@ -53,12 +54,15 @@ def attend(
         value: (B, S, M·d_v); d_v may differ from d.
         heads: M.
         padding: (B, S) bool, True = no query attends to this key; None: all keys are visible.
+        hidden: (N, S) or (B, N, S) bool, True = this query does not attend to this key; instead of padding.
         dropout: rate on the attention weights.
 
     Returns:
         (B, N, M·d_v).
     """
     visible = None if padding is None else ~padding[:, None, None, :]  # (B, 1, 1, S)
+    if hidden is not None:
+        visible = ~hidden.unsqueeze(-3)  # (1, N, S) or (B, 1, N, S)
     q, k, v = (split_heads(x, heads) for x in (query, key, value))
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
     return attended.transpose(1, 2).flatten(2)

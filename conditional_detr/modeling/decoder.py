@@ -28,11 +28,14 @@ class SelfAttention(nn.Module):
         self.value = Linear(width, width)
         self.output = Linear(width, width, zero_bias=True)
 
-    def forward(self, c: Tensor, o_q: Tensor) -> Tensor:
-        """Attend from the queries' content c (B, N, D), with positions o_q (B, N, D), to each other: (B, N, D)."""
+    def forward(self, c: Tensor, o_q: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Attend from the queries' content c (B, N, D), with positions o_q (B, N, D), to each other: (B, N, D).
+
+        ``hidden`` is (N, N) or (B, N, N) bool, True = this query does not attend to that one; None: to all.
+        """
         q, k, v = self.project(c, o_q)
         dropout = self.dropout if self.training else 0.0
-        return self.output(attend(q, k, v, self.heads, dropout=dropout))
+        return self.output(attend(q, k, v, self.heads, hidden=hidden, dropout=dropout))
 
     def project(self, c: Tensor, o_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return projected queries, keys and values, each (B, N, D)."""
@@ -137,7 +140,15 @@ class Decoder(nn.Module):
         self.transformation = MLP(width, width, width, depth=2, linear=Linear)
 
     def forward(
-        self, o_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None = None
+        self,
+        o_q: Tensor,
+        memory: Tensor,
+        p_k: Tensor,
+        padding: Tensor | None = None,
+        *,
+        content: Tensor | None = None,
+        points: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Apply all decoder layers to the object queries.
 
@@ -146,26 +157,38 @@ class Decoder(nn.Module):
             memory: (B, S, D), the encoder's output.
             p_k: (B, S, D), position encoding of the keys.
             padding: (B, S) bool, True = padded; None: nothing is padded.
+            content: (B, N, D), the states before the first layer; None: zero, as in the paper.
+            points: (B, N, 2) x y in [0, 1], sigmoid(s); None: predicted from o_q, as in the paper.
+            hidden: (N, N) or (B, N, N) bool, True = this query does not attend to that one; None: to all.
 
         Returns:
             f: (L, B, N, D), normalised states of every layer.
             s: (B, N, 2), reference points x y before the sigmoid.
         """
-        points, p_s = self.points(o_q)
-        f = torch.stack(self.run(o_q, p_s, memory, p_k, padding)[1:])  # (L, B, N, D)
+        points, p_s = self.points(o_q, points)
+        f = torch.stack(self.run(o_q, p_s, memory, p_k, padding, content, hidden)[1:])  # (L, B, N, D)
         return self.norm(f), inverse_sigmoid(points)
 
-    def points(self, o_q: Tensor) -> tuple[Tensor, Tensor]:
+    def points(self, o_q: Tensor, points: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return sigmoid(s), s = FFN(o_q): (B, N, 2) x y in [0, 1]; and p_s = sine(sigmoid(s)): (B, N, D)."""
-        points = at_least_float32(self.reference_point(o_q)).sigmoid()
+        points = at_least_float32(self.reference_point(o_q)).sigmoid() if points is None else at_least_float32(points)
         return points, sine_of_points(points, o_q.shape[-1]).to(o_q.dtype)
 
-    def run(self, o_q: Tensor, p_s: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None) -> list[Tensor]:
+    def run(
+        self,
+        o_q: Tensor,
+        p_s: Tensor,
+        memory: Tensor,
+        p_k: Tensor,
+        padding: Tensor | None,
+        content: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> list[Tensor]:
         """Return the states before the first layer and after each layer, not normalised: L + 1 times (B, N, D)."""
-        states = [torch.zeros_like(o_q)]
+        states = [torch.zeros_like(o_q) if content is None else content]
         for i, layer in enumerate(self.layers):
             p_q = self.spatial_query(i, states[-1], p_s)
-            states.append(layer(states[-1], o_q, p_q, memory, p_k, padding))
+            states.append(layer(states[-1], o_q, p_q, memory, p_k, padding, hidden=hidden))
         return states
 
     def spatial_query(self, layer: int, f: Tensor, p_s: Tensor) -> Tensor:

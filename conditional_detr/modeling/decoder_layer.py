@@ -30,14 +30,18 @@ class DecoderLayer(nn.Module):
         self.feedforward_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, f: Tensor, o_q: Tensor, *cross: Tensor | None) -> Tensor:
-        """Return the next decoder states (B, N, D) from f (B, N, D); ``cross``: other inputs of cross-attention."""
-        c = self.self_attend(f, o_q)
+    def forward(self, f: Tensor, o_q: Tensor, *cross: Tensor | None, hidden: Tensor | None = None) -> Tensor:
+        """Return the next decoder states (B, N, D) from f (B, N, D).
+
+        ``cross`` are other inputs of cross-attention; ``hidden`` is the mask of an attention that takes one.
+        """
+        c = self.self_attend(f, o_q, hidden)
         return self.update(c, self.cross_attention(c, o_q, *cross))
 
-    def self_attend(self, f: Tensor, o_q: Tensor) -> Tensor:
+    def self_attend(self, f: Tensor, o_q: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Return the content c (B, N, D) for cross-attention: self-attention with residual addition and norm."""
-        return self.self_attention_norm(f + self.dropout(self.self_attention(f, o_q)))
+        mask = () if hidden is None else (hidden,)
+        return self.self_attention_norm(f + self.dropout(self.self_attention(f, o_q, *mask)))
 
     def update(self, c: Tensor, attended: Tensor) -> Tensor:
         """Return the next states: add the cross-attention's output and the feed-forward network's, each with norm."""

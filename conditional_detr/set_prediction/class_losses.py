@@ -5,7 +5,7 @@ A loss and its matcher have one of these parts: :class:`FocalLoss` for independe
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -69,6 +69,7 @@ class FocalLoss:
     Attributes:
         alpha: α, the weight of "this class" against "not this class".
         gamma: γ, the exponent.
+        class_weights: a factor of each class's loss, of both of its terms; None: 1 for all.
 
     Raises:
         TypeError: a coefficient is not a number.
@@ -77,10 +78,12 @@ class FocalLoss:
 
     alpha: float = 0.25
     gamma: float = 2.0
+    class_weights: tuple[float, ...] | None = field(default=None, repr=False)
     least: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        check_coefficients({field.name: getattr(self, field.name) for field in fields(self)})
+        check_coefficients({"alpha": self.alpha, "gamma": self.gamma})
+        _check_class_weights(self.class_weights)
 
     def num_classes(self, rows: int) -> int:
         """Return the number of rows."""
@@ -99,7 +102,7 @@ class FocalLoss:
 
     def sums(self, logits: Tensor, matched: tuple[Tensor, ...]) -> Tensor:
         """Sum over queries and classes: (L,)."""
-        return _FocalSum.apply(logits, matched, self.alpha, self.gamma)
+        return _FocalSum.apply(logits, matched, self.alpha, self.gamma, _weights(self.class_weights, logits))
 
     def normaliser(self, boxes: int, matched: int, queries: int) -> float:
         """Return the number of boxes."""
@@ -114,6 +117,8 @@ class SoftmaxLoss:
 
     Attributes:
         no_object: weight of the queries whose target is "no object"; the others have weight 1.
+        class_weights: a factor of the loss of queries whose target is of a class; None: 1 for all. The
+            divisor of the weighted mean is that of weights of 1.
 
     Raises:
         TypeError: the weight is not a number.
@@ -121,10 +126,12 @@ class SoftmaxLoss:
     """
 
     no_object: float = 0.1
+    class_weights: tuple[float, ...] | None = field(default=None, repr=False)
     least: ClassVar[float] = 1e-6  # reached only if all weights are 0, and so is the sum
 
     def __post_init__(self) -> None:
         check_coefficients({"no_object": self.no_object})
+        _check_class_weights(self.class_weights)
 
     def num_classes(self, rows: int) -> int:
         """Return the number of rows without that of "no object"."""
@@ -136,7 +143,7 @@ class SoftmaxLoss:
 
     def sums(self, logits: Tensor, matched: tuple[Tensor, ...]) -> Tensor:
         """Sum the weighted cross-entropy over queries: (L,)."""
-        return _SoftmaxSum.apply(logits, matched, self.no_object)
+        return _SoftmaxSum.apply(logits, matched, self.no_object, _weights(self.class_weights, logits[..., 1:]))
 
     def normaliser(self, boxes: int, matched: int, queries: int) -> float:
         """Return the sum of the weights of all queries."""
@@ -152,6 +159,28 @@ def check_coefficients(coefficients: dict[str, Any]) -> None:
             raise ValueError(f"{name}: expected {'0..1' if name == 'alpha' else 'at least 0'}, got {value}")
 
 
+def _check_class_weights(weights: Any) -> None:
+    """Raise TypeError or ValueError unless weights are None or a tuple of numbers of at least 0."""
+    if weights is None:
+        return
+    if not isinstance(weights, tuple):
+        raise TypeError(f"class_weights: expected a tuple of numbers, one per class, got {weights!r}")
+    check_coefficients({f"class_weights[{i}]": weight for i, weight in enumerate(weights)})
+
+
+def _weights(weights: tuple[float, ...] | None, logits: Tensor) -> Tensor | None:
+    """Return the weights of the classes as a tensor (C,); logits: (..., C), of the classes alone.
+
+    Raises:
+        ValueError: there are more or fewer weights than classes.
+    """
+    if weights is None:
+        return None
+    if len(weights) != logits.shape[-1]:
+        raise ValueError(f"class_weights: expected {logits.shape[-1]}, one per class, got {len(weights)}")
+    return logits.new_tensor(weights)
+
+
 class _FocalSum(torch.autograd.Function):
     """Compute value and derivative together, because they share their factors.
 
@@ -160,19 +189,23 @@ class _FocalSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matched: tuple[Tensor, ...], alpha: float, gamma: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, matched: tuple[Tensor, ...], alpha: float, gamma: float, weights: Tensor | None
+    ) -> Tensor:
         """Sum (L, ...) to (L,)."""
         value, derivative = _negative_term(x, 1 - alpha, gamma)
         value[matched], negated = _negative_term(x[matched].neg(), alpha, gamma)  # the positive term, at -x
         derivative[matched] = -negated
+        if weights is not None:
+            value, derivative = value.mul_(weights), derivative.mul_(weights)
         ctx.save_for_backward(derivative)
         return value.flatten(1).sum(1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Multiply the derivative (L, ...) by the gradient (L,)."""
-        return _chain(ctx.saved_tensors[0], gradient), None, None, None
+        return _chain(ctx.saved_tensors[0], gradient), None, None, None, None
 
 
 class _SoftmaxSum(torch.autograd.Function):
@@ -182,26 +215,27 @@ class _SoftmaxSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matched: tuple[Tensor, ...], no_object: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matched: tuple[Tensor, ...], no_object: float, weights: Tensor | None) -> Tensor:
         """Sum (L, B, N, C + 1) to (L,)."""
         queries, labels = matched[:-1], matched[-1]
         p = x.softmax(-1)
         normaliser = x.amax(-1) - p.amax(-1).log()  # log Σ exp(x): the largest p is never near 0
         value = (normaliser - x[..., -1]).mul_(no_object)
-        value[queries] = normaliser[queries] - x[matched]
+        of_class = 1.0 if weights is None else weights[labels]
+        value[queries] = (normaliser[queries] - x[matched]) * of_class
         of_matched, label = p[queries], labels[..., None]  # (L, K, C + 1), (L, K, 1)
         of_matched.scatter_(-1, label, of_matched.gather(-1, label) - 1)
         derivative = p.mul_(no_object)
         derivative[..., -1] -= no_object
-        derivative[queries] = of_matched
+        derivative[queries] = of_matched if weights is None else of_matched * weights[label]
         ctx.save_for_backward(derivative)
         return value.flatten(1).sum(1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         """Multiply the derivative (L, ...) by the gradient (L,)."""
-        return _chain(ctx.saved_tensors[0], gradient), None, None
+        return _chain(ctx.saved_tensors[0], gradient), None, None, None
 
 
 def _chain(derivative: Tensor, gradient: Tensor) -> Tensor:

@@ -12,7 +12,13 @@ from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.layers import at_least_float32
 from conditional_detr.set_prediction.boxes import generalized_iou
 from conditional_detr.set_prediction.class_losses import ClassLoss, FocalLoss, check_coefficients
-from conditional_detr.set_prediction.matcher import HungarianMatcher, Matches, check_predictions
+from conditional_detr.set_prediction.matcher import (
+    HungarianMatcher,
+    Matcher,
+    Matches,
+    check_matches,
+    check_predictions,
+)
 from conditional_detr.set_prediction.targets import JoinedTargets, Target, copy_to_device, validate_targets
 
 
@@ -40,12 +46,13 @@ class SetLoss:
         l1_weight: weight of the L1 loss in the total.
         giou_weight: weight of the GIoU loss in the total.
         class_loss: the class loss, of the kind that the network's class scores need.
-        matcher: matches queries with targets; its class loss must be for the same rows of the class head.
+        matcher: matches queries with targets: a HungarianMatcher, whose class loss must be for the same rows of the
+            class head, or any :class:`~conditional_detr.set_prediction.matcher.Matcher`.
         normalisers: divisors of a larger batch, from :meth:`normalisers_of`, so that the losses of its parts add up;
             None: those of each batch.
 
     Raises:
-        TypeError: a weight is not a number, or the matcher is not a HungarianMatcher.
+        TypeError: a weight is not a number, or the matcher has no ``match``.
         ValueError: a weight is negative or not finite, or the matcher's class loss is of another kind.
     """
 
@@ -53,13 +60,16 @@ class SetLoss:
     l1_weight: float = 5.0
     giou_weight: float = 2.0
     class_loss: ClassLoss = field(default_factory=FocalLoss)
-    matcher: HungarianMatcher = field(default_factory=HungarianMatcher)
+    matcher: Matcher = field(default_factory=HungarianMatcher)
     normalisers: Normalisers | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.matcher, HungarianMatcher):
-            raise TypeError(f"matcher: expected a HungarianMatcher, got {type(self.matcher).__name__}")
+        if not callable(getattr(self.matcher, "match", None)):
+            got = type(self.matcher).__name__
+            raise TypeError(f"matcher: expected a HungarianMatcher, or an object with match(), got {got}")
         check_coefficients({name: getattr(self, name) for name in ("class_weight", "l1_weight", "giou_weight")})
+        if not isinstance(self.matcher, HungarianMatcher):
+            return
         if self.class_loss.num_classes(2) != self.matcher.class_loss.num_classes(2):
             kind, other = type(self.class_loss).__name__, type(self.matcher.class_loss).__name__
             raise ValueError(f"matcher: expected one with the class loss {kind}, got {other}")
@@ -104,7 +114,7 @@ class SetLoss:
         with torch.autocast(logits.device.type, enabled=False):
             logits, boxes = at_least_float32(logits), at_least_float32(boxes)
             divisors = self.normalisers or self.normalisers_of(joined.counts, logits.shape[2], logits.device)
-            matches = self.matcher.match(logits, boxes, joined)
+            matches = self._match(logits, boxes, joined)
             sums = self._sums(logits, boxes, joined, matches)
             losses = {
                 name: x / (divisors.of_classes if name == "class" else divisors.boxes) for name, x in sums.items()
@@ -124,6 +134,14 @@ class SetLoss:
         matched = sum(min(count, num_queries) for count in counts)
         amounts = (self.class_loss.normaliser(sum(counts), matched, num_queries * len(counts)), float(sum(counts)))
         return Normalisers(*mean_over_processes(amounts, (self.class_loss.least, 1.0), device))
+
+    def _match(self, logits: Tensor, boxes: Tensor, joined: JoinedTargets) -> Matches:
+        """Return the matcher's pairs; those of a matcher that is not ours are checked."""
+        with torch.no_grad():
+            matches = self.matcher.match(logits, boxes, joined)
+        if not isinstance(self.matcher, HungarianMatcher):
+            check_matches(matches, len(logits), logits.shape[2], joined)
+        return matches
 
     def _sums(self, logits: Tensor, boxes: Tensor, joined: JoinedTargets, matches: Matches) -> dict[str, Tensor]:
         """Return each loss of each layer (L,), before the division by the number of boxes."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +38,22 @@ class Matches(NamedTuple):
     queries: Tensor
     targets: Tensor
     images: Tensor
+
+
+class Matcher(Protocol):
+    """Anything that pairs queries with targets, for :class:`~conditional_detr.set_prediction.losses.SetLoss`."""
+
+    def match(self, logits: Tensor, boxes: Tensor, targets: JoinedTargets) -> Matches:
+        """Pair queries with targets, as many at each layer, without gradients.
+
+        A target may have several queries, and a query at most one target. The losses are divided by the number of
+        targets, not of pairs.
+
+        Args:
+            logits: (L, B, N, C), float32 or wider.
+            boxes: (L, B, N, 4), cx cy w h.
+            targets: the validated targets.
+        """
 
 
 @dataclass(frozen=True)
@@ -135,6 +151,23 @@ class HungarianMatcher:
         corners = box_convert(predicted, "cxcywh", "xyxy")[images]
         giou = generalized_iou(corners, box_convert(target, "cxcywh", "xyxy"))
         return self.class_cost * classes + self.l1_cost * l1 - self.giou_cost * giou
+
+
+def check_matches(matches: Matches, layers: int, num_queries: int, joined: JoinedTargets) -> None:
+    """Raise ValueError unless pairs are of queries and targets of the same images, each query in one pair at most."""
+    queries, targets, images = matches
+    if not queries.shape == targets.shape == (layers, len(images)):
+        got = f"{tuple(queries.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"matcher: expected queries and targets {(layers, len(images))}, got {got}")
+    for name, indices, count in (("queries", queries, num_queries), ("targets", targets, len(joined.labels))):
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < count:
+            got = f"{int(indices.min())}..{int(indices.max())}"
+            raise ValueError(f"matcher: expected {name} in 0..{count - 1}, got {got}")
+    if not torch.equal(joined.images[targets], images.expand_as(targets)):
+        raise ValueError("matcher: expected pairs of a query and a target of the same image, got others")
+    for layer, pairs in enumerate(images * num_queries + queries):
+        if len(pairs.unique()) < len(pairs):
+            raise ValueError(f"matcher: expected each query in at most one pair, got one in several at layer {layer}")
 
 
 def check_predictions(logits: Tensor, boxes: Tensor) -> None:

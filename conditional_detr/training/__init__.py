@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from conditional_detr.training.callbacks import Callback
     from conditional_detr.training.config import TrainConfig
     from conditional_detr.training.loop import train
-    from conditional_detr.training.run import TrainResult
+    from conditional_detr.training.result import TrainResult
 
-__all__ = ["TrainConfig", "TrainResult", "train"]
+__all__ = ["Callback", "TrainConfig", "TrainResult", "train"]
 
-_MODULES = {"TrainConfig": "config", "TrainResult": "run", "train": "loop"}
+_MODULES = {"Callback": "callbacks", "TrainConfig": "config", "TrainResult": "result", "train": "loop"}
 
 
 def __getattr__(name: str) -> Any:

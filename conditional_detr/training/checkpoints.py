@@ -23,7 +23,7 @@ from conditional_detr.checkpoints.saving import write_tensors, writers_of
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.system.atomic_files import recover
-from conditional_detr.training.record import CHANGEABLE, differences
+from conditional_detr.training.record import ADDED, CHANGEABLE, differences
 
 LAST = "last"
 BEST = "best"
@@ -44,6 +44,8 @@ class Progress:
         stale: number of evaluations since the best AP.
         history: a dict an epoch, as in :class:`~conditional_detr.training.run.TrainResult`.
         losses: loss of each completed step of the current epoch.
+        seconds: duration of the run so far.
+        ended: whether the time limit has ended the run.
         bad_images: dataset indices of the images that could not be read and were skipped, in the first process.
     """
 
@@ -54,6 +56,8 @@ class Progress:
     stale: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    ended: bool = False
     bad_images: list[int] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,6 +70,7 @@ class Progress:
         self.best, self.stale = state["best"], state["stale"]
         self.history, self.losses = list(state["history"]), list(state["losses"])
         self.bad_images = list(state.get("bad_images", ()))
+        self.seconds, self.ended = float(state.get("seconds", 0.0)), bool(state.get("ended", False))
 
     def check(self, batches: int, accumulation: int) -> None:
         """Raise ValueError unless the numbers of steps, epochs and batches agree.
@@ -131,7 +136,7 @@ def read_training_state(folder: Path, *, mmap: bool = False) -> dict[str, Any] |
         _check_form(state)
     except (AttributeError, KeyError, RecursionError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a training state of format {number}, got {error!r}") from error
-    return state
+    return {**state, "settings": {**ADDED, **state["settings"]}}
 
 
 def _check_form(state: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ SCHEDULES: tuple[str, ...] = ("step", "cosine", "constant")
 PRECISIONS: tuple[str | None, ...] = (None, "bfloat16", "float16")
 _AT_LEAST_ONE = ("epochs", "batch_size", "accumulation", "evaluate_every", "save_every", "query_groups")
 _AT_LEAST_ZERO = ("warmup", "patience", "workers", "seed", "max_bad_images")
-_NOT_NEGATIVE = ("lr", "backbone_lr", "weight_decay", "clip", "ema", "drop_at")
+_NOT_NEGATIVE = ("time_limit", "layer_decay", "lr", "backbone_lr", "weight_decay", "clip", "ema", "drop_at")
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,17 @@ class TrainConfig:
 
     Attributes:
         epochs: number of passes over the training data.
+        time_limit: seconds after which the run ends, with its last evaluation and checkpoint, instead of after
+            ``epochs``; 0: none. The schedule follows the time, so two such runs differ. A warm-up ends after a
+            tenth of the limit at the latest.
         batch_size: images a forward pass in each process. A step uses batch_size x accumulation x processes images.
         accumulation: forward and backward passes a step; their gradients are those of the joined batch.
         lr: learning rate of AdamW.
         backbone_lr: learning rate of the backbone; 0 freezes it.
+        layer_decay: in (0, 1], factor of the learning rate from each layer to the one before it. Heads train with
+            ``lr``, the last decoder layer with layer_decay x lr, and so on to the first encoder layer; the backbone's
+            last stage with ``backbone_lr``, the stage before it with layer_decay x backbone_lr. 1: equal rates.
+        freeze: names of parts that are not trained, such as ("backbone", "encoder", "decoder.layers.0").
         weight_decay: weight decay of AdamW.
         clip: maximum norm of all gradients together; 0: no limit.
         warmup: steps in which the learning rates rise linearly from 0. If that is more than half of the run's steps,
@@ -40,6 +47,8 @@ class TrainConfig:
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
         save_every: steps between checkpoints; the end of an epoch always writes one.
         workers: processes that load images; 0: the main process loads them.
+        balanced: sample the images of an epoch at random, so that every class is in equally many draws: first a class,
+            then one of its images; images without targets keep their share. False: each image once.
         seed: seed of all random numbers.
         max_bad_images: number of training images in each process that may be unreadable, and are then skipped with a
             warning. One more stops the run. With 0, two runs with the same settings always see the same images.
@@ -50,10 +59,13 @@ class TrainConfig:
     """
 
     epochs: int = 50
+    time_limit: float = 0.0
     batch_size: int = 4
     accumulation: int = 1
     lr: float = 1e-4
     backbone_lr: float = 1e-5
+    layer_decay: float = 1.0
+    freeze: tuple[str, ...] = ()
     weight_decay: float = 1e-4
     clip: float = 0.1
     warmup: int = 0
@@ -67,6 +79,7 @@ class TrainConfig:
     evaluate_every: int = 1
     save_every: int = 500
     workers: int = 2
+    balanced: bool = False
     seed: int = 0
     max_bad_images: int = 0
 
@@ -78,8 +91,13 @@ class TrainConfig:
                 raise TypeError(f"{name}: expected {'an int' if name in whole else 'a number'}, got {value!r}")
             if not minimum <= value < math.inf:
                 raise ValueError(f"{name}: expected at least {minimum}, got {value}")
-        if not isinstance(self.gradient_checkpointing, bool):
-            raise TypeError(f"gradient_checkpointing: expected a bool, got {self.gradient_checkpointing!r}")
+        for name in ("gradient_checkpointing", "balanced"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+        if not isinstance(self.freeze, tuple) or not all(isinstance(part, str) for part in self.freeze):
+            raise TypeError(f"freeze: expected a tuple of names, got {self.freeze!r}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay: expected a factor above 0, at most 1, got {self.layer_decay}")
         if self.ema >= 1:
             raise ValueError(f"ema: expected a decay below 1, got {self.ema}")
         if self.drop_at > 1:

@@ -180,3 +180,8 @@ def check_criterion(model: DetectionTransformer, criterion: SetLoss) -> None:
         raise ValueError(
             f"criterion: expected a class loss for {architecture}, as SetLoss.for_model(model) has, got {kind}"
         )
+    weights, classes = getattr(criterion.class_loss, "class_weights", None), model.config.num_classes
+    if weights is not None and len(weights) != classes:
+        raise ValueError(
+            f"criterion: expected class_weights of all {classes} classes of the model, got {len(weights)}"
+        )

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +9,8 @@ from torchvision.ops import box_convert, box_iou
 
 from conditional_detr.data.dataset import Sample
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
-from conditional_detr.set_prediction.matcher import HungarianMatcher
+from conditional_detr.set_prediction.matcher import Matcher
+from conditional_detr.set_prediction.targets import validate_targets
 from conditional_detr.training.loader import SampleDataset
 from conditional_detr.training.validation import predict
 
@@ -54,7 +54,7 @@ class FirstEpochReport:
 def check_first_epoch(
     model: DetectionTransformer,
     data: SampleDataset,
-    matcher: HungarianMatcher,
+    matcher: Matcher,
     ap: float | None = None,
     bad_images: Collection[int] = frozenset(),
 ) -> FirstEpochReport:
@@ -88,14 +88,12 @@ def check_first_epoch(
     return replace(report, advice=_advice(report, ap))
 
 
-def _compare(
-    model: DetectionTransformer, sample: Sample, matcher: HungarianMatcher
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _compare(model: DetectionTransformer, sample: Sample, matcher: Matcher) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return for one image the best IoU (T,), matched IoU (T',), whether the class is right (T',), top score ()."""
     target = sample[1]
     logits, boxes = predict(model, [sample])  # (1, N, C), (1, N, 4)
-    pairs: Any = matcher(logits, boxes, [target])
-    ((queries, targets),) = pairs
+    joined = validate_targets([target], 1, model.config.num_classes)
+    (queries,), (targets,), _ = matcher.match(logits[None], boxes[None], joined)
     iou = box_iou(*(box_convert(x.float(), "cxcywh", "xyxy") for x in (boxes[0], target["boxes"])))  # (N, T)
     best = iou.max(0).values if iou.numel() else torch.zeros(0, dtype=torch.float32, device="cpu")
     scores = model.scores(logits)  # (1, N, C)

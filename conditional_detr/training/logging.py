@@ -25,11 +25,11 @@ class RunLogger:
         folder: the folder of the run.
         step: number of completed steps; log entries of later steps, which a killed process left, are removed.
         epoch: number of completed epochs.
-        total: number of steps of the whole run.
+        total: number of steps of the whole run; None: unknown.
         shown: whether to write to stderr; the bar is shown on a terminal only.
     """
 
-    def __init__(self, folder: Path, *, step: int, epoch: int, total: int, shown: bool) -> None:
+    def __init__(self, folder: Path, *, step: int, epoch: int, total: int | None, shown: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
@@ -60,12 +60,14 @@ class RunLogger:
         losses = "  ".join(f"{name} {entry[name]:.3f}" for name in ("loss", "class", "l1", "giou"))
         self._bar.update(self._task, completed=entry["step"], description=f"epoch {entry['epoch'] + 1}  {losses}")
 
-    def log_epoch(self, entry: Mapping[str, Any], *, epochs: int, best: float | None) -> None:
+    def log_epoch(self, entry: Mapping[str, Any], *, epochs: int | None, best: float | None) -> None:
         """Log an epoch and print a summary line."""
         self._write(entry, "val")
+        of = "" if epochs is None else f"/{epochs}"
         ap = f"  AP {entry['AP']:.3f}  AP50 {entry['AP50']:.3f}  best {best:.3f}" if "AP" in entry else ""
+        loss = f"  val loss {entry['val_loss']:.3f}" if "val_loss" in entry else ""
         self.report(
-            f"epoch {entry['epoch'] + 1}/{epochs}  step {entry['step']}  mean loss {entry['mean_loss']:.3f}{ap}"
+            f"epoch {entry['epoch'] + 1}{of}  step {entry['step']}  mean loss {entry['mean_loss']:.3f}{loss}{ap}"
             f"  {entry['seconds']:.0f} s, {entry['waited']:.0f} s of it waiting for images"
         )
 
@@ -79,7 +81,10 @@ class RunLogger:
         self._log.write(json.dumps(entry) + "\n")
         self._log.flush()
         for name, value in entry.items():
-            if name not in ("step", "epoch"):
+            if isinstance(value, Mapping):
+                for part, of_part in value.items():
+                    self._board.add_scalar(f"{kind}/{name}/{part}", of_part, entry["step"])
+            elif name not in ("step", "epoch"):
                 self._board.add_scalar(f"{kind}/{name}", value, entry["step"])
 
 

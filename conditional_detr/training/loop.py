@@ -5,6 +5,7 @@ and the augmentation of the images from seed and epoch. On a CPU, a resumed run 
 an uninterrupted one, to the last bit.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.system.shutdown import ShutdownRequest
 from conditional_detr.system.torch_settings import plain_torch_settings
+from conditional_detr.training.callbacks import Callback
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.consistency import check_criterion, check_modules, check_preprocessing, match_classes
 from conditional_detr.training.loader import SampleDataset
-from conditional_detr.training.optimizer import folded_batch_norm, gradient_checkpointing, linear_as_convolution
-from conditional_detr.training.run import Run, TrainResult
+from conditional_detr.training.optimizer import MakeOptimizer, training_forwards
+from conditional_detr.training.result import TrainResult
+from conditional_detr.training.run import Run
 
 
 def train(
@@ -27,6 +30,8 @@ def train(
     *,
     folder: str | Path,
     criterion: SetLoss | None = None,
+    callbacks: Sequence[Callback] = (),
+    optimizer: MakeOptimizer | None = None,
     resume: bool = False,
     check: bool = True,
     progress: bool = True,
@@ -53,6 +58,9 @@ def train(
         config: the settings; default: the paper's.
         folder: where the run writes all its files; created if missing.
         criterion: the loss; default: that of the model's paper.
+        callbacks: hooks of steps, evaluations and epochs; a resumed run needs callbacks of the same classes.
+        optimizer: returns the optimizer of parameter groups, dicts of params, lr and initial_lr, which it must keep:
+            each step sets lr to a part of initial_lr. Default: AdamW with the weight decay of ``config``.
         resume: resume from the checkpoint in the folder; without one, start a new run. The model then gets the
             weights of the checkpoint. Settings, data, preprocessing, augmentation, criterion and architecture must be
             those that the run began with, except for workers, epochs and intervals. With another number of epochs, a
@@ -90,13 +98,11 @@ def train(
     criterion = SetLoss.for_model(model) if criterion is None else criterion
     check_criterion(model, criterion)
     with plain_torch_settings(), ExitStack() as stack:
-        run = Run(model, train_data, val_data, config, folder, criterion)
+        run = Run(model, train_data, val_data, config, folder, criterion, callbacks, optimizer)
         run.prepare(resume, check, stack)
         with (
             run.logging(progress),
-            folded_batch_norm(model),
-            linear_as_convolution(model),
-            gradient_checkpointing(model, config.gradient_checkpointing),
+            training_forwards(model, config),
             ShutdownRequest() as shutdown,
         ):
             run.train_epochs(shutdown)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,35 +18,33 @@ from conditional_detr.deploy.backbone import normalised_convolutions, pads_with_
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.training.config import TrainConfig
 
-_BACKBONE = "backbone."
+MakeOptimizer: TypeAlias = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""Creates the optimizer of parameter groups, dicts of params, lr and initial_lr."""
+
 _DROP = 0.1  # factor of the learning rates after the step
+_LONGEST_WARMUP = 0.1  # part of the time limit
 
 
-def parameter_groups(
-    model: DetectionTransformer, config: TrainConfig, other_queries: nn.Embedding | None = None
-) -> list[dict[str, Any]]:
-    """Return the parameter groups of AdamW: trainable parameters of the backbone, and all others.
-
-    Args:
-        model: the model.
-        config: the settings.
-        other_queries: object queries of additional groups, see QueryGroups.
+def create_optimizer(
+    groups: list[dict[str, Any]], config: TrainConfig, make: MakeOptimizer | None
+) -> torch.optim.Optimizer:
+    """Return AdamW, or what ``make`` returns.
 
     Raises:
-        ValueError: no parameter is trainable.
+        TypeError: that is no optimizer.
+        ValueError: it has other parameters than the groups, or no ``initial_lr``, which each step scales.
     """
-    backbone: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (backbone if name.startswith(_BACKBONE) else others).append(parameter)
-    if other_queries is not None:
-        others.extend(parameter for parameter in other_queries.parameters() if parameter.requires_grad)
-    groups = [(others, config.lr), (backbone, config.backbone_lr)]
-    filled = [{"params": group, "lr": rate, "initial_lr": rate} for group, rate in groups if group]
-    if not filled:
-        raise ValueError("model: expected trainable parameters, got none with requires_grad")
-    return filled
+    if make is None:
+        return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    wanted = {id(parameter) for group in groups for parameter in group["params"]}
+    optimizer = make(groups)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected a function that returns a torch Optimizer, got {optimizer!r}")
+    if {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} != wanted:
+        raise ValueError("optimizer: expected one of all parameters of the groups, got one of others")
+    if any("initial_lr" not in group for group in optimizer.param_groups):
+        raise ValueError("optimizer: expected groups with initial_lr, as they were given, got groups without it")
+    return optimizer
 
 
 def have_equal_rates(first: TrainConfig, second: TrainConfig, steps: int, batches: int) -> bool:
@@ -69,7 +67,7 @@ def have_equal_rates(first: TrainConfig, second: TrainConfig, steps: int, batche
 
 def fit_warmup(config: TrainConfig, steps: int) -> TrainConfig:
     """Return the settings for a run of some steps: a warm-up of more than half of them becomes a tenth of them."""
-    return config if 2 * config.warmup <= steps else replace(config, warmup=math.ceil(steps / 10))
+    return config if config.time_limit or 2 * config.warmup <= steps else replace(config, warmup=math.ceil(steps / 10))
 
 
 def rate_factor(config: TrainConfig, step: int, epochs: float) -> float:
@@ -78,10 +76,13 @@ def rate_factor(config: TrainConfig, step: int, epochs: float) -> float:
     Args:
         config: the settings.
         step: number of completed steps.
-        epochs: number of completed epochs, including the fraction of the current one.
+        epochs: number of completed epochs, including the fraction of the current one; with a time limit, the part of
+            it that is used, times ``config.epochs``.
     """
     done = epochs / config.epochs
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    if config.time_limit:  # the number of steps is unknown
+        warm = min(1.0, max(warm, done / _LONGEST_WARMUP))
     if config.schedule == "cosine":
         return warm * (1 + math.cos(math.pi * min(done, 1.0))) / 2
     if config.schedule == "step" and done >= config.drop_at:
@@ -140,6 +141,14 @@ def linear_as_convolution(model: nn.Module) -> Iterator[None]:
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     with _replaced_forwards({layer: partial(_as_convolution, layer, layer.forward) for layer in layers}):
+        yield
+
+
+@contextmanager
+def training_forwards(model: DetectionTransformer, config: TrainConfig) -> Iterator[None]:
+    """Compute the forward and backward passes of training faster, or with less memory, while the context is active."""
+    checkpointing = gradient_checkpointing(model, config.gradient_checkpointing)
+    with folded_batch_norm(model), linear_as_convolution(model), checkpointing:
         yield
 
 

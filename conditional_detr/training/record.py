@@ -22,6 +22,11 @@ CHANGEABLE = (
     *("workers", "save_every", "epochs", "patience", "evaluate_every", "gradient_checkpointing", "max_bad_images"),
 )
 """Settings that may change on resume. Any other setting would change the numbers of the run."""
+ADDED: dict[str, Any] = {
+    **{"time_limit": 0.0, "layer_decay": 1.0, "freeze": (), "balanced": False, "class_weights": None},
+    **{"optimizer": "AdamW", "callbacks": []},
+}
+"""Settings that states of earlier versions do not have, with the only values that there were."""
 _DEFAULTS = {"architecture": asdict(Config()), "preprocessing": asdict(Preprocessing())}
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -32,13 +37,17 @@ def describe_run(
     val_data: SampleDataset | None,
     config: TrainConfig,
     criterion: Any,
+    *,
     processes: int,
+    optimizer: str,
+    callbacks: list[str],
 ) -> dict[str, Any]:
     """Return all that decides the numbers of a run, by name, in types that a training state can store."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     return {
         **asdict(config),
         "criterion": _text(criterion),
+        "class_weights": getattr(criterion.class_loss, "class_weights", None),
         "model": model.architecture,
         "architecture": asdict(model.config),
         "classes": list(model.metadata.class_names),
@@ -50,6 +59,8 @@ def describe_run(
         "annotations": _digest(train_data),
         "validation": None if val_data is None else _digest(val_data),
         "frozen_parameters": f"{len(frozen)} ({hashlib.sha256(repr(frozen).encode()).hexdigest()[:16]})",
+        "optimizer": optimizer,
+        "callbacks": callbacks,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 

@@ -4,8 +4,8 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.system.atomic_files import remove_unfinished
 from conditional_detr.system.shutdown import ShutdownRequest
+from conditional_detr.training.advice import advise
+from conditional_detr.training.bad_images import BadImages
+from conditional_detr.training.callbacks import Callback, Callbacks
 from conditional_detr.training.checkpoints import (
     BEST,
     LAST,
@@ -31,39 +34,17 @@ from conditional_detr.training.consistency import check_images, parts_of
 from conditional_detr.training.first_epoch import FirstEpochReport, check_first_epoch
 from conditional_detr.training.loader import BatchLoader, InputTimes, LoadedBatch, SampleDataset
 from conditional_detr.training.logging import RunLogger
-from conditional_detr.training.optimizer import fit_warmup, have_equal_rates
+from conditional_detr.training.optimizer import MakeOptimizer, fit_warmup, have_equal_rates
 from conditional_detr.training.record import describe_run
+from conditional_detr.training.result import TrainResult
 from conditional_detr.training.run_folder import check_folder, locked
+from conditional_detr.training.sampling import balanced_probabilities
 from conditional_detr.training.steps import Stepper
-from conditional_detr.training.surroundings import make_accelerator
+from conditional_detr.training.surroundings import in_first_process, make_accelerator
+from conditional_detr.training.time_limit import Clock
 from conditional_detr.training.validation import measure
 
 _UNSAVED = 60.0  # seconds since the last checkpoint after which one is written before an evaluation
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Result of a training run.
-
-    Attributes:
-        folder: the folder of the run, with ``log.jsonl``, ``curves.png``, ``tensorboard``, ``last`` and ``best``.
-        last: checkpoint of the last step, with the training state to resume from.
-        best: checkpoint with the best AP; None without validation data.
-        best_ap: AP of ``best``.
-        steps: number of completed steps.
-        history: a dict an epoch: epoch, step, mean_loss, seconds and, if it was evaluated, COCO's twelve metrics.
-        first_epoch: the check after the first epoch; None if this process did not train the first epoch.
-        stopped_early: whether training stopped because AP had not improved for ``patience`` evaluations.
-    """
-
-    folder: Path
-    last: Path
-    best: Path | None
-    best_ap: float | None
-    steps: int
-    history: tuple[dict[str, Any], ...]
-    first_epoch: FirstEpochReport | None
-    stopped_early: bool
 
 
 class Run:
@@ -77,14 +58,29 @@ class Run:
         config: TrainConfig,
         folder: Path,
         criterion: SetLoss,
+        callbacks: Sequence[Callback],
+        make_optimizer: MakeOptimizer | None,
     ) -> None:
         self.accelerator = make_accelerator()
         self.train_data, self.val_data, self.config, self.folder = train_data, val_data, config, folder
+        self.probabilities = balanced_probabilities(train_data) if config.balanced else None
         self.steps_per_epoch = math.ceil(len(self._batches(0)) / config.accumulation)
         fitted = fit_warmup(config, self.steps_per_epoch * config.epochs)
-        self.stepper = Stepper(model, fitted, criterion, self.accelerator, self._describe)
+        self.stepper = Stepper(model, fitted, criterion, self.accelerator, self._describe, make_optimizer)
         self.progress = Progress()
-        self.settings = describe_run(model, train_data, val_data, config, criterion, self.accelerator.num_processes)
+        self.clock, self.saving = Clock(config.time_limit, 0 if val_data is None else len(val_data)), 0.0
+        self.bad_images = BadImages(self.progress, config.max_bad_images, self._describe)
+        self.settings = describe_run(
+            model,
+            train_data,
+            val_data,
+            config,
+            criterion,
+            processes=self.accelerator.num_processes,
+            optimizer=type(self.stepper.optimizer).__name__,
+            callbacks=Callbacks(callbacks).names,
+        )
+        self.callbacks = Callbacks(callbacks if self.accelerator.is_main_process else ())
         self.initial_weights: str | None = None
         self.first_epoch: FirstEpochReport | None = None
         self.logger: RunLogger | None = None
@@ -108,7 +104,7 @@ class Run:
             for folder in (self.folder, self.folder / LAST, self.folder / BEST):
                 remove_unfinished(folder)
 
-        self._in_first_process(open_folder)
+        in_first_process(self.accelerator, open_folder)
         state = read_training_state(self.folder) if resume else None
         if state is None:
             self.initial_weights = self.stepper.model.weights_digest()
@@ -116,7 +112,7 @@ class Run:
             self._load(state)
         if check and not self.finished:
             limit = self.config.max_bad_images
-            self._in_first_process(lambda: check_images(self.train_data, self.val_data, limit))
+            in_first_process(self.accelerator, lambda: check_images(self.train_data, self.val_data, limit))
         self.stepper.join_processes()
 
     @contextlib.contextmanager
@@ -125,25 +121,29 @@ class Run:
         if not self.accelerator.is_main_process:
             yield
             return
-        total = self.steps_per_epoch * self.config.epochs
+        total = None if self.config.time_limit else self.steps_per_epoch * self.config.epochs
         done = {"step": self.progress.step, "epoch": self.progress.epoch}
         with RunLogger(self.folder, **done, total=total, shown=shown) as self.logger:
             for part in parts_of(self.train_data):
                 if isinstance(cache := getattr(part, "cache", None), ImageCache):
                     self._report(str(cache))
+            if not self.finished:
+                self._report("\n".join(advise(self.stepper, self.config, self.accelerator)))
             if self.stepper.config.warmup != self.config.warmup:
                 fitted, wanted = self.stepper.config.warmup, self.config.warmup
                 self._report(f"warm-up of {fitted} steps instead of {wanted}: the whole run has {total} steps")
-            yield
+            with self.callbacks.running(self.stepper.model, self.settings, self.folder):
+                yield
 
     def train_epochs(self, shutdown: ShutdownRequest) -> None:
         """Train the remaining epochs; error messages have the checkpoint to resume from."""
         if self.finished:
             why = "AP stopped improving" if self.stopped_early else f"all {self.config.epochs} epochs are done"
+            why = "its time limit is over" if self.progress.ended else why
             self._report(f"the run is finished: {why}; nothing to train")
             self._save()
         pin, parts = self.accelerator.device.type == "cuda", parts_of(self.train_data)
-        loader = BatchLoader(self.train_data, self.config, parts=parts, pin=pin, skip=self._skip_image)
+        loader = BatchLoader(self.train_data, self.config, parts=parts, pin=pin, skip=self.bad_images.skip)
         try:
             with loader:
                 while not self.finished:
@@ -162,7 +162,8 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to train."""
-        return self.progress.epoch >= self.config.epochs or self.stopped_early
+        done = not self.config.time_limit and self.progress.epoch >= self.config.epochs
+        return done or self.progress.ended or self.stopped_early
 
     @property
     def stopped_early(self) -> bool:
@@ -200,6 +201,9 @@ class Run:
         try:
             self.stepper.load_state_dict(state)
             self.progress.load_state_dict(state)
+            self.clock.before = self.progress.seconds
+            if self.accelerator.is_main_process:
+                self.callbacks.load_state_dict(state.get("callbacks", []))
             self.progress.check(count, self.config.accumulation)
             known = {field.name: before[field.name] for field in fields(TrainConfig) if field.name in before}
             old = fit_warmup(TrainConfig(**known), self.steps_per_epoch * before["epochs"])
@@ -208,7 +212,10 @@ class Run:
                 f"{self.folder / LAST}: expected the training state of this model, got {error}"
             ) from error
         steps, epochs = self.progress.step, self.config.epochs
-        if self.accelerator.is_main_process and not have_equal_rates(old, self.stepper.config, steps, count):
+        timed = bool(self.config.time_limit)  # its rates do not depend on the number of epochs
+        if self.accelerator.is_main_process and not (
+            timed or have_equal_rates(old, self.stepper.config, steps, count)
+        ):
             warnings.warn(
                 f"epochs: got {epochs}, not {before['epochs']} as before: the first {steps} steps had other learning"
                 f" rates than those of a run of {epochs} epochs, so the weights will differ from such a run's",
@@ -219,25 +226,11 @@ class Run:
             self.settings["validation"] = state["settings"].get("validation")
         self.saved_step = self.progress.step
 
-    def _in_first_process(self, function: Callable[[], None]) -> None:
-        """Call a function in the first process only; all processes raise its OSError or ValueError."""
-        errors: list[Exception | None] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                function()
-            except (OSError, ValueError) as error:
-                errors = [error]
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(errors)
-        if errors[0] is not None:
-            raise errors[0]
-
     def _batches(self, epoch: int) -> list[list[int]]:
         """Return the sample indices of each batch of an epoch, for this process."""
-        sharing = {"rank": self.accelerator.process_index, "processes": self.accelerator.num_processes}
-        return batches(self.train_data, self.config.batch_size, seed=self.config.seed, epoch=epoch, **sharing)
+        options: dict[str, Any] = {"seed": self.config.seed, "epoch": epoch, "probabilities": self.probabilities}
+        options |= {"rank": self.accelerator.process_index, "processes": self.accelerator.num_processes}
+        return batches(self.train_data, self.config.batch_size, **options)
 
     def _train_epoch(self, loader: BatchLoader, shutdown: ShutdownRequest) -> None:
         """Train the remaining steps of the current epoch."""
@@ -250,16 +243,27 @@ class Run:
     def _train_batches(self, loaded: Iterator[LoadedBatch], count: int, shutdown: ShutdownRequest) -> None:
         """Train on the remaining batches of an epoch of ``count`` batches."""
         progress = self.progress
-        while group := self._next_group(loaded):
-            epochs = progress.epoch + progress.batch / count
+        while (part := self._shared(self.clock.part)) < 1 and (group := self._next_group(loaded)):
+            began = time.monotonic()
+            epochs = part * self.config.epochs if self.config.time_limit else progress.epoch + progress.batch / count
             numbers = self.stepper.train_step(group, step=progress.step, epochs=epochs)
             progress.step, progress.batch = progress.step + 1, progress.batch + len(group)
             progress.losses.append(numbers["loss"])
+            self.clock.add_step(sum(len(indices) for indices, _ in group), time.monotonic() - began)
             if self.logger is not None:
-                self.logger.log_step({"step": progress.step, "epoch": progress.epoch, **numbers})
+                entry = {"step": progress.step, "epoch": progress.epoch, **numbers}
+                self.logger.log_step(entry)
+                self.callbacks.step(entry)
             if progress.step % self.config.save_every == 0:
                 self._save()
             self._stop_if_requested(shutdown)
+
+    def _shared(self, value: float) -> float:
+        """Return the mean of the processes' values, each of its own clock, so that all decide alike."""
+        if not self.config.time_limit or self.accelerator.num_processes == 1:
+            return value
+        values = torch.tensor(value, dtype=torch.float32, device=self.accelerator.device)
+        return float(self.accelerator.reduce(values, reduction="mean"))
 
     def _next_group(self, loaded: Iterator[LoadedBatch]) -> list[LoadedBatch]:
         """Return the batches of the next step, and record the time of waiting for them."""
@@ -267,20 +271,6 @@ class Run:
         group = list(islice(loaded, self.config.accumulation))
         self.input.waiting += time.monotonic() - began
         return group
-
-    def _skip_image(self, index: int, error: Exception) -> None:
-        """Count an image that cannot be read, and warn of it; raise its error if there are too many."""
-        bad, limit = self.progress.bad_images, self.config.max_bad_images
-        if index in bad:
-            return
-        bad.append(index)
-        if len(bad) > limit:
-            raise (OSError if isinstance(error, OSError) else ValueError)(
-                f"{error}; expected at most {limit} such images (max_bad_images), got {len(bad)}"
-            )
-        warnings.warn(
-            f"{error}; skipped {self._describe(index)}, {len(bad)} of at most {limit} such images", stacklevel=3
-        )
 
     def _stop_if_requested(self, shutdown: ShutdownRequest) -> None:
         """Save and raise KeyboardInterrupt in all processes if any of them has a shutdown request."""
@@ -306,17 +296,21 @@ class Run:
             warnings.warn(slow, stacklevel=3)
         entry: dict[str, Any] = {"step": progress.step, "epoch": number}
         entry["mean_loss"] = math.fsum(progress.losses) / max(len(progress.losses), 1)
-        evaluate = (number + 1) % self.config.evaluate_every == 0 or number + 1 == self.config.epochs
+        began, ended = time.monotonic(), self._shared(self.clock.part) >= 1
+        last = ended if self.config.time_limit else number + 1 == self.config.epochs
+        evaluate = (number + 1) % self.config.evaluate_every == 0 and self._shared(self.clock.evaluates) > 0.5
+        evaluate = evaluate or last
         better = False
         if self.val_data is not None and evaluate:
             if time.monotonic() - self.saved_at > _UNSAVED:
                 self._save()
-            entry |= measure(self.stepper.eval_model, self.val_data, self.config.batch_size)
+            entry |= measure(self.stepper.eval_model, self.val_data, self.config.batch_size, self.stepper.criterion)
+            entry |= self.callbacks.metrics(self.stepper.eval_model, self.val_data, entry)
             better = progress.best is None or entry["AP"] > progress.best
             progress.best, progress.stale = (entry["AP"], 0) if better else (progress.best, progress.stale + 1)
         entry["seconds"] = time.monotonic() - self.epoch_began
         progress.history.append(entry)
-        self._share_bad_images()
+        self.bad_images.share(self.accelerator)
         if number == 0 and self.accelerator.is_main_process:
             matcher = self.stepper.criterion.matcher
             self.first_epoch = check_first_epoch(
@@ -325,27 +319,29 @@ class Run:
             self._report(str(self.first_epoch))
         if self.logger is not None:
             speed = {"images_per_second_loaded": self.input.rate(self.config.workers), "waited": self.input.waiting}
-            self.logger.log_epoch({**entry, **speed}, epochs=self.config.epochs, best=progress.best)
-        progress.epoch, progress.batch, progress.losses = number + 1, 0, []
+            epochs = None if self.config.time_limit else self.config.epochs
+            self.logger.log_epoch({**entry, **speed}, epochs=epochs, best=progress.best)
+            self.callbacks.epoch(self.stepper.eval_model, entry)
+        if not ended:
+            progress.epoch, progress.batch, progress.losses = number + 1, 0, []
+        if evaluate:
+            self.clock.add_closing(time.monotonic() - began + self.saving)
+            progress.ended = self._shared(self.clock.part) >= 1
         if better and self.accelerator.is_main_process:
             save_checkpoint(self.stepper.eval_model, self.folder / BEST)
         self._save()
 
-    def _share_bad_images(self) -> None:
-        """Merge the skipped images of all processes."""
-        if self.config.max_bad_images and self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            self.progress.bad_images = sorted(set(gather_object(self.progress.bad_images)))
-
     def _save(self) -> None:
         """Write the last checkpoint, in the first process only."""
+        began, self.progress.seconds = time.monotonic(), self.clock.seconds
         if self.accelerator.is_main_process:
             state = self.stepper.state_dict() | self.progress.state_dict()
             state |= {"settings": self.settings, "initial_weights": self.initial_weights}
+            state["callbacks"] = self.callbacks.state_dict()
             state["category_ids"] = list(self.stepper.model.metadata.category_ids)
             save_checkpoint(self.stepper.eval_model, self.folder / LAST, state)
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
+        self.saving = self.saved_at - began
 
     def _report(self, text: str) -> None:
         if self.logger is not None:

@@ -14,7 +14,13 @@ from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.set_prediction.losses import Normalisers, SetLoss
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.loader import Batch
-from conditional_detr.training.optimizer import moving_average, parameter_groups, rate_factor
+from conditional_detr.training.optimizer import (
+    MakeOptimizer,
+    create_optimizer,
+    moving_average,
+    rate_factor,
+)
+from conditional_detr.training.parts import freeze, parameter_groups
 from conditional_detr.training.query_groups import QueryGroups
 
 MicroBatches: TypeAlias = Sequence[tuple[list[int], Batch]]
@@ -32,12 +38,13 @@ class Stepper:
         criterion: the loss.
         accelerator: accelerate's, which synchronises the processes.
         describe: returns a description of an image by its dataset index, for error messages.
+        make_optimizer: returns the optimizer of parameter groups; None: AdamW.
 
     Attributes:
         model: the model.
         grouped: the model with its additional query groups; None if there is one group.
         average: the moving average of the weights; None if the configuration has none.
-        optimizer: AdamW.
+        optimizer: updates the weights.
         scaler: scales the gradients of float16; disabled in other precisions.
     """
 
@@ -48,19 +55,21 @@ class Stepper:
         criterion: SetLoss,
         accelerator: Any,
         describe: Callable[[int], str],
+        make_optimizer: MakeOptimizer | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
         self.model, self.config, self.criterion, self.describe = model, config, criterion, describe
         if config.backbone_lr == 0:
             model.backbone.requires_grad_(False)
+        freeze(model, config.freeze)
         model.train().to(self.device)
         model.backbone.to(memory_format=torch.channels_last)  # convolutions are faster in it
         groups = config.query_groups
         self.grouped = QueryGroups(model, groups, config.seed).to(self.device) if groups > 1 else None
         self.average = moving_average(model, config.ema) if config.ema else None
         trained = parameter_groups(model, config, None if self.grouped is None else self.grouped.others)
-        self.optimizer = torch.optim.AdamW(trained, weight_decay=config.weight_decay)
+        self.optimizer = create_optimizer(trained, config, make_optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.autocast == "float16")
         self._wrapped: Any = None
 
@@ -95,7 +104,7 @@ class Stepper:
             raise ValueError(
                 f"the optimizer's state of {len(self.optimizer.state)} parameters, not {state['moments']}"
             )
-        for parameter, values in self.optimizer.state.items():
+        for parameter, values in self.optimizer.state.items() if type(self.optimizer) is torch.optim.AdamW else ():
             expected = {"step": (), "exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}  # AdamW's
             got = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in values.items()}
             if got != expected:

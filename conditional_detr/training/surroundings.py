@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -32,6 +33,22 @@ def make_accelerator() -> Any:
                 f"{name}: expected no such variable, got {os.environ[name]!r}; each process trains the whole model"
             )
     return Accelerator(mixed_precision="no", dynamo_backend="no")
+
+
+def in_first_process(accelerator: Any, function: Callable[[], None]) -> None:
+    """Call a function in the first process only; all processes raise its OSError or ValueError."""
+    errors: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            function()
+        except (OSError, ValueError) as error:
+            errors = [error]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(errors)
+    if errors[0] is not None:
+        raise errors[0]
 
 
 def import_matplotlib() -> None:

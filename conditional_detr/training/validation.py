@@ -1,6 +1,7 @@
-"""AP of a model during training, on a dataset in COCO's format or on any other map-style dataset."""
+"""AP and loss of a model during training, on a dataset in COCO's format or on any other map-style dataset."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,16 +9,17 @@ from torch import Tensor, distributed
 from torchvision.ops import box_convert
 
 from conditional_detr.data.dataset import Sample, batches, collate
-from conditional_detr.evaluation.coco import MAX_DETECTIONS, evaluate, evaluate_detections
+from conditional_detr.evaluation.coco import MAX_DETECTIONS, CocoResult, evaluate, evaluate_detections
 from conditional_detr.inference.detector import Detector
 from conditional_detr.inference.postprocessing import Postprocessing, postprocess
-from conditional_detr.modeling.detection_transformer import DetectionTransformer
+from conditional_detr.modeling.detection_transformer import DetectionTransformer, Output
 from conditional_detr.modeling.layers import evaluation_mode
+from conditional_detr.set_prediction.losses import Normalisers, SetLoss
 from conditional_detr.training.loader import SampleDataset
 
 
-def measure(model: DetectionTransformer, data: SampleDataset, batch_size: int) -> dict[str, float]:
-    """Compute COCO's twelve metrics.
+def measure(model: DetectionTransformer, data: SampleDataset, batch_size: int, criterion: SetLoss) -> dict[str, Any]:
+    """Compute COCO's twelve metrics, the AP of each class, and the loss.
 
     A dataset in COCO's format has the attributes ``annotations`` and ``images``. It is evaluated on the original
     images, as ``conditional-detr evaluate`` does. Any other dataset is evaluated on its samples: areas are in their
@@ -27,9 +29,10 @@ def measure(model: DetectionTransformer, data: SampleDataset, batch_size: int) -
         model: the model, in any mode.
         data: the validation data.
         batch_size: images a forward pass of one process.
+        criterion: the loss.
 
     Returns:
-        The metrics by name.
+        The twelve metrics by name, per_class, a dict of AP by class name, and val_loss.
 
     Raises:
         OSError: an image cannot be read.
@@ -37,19 +40,63 @@ def measure(model: DetectionTransformer, data: SampleDataset, batch_size: int) -
     """
     annotations, images = getattr(data, "annotations", None), getattr(data, "images", None)
     if annotations is not None and images is not None:
-        return evaluate(Detector(model), annotations, images, batch_size=batch_size).metrics
+        result = evaluate(Detector(model), annotations, images, batch_size=batch_size)
+    else:
+        result = _evaluate_samples(model, data, batch_size)
+    per_class = {name: of_class["AP"] for name, of_class in result.per_class.items()}
+    return {**result.metrics, "per_class": per_class, "val_loss": mean_loss(model, data, batch_size, criterion)}
+
+
+def mean_loss(model: DetectionTransformer, data: SampleDataset, batch_size: int, criterion: SetLoss) -> float:
+    """Return the total loss of a dataset, as of one joined batch; under torch.distributed, every process gets it.
+
+    Args:
+        model: the model, in any mode.
+        data: the dataset.
+        batch_size: images a forward pass of one process.
+        criterion: the loss.
+    """
+    sums = replace(criterion, normalisers=Normalisers(1.0, 1.0))
+    added = torch.zeros(3, dtype=torch.float64, device=model.device)
+    counts: list[int] = []
+    for samples in _batches_of_process(data, batch_size):
+        targets = [target for _, (_, target) in samples]
+        losses = sums(_predict(model, [sample for _, sample in samples]), targets)
+        added += torch.stack([losses[name].sum() for name in ("class", "l1", "giou")])
+        counts += [len(target["labels"]) for target in targets]
+    divisors = criterion.normalisers_of(counts, model.config.num_queries, model.device)
+    if _processes()[1] > 1:
+        distributed.all_reduce(added)
+        added /= _processes()[1]
+    of_classes, l1, giou = added.tolist()
+    boxes = criterion.l1_weight * l1 + criterion.giou_weight * giou
+    return criterion.class_weight * of_classes / float(divisors.of_classes) + boxes / float(divisors.boxes)
+
+
+def _processes() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _batches_of_process(data: SampleDataset, batch_size: int) -> Iterator[list[tuple[int, Sample]]]:
+    """Yield the batches of this process: samples with their indices, in the dataset's order."""
+    rank, processes = _processes()
+    for indices in batches(data, batch_size, seed=0, epoch=0, shuffle=False, rank=rank, processes=processes):
+        yield [(index, data[index]) for index in indices]
+
+
+def _evaluate_samples(model: DetectionTransformer, data: SampleDataset, batch_size: int) -> CocoResult:
+    """Evaluate a dataset on its samples."""
     image_entries: dict[int, dict[str, Any]] = {}
     target_entries: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
-    rank, processes = 0, 1
-    if distributed.is_available() and distributed.is_initialized():
-        rank, processes = distributed.get_rank(), distributed.get_world_size()
     rows = torch.arange(model.config.num_classes, device="cpu")
     postprocessing = Postprocessing(rows, 0.0, MAX_DETECTIONS, model.scores)
-    for indices in batches(data, batch_size, seed=0, epoch=0, shuffle=False, rank=rank, processes=processes):
-        samples = [data[index] for index in indices]
-        logits, boxes = predict(model, samples)
-        for i, (index, (pixels, target)) in enumerate(zip(indices, samples, strict=True)):
+    for samples in _batches_of_process(data, batch_size):
+        logits, boxes = predict(model, [sample for _, sample in samples])
+        for i, (index, (pixels, target)) in enumerate(samples):
             height, width = pixels.shape[1:]
             image_entries[index] = {"id": index, "height": height, "width": width}
             scale = torch.tensor([width, height, width, height], dtype=torch.int64, device="cpu")
@@ -58,20 +105,30 @@ def measure(model: DetectionTransformer, data: SampleDataset, batch_size: int) -
             detected, scores, labels, _ = postprocess(logits[i], boxes[i], (height, width), postprocessing)
             results += _coco_entries(index, detected, labels, score=scores)
     shares: list[Any] = [(image_entries, target_entries)]
+    processes = _processes()[1]
     if processes > 1:
         shares = [None] * processes
         distributed.all_gather_object(shares, (image_entries, target_entries))
-    return evaluate_detections(_merge(shares, model), results).metrics
+    result = evaluate_detections(_merge(shares, model), results)
+    names = model.metadata.class_names  # the categories are numbered, because several classes may have one name
+    if len(set(names)) < len(names):
+        return result
+    return replace(result, per_class={key.split(" ", 1)[1]: value for key, value in result.per_class.items()})
+
+
+def predict(model: DetectionTransformer, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Return the last layer's logits (B, N, C) and boxes (B, N, 4) on the CPU, computed in eval mode."""
+    output = _predict(model, samples)
+    return output.logits[-1].float().cpu(), output.boxes[-1].float().cpu()
 
 
 @torch.inference_mode()
-def predict(model: DetectionTransformer, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Return the last layer's logits (B, N, C) and boxes (B, N, 4) on the CPU, computed in eval mode."""
+def _predict(model: DetectionTransformer, samples: Sequence[Sample]) -> Output:
+    """Return the predictions of all layers, computed in eval mode."""
     pixels, padding, _ = collate(samples)
     padding = None if padding is None else padding.to(model.device)
     with evaluation_mode(model):
-        output = model(pixels.to(model.device, model.dtype), padding)
-    return output.logits[-1].float().cpu(), output.boxes[-1].float().cpu()
+        return model(pixels.to(model.device, model.dtype), padding)
 
 
 def _coco_entries(image_id: int, boxes: Tensor, labels: Tensor, **others: Tensor) -> list[dict[str, Any]]:

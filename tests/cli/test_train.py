@@ -14,6 +14,7 @@ from conditional_detr import ConditionalDETR, Detector, Preprocessing
 from conditional_detr.cli import app
 from conditional_detr.cli.train_data import Augment, make_augmentation
 from conditional_detr.cli.train_model import with_dropout
+from conditional_detr.cli.train_run import read_duration
 from conditional_detr.data import image_cache
 from conditional_detr.data.augmentation import Augmentation
 from conditional_detr.data.synthetic import CLASS_NAMES, write_shapes
@@ -166,11 +167,11 @@ def test_vertical_flips_and_turns_come_on_top(wish, most):
 
 
 def test_the_papers_augmentation_has_the_size_that_the_model_detects_at():
-    augmentation = make_augmentation(Augment.PAPER, False, False, Preprocessing(200, 333))
+    augmentation = make_augmentation(Augment.PAPER, Preprocessing(200, 333))
     assert augmentation.shortest_edges == (120, 128, 136, 144, 152, 160, 168, 176, 184, 192, 200)
     assert (augmentation.crop_edges, augmentation.crop_sides) == ((100, 125, 150), (96, 150))
     assert augmentation.longest_edge == 333
-    assert make_augmentation(Augment.PAPER, False, False, Preprocessing()) == Augmentation.paper()
+    assert make_augmentation(Augment.PAPER, Preprocessing()) == Augmentation.paper()
 
 
 def test_another_dropout_and_the_same_weights(small):
@@ -303,3 +304,47 @@ def test_without_the_packages_one_line_says_what_to_install(shapes, small, tmp_p
     assert result.stderr.splitlines()[-1] == (
         "error: training needs accelerate, which is not installed: pip install 'conditional-detr[train]'"
     )
+
+
+@pytest.mark.filterwarnings("default")
+def test_options_that_fit_the_machine_and_the_data(shapes, small, tmp_path, monkeypatch):
+    """They reach the run's settings; a resumed run keeps its batch size."""
+    name = CLASS_NAMES[1]
+    options = (*data_of(shapes, val=False), "--shortest-edge", 64, "--workers", 0, "--weights", small)
+    options += ("--batch-size", "auto", "--freeze", "backbone", "--freeze", "encoder", "--layer-decay", 0.5)
+    options += ("--balanced", "--class-weights", f"{name}=2.5", "--output", tmp_path / "run", "--resume")
+    done = run("train", *options, "--epochs", 1)
+    assert done.exit_code == 0, done.output
+    assert "batch size 8 x accumulation 1, for 64 x 96: an estimate, as a CPU gives no signal" in done.stderr
+    settings = torch.load(tmp_path / "run" / "last" / "training_state.pt", weights_only=True)["settings"]
+    assert (settings["batch_size"], settings["accumulation"], settings["layer_decay"]) == (8, 1, 0.5)
+    assert (settings["freeze"], settings["balanced"]) == (("backbone", "encoder"), True)
+    assert settings["class_weights"] == tuple(2.5 if other == name else 1.0 for other in CLASS_NAMES)
+    monkeypatch.setattr("conditional_detr.training.batch_fitting.free_memory", lambda: 0.0)
+    again = run("train", *options, "--epochs", 2)
+    assert again.exit_code == 0, again.output
+    assert len(steps_of(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--time-limit", "soon"), "--time-limit: expected a duration such as 2h, 1h30m, 45s or 3600, got 'soon'"),
+        (("--batch-size", "many"), "--batch-size: expected a number of images, or auto, got 'many'"),
+        (("--batch-size", "0"), "batch_size: expected at least 1, got 0"),
+        (("--class-weights", "cat=2"), "--class-weights: expected class=number with a class of disc"),
+        (("--freeze", "neck"), "freeze: expected parts of the model, such as backbone,"),
+    ],
+)
+def test_wrong_values_of_these_options(shapes, small, tmp_path, option, message):
+    refused = run("train", *data_of(shapes, val=False), "--weights", small, "--output", tmp_path / "run", *option)
+    assert refused.exit_code == 2
+    assert message in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("2h", 7200), ("1h30m", 5400), ("1.5h", 5400), ("90m", 5400), ("45s", 45), ("3600", 3600)]
+)
+def test_durations(text, seconds):
+    assert read_duration(text) == seconds

@@ -18,6 +18,7 @@ from conditional_detr.data import dataset, image_cache
 from conditional_detr.data.augmentation import Augmentation
 from conditional_detr.data.dataset import CocoData
 from conditional_detr.inference.images import open_fast, open_image
+from conditional_detr.system import memory
 
 NAMES = ("rgb.jpg", "turned.jpg", "grey.jpg", "small.png", "sixteen.png", "float.tiff")
 
@@ -248,7 +249,7 @@ def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch, group):
         (folder / "memory.stat").write_text("anon 700\ninactive_file 200\nactive_file 100\n")
     for name, value in (("max", "max"), ("current", "900")):
         (tmp_path / "job" / "step" / f"memory.{name}").write_text(value)
-    monkeypatch.setattr(image_cache, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
     plain = Path.read_text
     monkeypatch.setattr(
         Path, "read_text", lambda self, **o: f"0::{group}\n" if str(self) == "/proc/self/cgroup" else plain(self, **o)

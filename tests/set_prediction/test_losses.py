@@ -418,7 +418,11 @@ def test_outputs_of_the_wrong_form(output, error, message):
     [
         ({"class_weight": -1}, ValueError, "class_weight: expected at least 0, got -1"),
         ({"giou_weight": math.nan}, ValueError, "giou_weight: expected at least 0, got nan"),
-        ({"matcher": "hungarian"}, TypeError, "matcher: expected a HungarianMatcher, got str"),
+        (
+            {"matcher": "hungarian"},
+            TypeError,
+            "matcher: expected a HungarianMatcher, or an object with match(), got str",
+        ),
         (
             {"class_loss": SoftmaxLoss()},
             ValueError,
