@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from torch import distributed
@@ -36,6 +36,22 @@ MAX_DETECTIONS = 100  # per image, all classes together; COCO's own limit is per
 ImageDetections: TypeAlias = dict[Id, np.ndarray]
 """Detections by image id: (K, 6) with the category's index in the annotations, x0 y0 w h in pixels, score."""
 T = TypeVar("T")
+
+
+class EvaluationArrays(NamedTuple):
+    """A dataset and detections on it; images and categories are positions in the order of their ids.
+
+    Attributes:
+        images: the number of images.
+        categories: the number of categories.
+        annotations: (K, 8) image, category, x0, y0, w, h, area, iscrowd, in the order of the dataset.
+        detections: (K, 7) image, category, x0, y0, w, h, score.
+    """
+
+    images: int
+    categories: int
+    annotations: np.ndarray
+    detections: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -86,14 +102,15 @@ def evaluate(
             not of the size in the annotations.
     """
     detector = detector if isinstance(detector, Detector) else Detector(detector)
-    data = _read(annotations, rotated)
+    data = read_data(annotations, rotated)
     check_classes(detector, data)
     paths = image_paths(data, images)
     rank, processes = _process()
     image_ids = sorted(paths)[rank::processes]
 
     def detect() -> ImageDetections:
-        return _detect(detector, data, {image_id: paths[image_id] for image_id in image_ids}, batch_size, progress)
+        chosen = {image_id: paths[image_id] for image_id in image_ids}
+        return detect_all(detector, data, chosen, batch_size, progress)
 
     return _gather(detect, lambda parts: _compute_metrics(data, parts))
 
@@ -119,15 +136,15 @@ def evaluate_detections(
         OSError: a file cannot be read.
         ValueError: the annotations or results are invalid; the message has the file and the position in it.
     """
-    data = _read(annotations, rotated)
+    data = read_data(annotations, rotated)
 
     def read() -> ImageDetections:
-        return _group_by_image(read_results(results, data), data)
+        return group_by_image(read_results(results, data), data)
 
     return _gather(read, lambda parts: _compute_metrics(data, parts))
 
 
-def _read(source: str | Path | Mapping[str, Any] | Annotations, rotated: Rotated) -> Annotations:
+def read_data(source: str | Path | Mapping[str, Any] | Annotations, rotated: Rotated) -> Annotations:
     """Read annotations and warn of what may be unintended; those that are already read are returned unchanged."""
     read = read_annotations(source)
     data = choose_boxes(read, rotated)
@@ -154,7 +171,7 @@ def check_classes(detector: Detector, data: Annotations) -> None:
         )
 
 
-def _detect(
+def detect_all(
     detector: Detector,
     data: Annotations,
     paths: Mapping[Id, Path],
@@ -184,7 +201,7 @@ def _to_rows(detections: Detections, index_of: Mapping[str, int]) -> np.ndarray:
     return np.column_stack((indices, boxes, detections.scores.double().numpy()))
 
 
-def _group_by_image(results: Results, data: Annotations) -> ImageDetections:
+def group_by_image(results: Results, data: Annotations) -> ImageDetections:
     """Return the detections of each image that has any, in their order."""
     images = _positions(results.image_ids, data.images)
     order = np.argsort(images, kind="stable")
@@ -199,6 +216,11 @@ def _compute_metrics(data: Annotations, parts: Sequence[ImageDetections]) -> Coc
     by_image: ImageDetections = {}
     for part in parts:
         by_image = part | by_image  # the lowest rank's detections of an image take precedence
+    return to_result(data, average_precision(*to_arrays(data, by_image)))
+
+
+def to_arrays(data: Annotations, by_image: ImageDetections) -> EvaluationArrays:
+    """Return what :func:`~conditional_detr.evaluation.average_precision.average_precision` takes."""
     image_ids, category_ids = sorted(data.images), sorted(data.categories)
     annotations = np.empty((len(data.annotations), 8))
     annotations[:, 0] = _positions([annotation["image_id"] for annotation in data.annotations], image_ids)
@@ -208,9 +230,12 @@ def _compute_metrics(data: Annotations, parts: Sequence[ImageDetections]) -> Coc
     images = np.repeat(_positions(list(by_image), image_ids), [len(of_image) for of_image in by_image.values()])
     categories = _positions(list(data.categories), category_ids)[rows[:, 0].astype(int)]
     detections = np.column_stack((images, categories, rows[:, 1:]))
-    result = average_precision(len(image_ids), len(category_ids), annotations, detections)
-    metrics = dict(zip(METRICS, result.summary.tolist(), strict=True))
-    return CocoResult(metrics, _metrics_per_class(data, result))
+    return EvaluationArrays(len(image_ids), len(category_ids), annotations, detections)
+
+
+def to_result(data: Annotations, result: AveragePrecision) -> CocoResult:
+    """Return the twelve metrics, and those of each class."""
+    return CocoResult(dict(zip(METRICS, result.summary.tolist(), strict=True)), _metrics_per_class(data, result))
 
 
 def _positions(ids: Sequence[Id], all_ids: Iterable[Id]) -> np.ndarray:
