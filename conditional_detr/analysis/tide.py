@@ -55,7 +55,8 @@ def find_errors(matches: Matches) -> Errors:
     counts = {kind: int((counted == i).sum()) for i, kind in enumerate(KINDS)}
     counts["missed"] = int(missed.sum())
     classes, scores, correct = matches.classes, matches.scores, matches.correct
-    positives = np.bincount(matches.true_classes)
+    positives = np.bincount(matches.true_classes).astype(float)
+    positives[positives == 0] = np.nan  # AP is the mean over the other classes
     kept = ~matches.ignored
     now = _mean_ap(classes[kept], scores[kept], correct[kept], positives)
     costs = {}
@@ -67,7 +68,7 @@ def find_errors(matches: Matches) -> Errors:
         ap = _mean_ap(fixed_classes[rows], scores[rows], (correct | fixed)[rows], positives)
         costs[kind] = max(ap - now, 0.0)
     fewer = positives - np.bincount(matches.true_classes[missed], minlength=len(positives))
-    costs["missed"] = max(_mean_ap(classes[kept], scores[kept], correct[kept], fewer, positives > 0) - now, 0.0)
+    costs["missed"] = max(_mean_ap(classes[kept], scores[kept], correct[kept], fewer) - now, 0.0)
     found = positives - np.bincount(matches.true_classes[unmatched], minlength=len(positives))
     return Errors(
         kinds=kinds,
@@ -76,7 +77,7 @@ def find_errors(matches: Matches) -> Errors:
         counts=counts,
         costs=costs,
         false_positives=_mean_ap(classes[kept], correct[kept].astype(float), correct[kept], positives) - now,
-        false_negatives=_mean_ap(classes[kept], scores[kept], correct[kept], found, positives > 0) - now,
+        false_negatives=_mean_ap(classes[kept], scores[kept], correct[kept], found) - now,
     )
 
 
@@ -109,12 +110,10 @@ def _fixes(matches: Matches, kinds: np.ndarray) -> np.ndarray:
     return fixes
 
 
-def _mean_ap(
-    classes: np.ndarray, scores: np.ndarray, correct: np.ndarray, positives: np.ndarray, which: np.ndarray | None = None
-) -> float:
-    """Return the mean AP of the classes that have annotations, or of those in ``which``."""
+def _mean_ap(classes: np.ndarray, scores: np.ndarray, correct: np.ndarray, positives: np.ndarray) -> float:
+    """Return the mean AP of the classes; ``positives`` has the number of annotations of each, NaN if it has none."""
     values = []
-    for category in np.flatnonzero(positives > 0 if which is None else which):
+    for category in np.flatnonzero(~np.isnan(positives)):
         own = classes == category
         if positives[category] or own.any():  # otherwise nothing is left to find, and nothing is wrong
             values.append(_ap(scores[own], correct[own], int(positives[category])))

@@ -1,12 +1,11 @@
 """What surrounds a training run: packages and environment variables."""
 
 import os
-import sys
-from contextlib import suppress
 from typing import Any
 
+from conditional_detr.system.plotting import import_matplotlib
+
 _SHARDED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
-_BACKEND = "MPLBACKEND"
 
 
 def make_accelerator() -> Any:
@@ -32,18 +31,3 @@ def make_accelerator() -> Any:
                 f"{name}: expected no such variable, got {os.environ[name]!r}; each process trains the whole model"
             )
     return Accelerator(mixed_precision="no", dynamo_backend="no")
-
-
-def import_matplotlib() -> None:
-    """Import matplotlib whatever ``MPLBACKEND`` says; its import fails if that backend is not installed."""
-    if "matplotlib" in sys.modules or _BACKEND not in os.environ:
-        import matplotlib
-
-        return
-    backend = os.environ.pop(_BACKEND)
-    try:
-        import matplotlib
-    finally:
-        os.environ[_BACKEND] = backend
-    with suppress(ValueError):
-        matplotlib.rcParams["backend"] = backend  # as its import does

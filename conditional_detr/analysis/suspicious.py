@@ -1,0 +1,111 @@
+"""List labels that may be wrong: those that confident detections contradict, and boxes that are labelled twice."""
+
+from typing import Any
+
+import numpy as np
+
+from conditional_detr.analysis.matching import Matches, box_ious
+from conditional_detr.analysis.tide import BACKGROUND, CLASSIFICATION, LOCALISATION, Errors
+from conditional_detr.data.coco import Annotations
+
+REPEATED_IOU = 0.9  # of two annotations that may be one object
+REASONS = {
+    "unlabelled": "a confident detection where nothing is labelled",
+    "class": "a confident detection of another class, and none of the labelled one",
+    "box": "a confident detection whose box differs, and none that fits",
+    "repeated": f"two labels with an IoU of at least {REPEATED_IOU}",
+}
+
+
+_NO_LABEL = {"annotation": None, "annotation_id": None, "label": None, "box": None}
+
+
+class Describer:
+    """Describe images, annotations and detections for JSON.
+
+    Args:
+        data: the dataset.
+        matches: detections on it.
+    """
+
+    def __init__(self, data: Annotations, matches: Matches) -> None:
+        self._data = data
+        self._matches = matches
+        self._image_ids = sorted(data.images)
+        self._names = class_names(data)
+
+    def image(self, position: int) -> dict[str, Any]:
+        """Return file name and id of an image by its position in the order of ids."""
+        image_id = self._image_ids[position]
+        return {"image": self._data.images[image_id].get("file_name"), "image_id": image_id}
+
+    def label(self, annotation: int) -> dict[str, Any]:
+        """Return position in the file, id, class and box of an annotation; None each for -1."""
+        if annotation < 0:
+            return dict(_NO_LABEL)
+        entry = self._data.annotations[self._matches.indices[annotation]]
+        name = self._data.categories[entry["category_id"]]
+        return {"annotation": entry["index"], "annotation_id": entry["id"], "label": name, "box": entry["bbox"]}
+
+    def labelled(self, annotation: int) -> dict[str, Any]:
+        """Return an annotation with its image."""
+        return {**self.image(int(self._matches.annotations[annotation, 0])), **self.label(annotation)}
+
+    def detection(self, detection: int) -> dict[str, Any]:
+        """Return class, box and score of a detection."""
+        _, category, *box, score = self._matches.detections[detection].tolist()
+        return {"detected": self._names[int(category)], "detected_box": box, "score": score}
+
+
+def class_names(data: Annotations) -> list[str]:
+    """Return the class names in the order of their ids, which is that of the matches' categories."""
+    return [data.categories[i] for i in sorted(data.categories)]
+
+
+def find_suspicious(data: Annotations, matches: Matches, errors: Errors, kept: np.ndarray) -> list[dict[str, Any]]:
+    """List labels that may be wrong, the most confident detections first, then repeated labels.
+
+    Args:
+        data: the dataset.
+        matches: detections on it.
+        errors: their errors.
+        kept: (K,) bool, the detections that are above the threshold of their class.
+
+    Returns:
+        Of each label {"reason": a key of ``REASONS``; "image": file name; "image_id"; "annotation": position in the
+        file, and "annotation_id", None for what is unlabelled; "label"; "box" [x0, y0, w, h] that is labelled;
+        "detected": class name, "detected_box", "score": of the detection, or the other label without score}.
+    """
+    wrong = kept & ~matches.correct
+    contradicted = errors.fixes >= 0
+    reasons = np.select(
+        [
+            wrong & (errors.kinds == BACKGROUND),
+            wrong & contradicted & (errors.kinds == CLASSIFICATION),
+            wrong & contradicted & (errors.kinds == LOCALISATION),
+        ],
+        ["unlabelled", "class", "box"],
+        "",
+    )
+    describe = Describer(data, matches)
+    entries = []
+    for k in sorted(np.flatnonzero(reasons != ""), key=lambda k: -matches.scores[k]):
+        image = describe.image(int(matches.detections[k, 0]))
+        label = describe.label(int(errors.fixes[k]))
+        entries.append({"reason": str(reasons[k]), **image, **label, **describe.detection(int(k))})
+    for first, second in _repeated(matches):
+        other = describe.label(second)
+        repeated = {"detected": other["label"], "detected_box": other["box"], "score": None}
+        entries.append({"reason": "repeated", **describe.labelled(first), **repeated})
+    return entries
+
+
+def _repeated(matches: Matches) -> list[tuple[int, int]]:
+    """Return pairs of annotations of an image whose boxes are nearly the same."""
+    boxes, images = matches.annotations[:, 2:6], matches.annotations[:, 0]
+    pairs = []
+    for image in np.unique(images):
+        start, end = np.searchsorted(images, [image, image + 1])
+        ious = np.triu(box_ious(boxes[start:end], boxes[start:end]), k=1)
+        pairs += [(start + int(i), start + int(j)) for i, j in np.argwhere(ious >= REPEATED_IOU)]
+    return pairs
