@@ -17,8 +17,14 @@ from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.console import printable
 
 REPORT, NUMBERS, THRESHOLDS = "report.html", "analysis.json", "thresholds.json"
-PLOTS = ("precision-recall", "f1", "errors", "confusion", "calibration")
-FILES = (REPORT, NUMBERS, THRESHOLDS, *(f"{name}.png" for name in PLOTS))
+_CAPTIONS = {
+    "precision-recall": "Precision at each recall",
+    "f1": "F1 at each threshold, with the best ones",
+    "errors": "Cost of each kind of error",
+    "confusion": "Confusion matrix",
+    "calibration": "Calibration",
+}
+FILES = (REPORT, NUMBERS, THRESHOLDS, *(f"{name}.png" for name in _CAPTIONS))
 _LISTED = 200  # suspicious labels in the HTML file; the JSON file has all
 _MEANINGS = {
     "classification": "IoU of at least 0.5 with an object of another class",
@@ -33,7 +39,7 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 68rem; p
 h1 { margin: 1.5rem 0 0; } h2 { margin: 2.5rem 0 0.5rem; border-bottom: 1px solid #ccc; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid #e3e3e3; white-space: nowrap; }
-th:first-child, td:first-child, .text td { text-align: left; }
+th:first-child, td:first-child, .text td, .text th { text-align: left; }
 img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #444; overflow-wrap: anywhere; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
 """
@@ -80,7 +86,7 @@ def to_html(analysis: Analysis, plots: Mapping[str, bytes], gallery: Mapping[str
         plots: PNG files by name, from :func:`conditional_detr.analysis.plots.draw_plots`.
         gallery: examples by title.
     """
-    figures = {name: _figure(plot, "png", name) for name, plot in plots.items()}
+    figures = {name: _figure(plot, "png", _CAPTIONS[name]) for name, plot in plots.items()}
     matches = analysis.matches
     counts = (
         f"{len(analysis.data.images)} images, {len(matches.annotations)} objects, {len(matches.detections)} detections"
@@ -161,7 +167,7 @@ def _errors(analysis: Analysis) -> str:
     rows.append(["all false positives", f"{100 * errors.false_positives:.2f}", len(analysis.false_positives), "", ""])
     rows.append(["all missed objects", f"{100 * errors.false_negatives:.2f}", len(analysis.missed), "", ""])
     text = "<p>The cost is the AP50, in points, that correcting all errors of a kind would gain.</p>"
-    return text + _table(("error", "cost", "above threshold", "of all detections", "meaning"), rows)
+    return text + _table(("error", "cost", "above threshold", "of all detections", "meaning"), rows, "text")
 
 
 def _thresholds(analysis: Analysis) -> str:

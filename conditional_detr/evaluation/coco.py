@@ -84,7 +84,8 @@ def evaluate(
 
     Args:
         detector: the detector, or a model. Classes are matched by name: the detector must have all categories of the
-            dataset, and only these are detected.
+            dataset, and only these are detected. If it has thresholds, the detections above them are measured, else
+            all.
         annotations: a COCO JSON file, or its content, or annotations that are already read.
         images: the folder of the images.
         batch_size: the maximum number of images that run together; default: that of the detector.
@@ -183,7 +184,8 @@ def detect_all(
     # The detector batches images of one size, so they must follow each other.
     order = sorted(paths, key=lambda image_id: [str(data.images[image_id].get(side)) for side in ("height", "width")])
     images = iter([paths[image_id] for image_id in order])
-    results = detector(images, threshold=0.0, top_k=MAX_DETECTIONS, classes=list(indices), batch_size=batch_size)
+    threshold = 0.0 if detector.thresholds is None else None
+    results = detector(images, threshold=threshold, top_k=MAX_DETECTIONS, classes=list(indices), batch_size=batch_size)
     by_image: ImageDetections = {}
     for image_id, detections in zip(order, results, strict=True):
         check_size(data, image_id, detections.size, paths[image_id])
