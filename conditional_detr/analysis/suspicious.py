@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 
 from conditional_detr.analysis.matching import Matches, box_ious
-from conditional_detr.analysis.tide import BACKGROUND, CLASSIFICATION, LOCALISATION, Errors
+from conditional_detr.analysis.tide import BACKGROUND, CLASSIFICATION, LOCALISATION, Errors, targets_of
 from conditional_detr.data.coco import Annotations
 
 REPEATED_IOU = 0.9  # of two annotations that may be one object
 REASONS = {
     "unlabelled": "a confident detection where nothing is labelled",
-    "class": "a confident detection of another class, and none of the labelled one",
+    "class": "detected as another class, with a higher score than as the labelled one",
     "box": "a confident detection whose box differs, and none that fits",
     "repeated": f"two labels with an IoU of at least {REPEATED_IOU}",
 }
@@ -77,12 +77,14 @@ def find_suspicious(data: Annotations, matches: Matches, errors: Errors, kept: n
         "detected": class name, "detected_box", "score": of the detection, or the other label without score}.
     """
     wrong = kept & ~matches.correct
-    contradicted = errors.fixes >= 0
+    targets = np.where(errors.kinds == BACKGROUND, -1, targets_of(matches, errors.kinds))
+    own_scores = np.append(matches.scores, 0)[np.append(matches.detection_of, -1)][targets]  # 0 if not detected
+    unfound = ~np.append(kept, False)[np.append(matches.detection_of, -1)][targets]
     reasons = np.select(
         [
             wrong & (errors.kinds == BACKGROUND),
-            wrong & contradicted & (errors.kinds == CLASSIFICATION),
-            wrong & contradicted & (errors.kinds == LOCALISATION),
+            wrong & (errors.kinds == CLASSIFICATION) & (matches.scores > own_scores),
+            wrong & (errors.kinds == LOCALISATION) & unfound,
         ],
         ["unlabelled", "class", "box"],
         "",
@@ -91,7 +93,7 @@ def find_suspicious(data: Annotations, matches: Matches, errors: Errors, kept: n
     entries = []
     for k in sorted(np.flatnonzero(reasons != ""), key=lambda k: -matches.scores[k]):
         image = describe.image(int(matches.detections[k, 0]))
-        label = describe.label(int(errors.fixes[k]))
+        label = describe.label(int(targets[k]))
         entries.append({"reason": str(reasons[k]), **image, **label, **describe.detection(int(k))})
     for first, second in _repeated(matches):
         other = describe.label(second)

@@ -50,7 +50,7 @@ def find_errors(matches: Matches) -> Errors:
     fixes = _fixes(matches, kinds)
     unmatched = matches.detection_of < 0
     missed = unmatched.copy()
-    missed[_targets(matches, kinds)[np.isin(kinds, (CLASSIFICATION, LOCALISATION))]] = False
+    missed[targets_of(matches, kinds)[np.isin(kinds, (CLASSIFICATION, LOCALISATION))]] = False
     counted = kinds[~matches.ignored]
     counts = {kind: int((counted == i).sum()) for i, kind in enumerate(KINDS)}
     counts["missed"] = int(missed.sum())
@@ -94,7 +94,7 @@ def _kinds(matches: Matches) -> np.ndarray:
     return np.select(conditions, [-1, LOCALISATION, CLASSIFICATION, DUPLICATE, BACKGROUND], BOTH)
 
 
-def _targets(matches: Matches, kinds: np.ndarray) -> np.ndarray:
+def targets_of(matches: Matches, kinds: np.ndarray) -> np.ndarray:
     """Return the annotation that each detection with a wrong class or box comes nearest to."""
     return np.where(kinds == CLASSIFICATION, matches.nearest[:, 1], matches.nearest[:, 0])
 
@@ -103,7 +103,7 @@ def _fixes(matches: Matches, kinds: np.ndarray) -> np.ndarray:
     """Return the annotation that each correction gives a detection; only the highest score gets an annotation."""
     fixes = np.full(len(kinds), -1)
     rows = np.flatnonzero(np.isin(kinds, (CLASSIFICATION, LOCALISATION)))
-    targets = _targets(matches, kinds)[rows]
+    targets = targets_of(matches, kinds)[rows]
     rows, targets = rows[free := matches.detection_of[targets] < 0], targets[free]
     _, first = np.unique(targets, return_index=True)  # of an image's detections, the first has the highest score
     fixes[rows[first]] = targets[first]
