@@ -8,6 +8,7 @@ from conditional_detr.analysis.matching import Matches, box_ious
 from conditional_detr.analysis.tide import BACKGROUND, CLASSIFICATION, LOCALISATION, Errors, targets_of
 from conditional_detr.data.coco import Annotations
 
+CONFIDENT = 0.5  # wrong labels raise the best threshold of a rare class above this
 REPEATED_IOU = 0.9  # of two annotations that may be one object
 REASONS = {
     "unlabelled": "a confident detection where nothing is labelled",
@@ -65,6 +66,8 @@ def class_names(data: Annotations) -> list[str]:
 def find_suspicious(data: Annotations, matches: Matches, errors: Errors, kept: np.ndarray) -> list[dict[str, Any]]:
     """List labels that may be wrong, the most confident detections first, then repeated labels.
 
+    A detection is confident above the threshold of its class, or above 0.5.
+
     Args:
         data: the dataset.
         matches: detections on it.
@@ -76,7 +79,8 @@ def find_suspicious(data: Annotations, matches: Matches, errors: Errors, kept: n
         file, and "annotation_id", None for what is unlabelled; "label"; "box" [x0, y0, w, h] that is labelled;
         "detected": class name, "detected_box", "score": of the detection, or the other label without score}.
     """
-    wrong = kept & ~matches.correct
+    confident = kept | ((matches.scores > CONFIDENT) & ~matches.ignored)
+    wrong = confident & ~matches.correct
     targets = np.where(errors.kinds == BACKGROUND, -1, targets_of(matches, errors.kinds))
     own_scores = np.append(matches.scores, 0)[np.append(matches.detection_of, -1)][targets]  # 0 if not detected
     unfound = ~np.append(kept, False)[np.append(matches.detection_of, -1)][targets]

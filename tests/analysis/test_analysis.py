@@ -86,9 +86,8 @@ def test_numbers_of_the_evaluator(shapes, detector):
         of_classes = [one[size] for one in numbers["per_class"].values() if one[size] >= 0]
         assert expected.metrics[size] == pytest.approx(np.mean(of_classes) if of_classes else -1)
     thresholds = analysis.thresholds
-    only = evaluate(
-        Detector(detector.model, thresholds=thresholds), content, images, progress=lambda *n: steps.append(n)
-    )
+    above = Detector(detector.model, thresholds=thresholds)
+    only = evaluate(above, content, images, progress=lambda *done: steps.append(done))
     assert steps[-1] == (4, 4)
     kept = [row for row in results if row["score"] > thresholds[CLASS_NAMES[row["category_id"] - 1]]]
     assert len(kept) == analysis.kept.sum() < len(results)
