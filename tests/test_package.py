@@ -26,13 +26,14 @@ ALLOWED = {
     "data": {"modeling", "system", "inference"},
     "deploy": {"modeling", "system", "inference", "checkpoints"},
     "evaluation": {"modeling", "inference", "data"},
+    "analysis": {"modeling", "system", "inference", "data", "evaluation"},
     "training": {"modeling", "system", "set_prediction", "inference", "checkpoints", "data", "deploy", "evaluation"},
     "benchmark": {"modeling", "set_prediction", "inference", "deploy", "training"},
     "serving": {"modeling", "inference"},
     "distributed": set(),
     "cli": {
         *("modeling", "system", "inference", "checkpoints", "data", "deploy", "evaluation", "training", "benchmark"),
-        "serving",
+        *("analysis", "serving"),
     },
 }
 # The class methods of the network, two lines each.

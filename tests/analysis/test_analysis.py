@@ -62,9 +62,10 @@ def test_suspicious_labels_by_hand():
         ("unlabelled", "5.png", None, None, "cat"),
         ("class", "2.png", 102, "cat", "dog"),
         ("box", "3.png", 103, "cat", "cat"),
+        ("unlabelled", "5.png", None, None, "cat"),  # below the threshold of cats
         ("repeated", "6.png", 200, "dog", "cat"),
     ]
-    assert [one["score"] for one in found] == [0.99, 0.9, 0.85, None]
+    assert [one["score"] for one in found] == [0.99, 0.9, 0.85, 0.7, None]
     assert found[0]["detected_box"] == [40, 40, 10, 10]
     assert found[2]["box"] == [0, 0, 10, 10]
     assert found[2]["annotation"] == 2
