@@ -37,11 +37,11 @@ def test_report_of_results(folder):
     result = run("analyse", *data, "--images", "images", "--output", "new/report")
     assert result.exit_code == 0, result.output
     assert "wrote new/report/report.html" in result.stdout
-    assert "6 suspicious labels" not in result.stdout
+    assert "3 suspicious labels" in result.stdout
     assert sorted(path.name for path in Path("new/report").iterdir()) == sorted(FILES)
     assert Path("new/report/report.html").read_text().count("data:image/jpeg") == 8
     rows = [line.split() for line in result.stdout.splitlines() if "localisation" in line]
-    assert rows[0][1:6:2] == ["localisation", "16.75", "1"]
+    assert rows[0][1:6:2] == ["localisation", "16.50", "1"]
     again = run("analyse", *data, "--output", "new/report")
     assert again.exit_code == 2
     assert "report.html: already exists; set overwrite to replace it" in again.stderr
@@ -55,12 +55,13 @@ def test_detect_and_use_the_thresholds(tmp_path, small, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = coco.content()
     content["categories"] = [{"id": i, "name": name} for i, name in enumerate(NAMES)]
+    for annotation in content["annotations"]:
+        annotation["category_id"] %= 7
     coco.write(tmp_path, content)
     data = ("--data", "data.json", "--images", "images", "--weights", small, "--device", "cpu")
     assert run("analyse", *data).exit_code == 0
     thresholds = json.loads(Path("analysis/thresholds.json").read_text())
     assert list(thresholds) == NAMES
-    thresholds["LABEL_3"] = 0.0
     Path("mine.json").write_text(json.dumps({**dict.fromkeys(NAMES, 1.0), "LABEL_3": 0.0}))
     mine = ("--thresholds", "mine.json")
     result = run("detect", "images/10.png", "--weights", small, "--device", "cpu", "--output", "o", "--no-draw", *mine)
@@ -74,7 +75,7 @@ def test_detect_and_use_the_thresholds(tmp_path, small, monkeypatch):
     assert "thresholds of mine.json" in few.stdout
     recall = [json.loads(Path(name).read_text())["per_class"] for name in ("all.json", "few.json")]
     assert recall[0]["LABEL_3"] == recall[1]["LABEL_3"]
-    assert recall[1]["LABEL_9" if "LABEL_9" in recall[1] else "LABEL_0"]["AR100"] <= 0
+    assert recall[1]["LABEL_2"]["AR100"] == 0
 
 
 CASES = [
@@ -107,7 +108,7 @@ CASES = [
     ),
     (
         ["detect", "images", "--weights", "shapes", "--thresholds", "gone.json"],
-        "gone.json: cannot be read: No such file",
+        "gone.json: cannot be read: No such",
     ),
 ]
 

@@ -27,9 +27,7 @@ def test_postprocessing_by_hand():
     assert kept(0.4, 0.9) == [("cat", 0.73), ("cat", 0.5)]
     assert kept(0.5, 0.9) == [("cat", 0.73)]  # a higher score, not an equal one
     assert kept(0.0, 0.0, classes=["dog"], threshold={"dog": 0.1}) == [("dog", 0.88)]
-    with pytest.raises(
-        ValueError, match=r"thresholds: expected one for each class that is reported, got none for dog"
-    ):
+    with pytest.raises(ValueError, match=r"thresholds: expected one for each class .*, got none for dog"):
         kept(0.5, 0.5, threshold={"cat": 0.5})
 
 
