@@ -158,7 +158,7 @@ finally:
 def test_completion_loads_no_torch():
     """What a shell runs on every press of TAB."""
     code = "import sys; sys.argv = ['conditional-detr']; from conditional_detr.cli import app; app()"
-    for words, expected in (("conditional-detr ev", "evaluate"), ("conditional-detr detect --thr", "--threshold")):
+    for words, expected in (("conditional-detr ev", "evaluate"), ("conditional-detr detect --to", "--top-k")):
         env = {
             **os.environ,
             "_CONDITIONAL_DETR_COMPLETE": "complete_bash",

@@ -91,7 +91,7 @@ def evaluate(
             text = json.dumps(result.to_dict(), indent=2) + "\n"
             write_atomically({json_file: lambda path: path.write_text(text, encoding="utf-8")})
     if rank == 0:
-        _show(result, "no threshold" if thresholds is None else f"thresholds of {thresholds}")
+        _show(result, "no threshold" if thresholds is None else "with thresholds")
         if json_file is not None:
             print_line(f"wrote {json_file}", to=out)
 

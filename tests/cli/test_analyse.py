@@ -72,7 +72,7 @@ def test_detect_and_use_the_thresholds(tmp_path, small, monkeypatch):
     all_of_them = run("evaluate", *data, "--json", "all.json")
     few = run("evaluate", *data, "--json", "few.json", *mine)
     assert "no threshold" in all_of_them.stdout
-    assert "thresholds of mine.json" in few.stdout
+    assert "with thresholds" in few.stdout
     recall = [json.loads(Path(name).read_text())["per_class"] for name in ("all.json", "few.json")]
     assert recall[0]["LABEL_3"] == recall[1]["LABEL_3"]
     assert recall[1]["LABEL_2"]["AR100"] == 0
