@@ -21,6 +21,7 @@ PACKAGES = {
     "checkpoints": "Load, save and convert weights.",
     "data": "COCO annotations, datasets, augmentation.",
     "evaluation": "COCO's twelve numbers.",
+    "analysis": "What goes wrong in detections, and where.",
     "training": "The training loop and its settings.",
     "deploy": "Optimised copies, exported models, quantization.",
     "serving": "The HTTP service.",

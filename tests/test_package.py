@@ -26,13 +26,14 @@ ALLOWED = {
     "data": {"modeling", "system", "inference"},
     "deploy": {"modeling", "system", "inference", "checkpoints"},
     "evaluation": {"modeling", "inference", "data"},
+    "analysis": {"modeling", "system", "inference", "data", "evaluation"},
     "training": {"modeling", "system", "set_prediction", "inference", "checkpoints", "data", "deploy", "evaluation"},
     "benchmark": {"modeling", "set_prediction", "inference", "deploy", "training"},
     "serving": {"modeling", "inference"},
     "distributed": set(),
     "cli": {
         *("modeling", "system", "inference", "checkpoints", "data", "deploy", "evaluation", "training", "benchmark"),
-        *("set_prediction", "serving"),
+        *("set_prediction", "analysis", "serving"),
     },
 }
 # The class methods of the network, two lines each.
@@ -157,7 +158,7 @@ finally:
 def test_completion_loads_no_torch():
     """What a shell runs on every press of TAB."""
     code = "import sys; sys.argv = ['conditional-detr']; from conditional_detr.cli import app; app()"
-    for words, expected in (("conditional-detr ev", "evaluate"), ("conditional-detr detect --thr", "--threshold")):
+    for words, expected in (("conditional-detr ev", "evaluate"), ("conditional-detr detect --to", "--top-k")):
         env = {
             **os.environ,
             "_CONDITIONAL_DETR_COMPLETE": "complete_bash",

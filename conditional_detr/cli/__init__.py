@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from conditional_detr.cli.analyse import analyse
 from conditional_detr.cli.attention import attention
 from conditional_detr.cli.benchmark import benchmark
 from conditional_detr.cli.check_data import check_data
@@ -66,7 +67,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 
 _PANELS = {
     "Detect": (detect, attention),
-    "Train and evaluate": (train, evaluate, check_data, convert_data, compare),
+    "Train and evaluate": (train, evaluate, analyse, check_data, convert_data, compare),
     "Checkpoints": (info, convert),
     "Deploy": (serve, export, quantize, benchmark),
 }

@@ -15,7 +15,9 @@ from conditional_detr.cli.options import (
     BATCH_SIZE_DEFAULT,
     DEVICE,
     FAST_PREPROCESSING,
+    THRESHOLDS,
     WEIGHTS,
+    check_one_threshold,
     open_detector,
 )
 from conditional_detr.inference.listing import ListedImage, Listing, list_images
@@ -44,8 +46,10 @@ def detect(
     ] = False,
     weights: Annotated[str | None, typer.Option(help=WEIGHTS, show_default=PUBLISHED, rich_help_panel=_MODEL)] = None,
     threshold: Annotated[
-        float, typer.Option(help="Report detections with a higher score, 0 to 1.", rich_help_panel=_WHAT)
-    ] = 0.5,
+        float | None,
+        typer.Option(help="Report detections with a higher score, 0 to 1.", show_default="0.5", rich_help_panel=_WHAT),
+    ] = None,
+    thresholds: Annotated[Path | None, typer.Option(help=THRESHOLDS, rich_help_panel=_WHAT)] = None,
     top_k: Annotated[
         int,
         typer.Option(help="Report at most this many per image, those with the highest scores.", rich_help_panel=_WHAT),
@@ -117,6 +121,7 @@ def detect(
             raise ValueError("expected --resume or --overwrite, got both")
         if csv_safe and format is not Format.csv:
             raise ValueError(f"--csv-safe: expected --format csv with it, got {format.value}")
+        check_one_threshold(threshold, thresholds)
         if demo == bool(images):
             raise ValueError(f"images: expected either images or --demo, got {'both' if demo else 'neither'}")
         images = images or []
@@ -130,7 +135,7 @@ def detect(
         if weights is not None and is_same_file(output, Path(weights).expanduser()):
             raise ValueError(f"--output: expected another folder than that of --weights, got {output}")
         source = str(weights or (_demo_weights() if demo else PUBLISHED))
-        detector = open_detector(source, device, fast_preprocessing=fast_preprocessing)
+        detector = open_detector(source, device, fast_preprocessing=fast_preprocessing, thresholds=thresholds)
         postprocessing = detector.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
         if draw:
             _check_inputs_stay(listing.images, output)

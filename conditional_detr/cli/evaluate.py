@@ -18,6 +18,7 @@ from conditional_detr.cli.options import (
     OVERWRITE,
     ROTATED,
     SPLIT_NAME,
+    THRESHOLDS,
     WEIGHTS,
     DataFormat,
     RotatedBoxes,
@@ -56,6 +57,7 @@ def evaluate(
     split_name: Annotated[str, typer.Option(help=SPLIT_NAME)] = "val",
     weights: Annotated[str | None, typer.Option(help=WEIGHTS, show_default=PUBLISHED, rich_help_panel="Model")] = None,
     results: Annotated[Path | None, typer.Option(help="COCO results file, to measure instead of detecting.")] = None,
+    thresholds: Annotated[Path | None, typer.Option(help=f"{THRESHOLDS} Detections below do not count.")] = None,
     rotated: Annotated[RotatedBoxes, typer.Option(help=ROTATED)] = RotatedBoxes.BOX,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
@@ -65,7 +67,7 @@ def evaluate(
 ) -> None:
     """Measure detections by COCO's twelve metrics.
 
-    The 100 detections with the highest scores of each image count; there is no threshold.
+    The 100 detections with the highest scores of each image count; there is no threshold without --thresholds.
 
     Under torchrun every process detects on its share of the images.
     """
@@ -74,8 +76,10 @@ def evaluate(
             raise ValueError("expected either --images, to detect on, or --results, to measure, got both")
         if weights is not None and results is not None:
             raise ValueError(f"--weights: expected none with --results, got {weights}")
+        if thresholds is not None and results is not None:
+            raise ValueError(f"--thresholds: expected none with --results, got {thresholds}")
         if json_file is not None:  # before hours of work, not after
-            inputs = [path for path in (data, images, results, weights) if path is not None]
+            inputs = [path for path in (data, images, results, weights, thresholds) if path is not None]
             check_output(json_file, inputs=inputs, overwrite=overwrite)
         dataset: dict[str, Any] = {"split": split_name, "format": None if format is None else format.value}
         dataset["rotated"] = rotated.value
@@ -88,14 +92,15 @@ def evaluate(
                 from conditional_detr.data.formats.reading import find_splits
 
                 find_splits(data, images, format=dataset["format"])  # before the model is loaded
-                detector = open_detector(weights or PUBLISHED, device, fast_preprocessing=fast_preprocessing)
+                opened: dict[str, Any] = {"fast_preprocessing": fast_preprocessing, "thresholds": thresholds}
+                detector = open_detector(weights or PUBLISHED, device, **opened)
                 options = {**dataset, "batch_size": batch_size, "shown": rank == 0}
                 result = _detect_and_evaluate(detector, data, images, **options)
         if rank == 0 and json_file is not None:
             text = json.dumps(result.to_dict(), indent=2) + "\n"
             write_atomically({json_file: lambda path: path.write_text(text, encoding="utf-8")})
     if rank == 0:
-        _show(result)
+        _show(result, "no threshold" if thresholds is None else "with thresholds")
         if json_file is not None:
             print_line(f"wrote {json_file}", to=out)
 
@@ -115,13 +120,13 @@ def _detect_and_evaluate(
         return evaluate(detector, data, images, progress=show, **options)
 
 
-def _show(result: "CocoResult") -> None:
+def _show(result: "CocoResult", threshold: str) -> None:
     """Print the twelve metrics, and a table of the classes."""
     from rich.table import Table
 
     from conditional_detr.evaluation.coco import MAX_DETECTIONS
 
-    twelve = Table("", "", "", title=f"COCO metrics of boxes: {MAX_DETECTIONS} detections per image, no threshold")
+    twelve = Table("", "", "", title=f"COCO metrics of boxes: {MAX_DETECTIONS} detections per image, {threshold}")
     for name, value in result.metrics.items():
         twelve.add_row(name, _number(value), _MEANINGS[name])
     names = ("AP", "AP50", "AP75", "AR100")

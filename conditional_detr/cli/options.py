@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conditional_detr.cli.console import AUTO, pick_device
@@ -15,6 +16,7 @@ REVISION = "Branch, tag or commit on the hub."
 TOP_K = "Include post-processing that keeps this many detections per image."
 BATCH_SIZE = "Run at most this many images of one shape together."
 BATCH_SIZE_DEFAULT = "8, on a CPU fewer large ones"
+THRESHOLDS = "JSON file with a threshold for each class, as analyse writes it."
 OVERWRITE = "Replace existing files."
 FAST_PREPROCESSING = (
     "Resize by torchvision: faster, pixels differ by rounding; large JPEG files are reduced while decoded."
@@ -41,6 +43,12 @@ class DataFormat(str, Enum):
     HUGGINGFACE = "huggingface"
 
 
+def check_one_threshold(threshold: float | None, thresholds: Path | None) -> None:
+    """Raise ValueError if there are both a threshold for all classes and a file with one for each."""
+    if threshold is not None and thresholds is not None:
+        raise ValueError("expected --threshold or --thresholds, got both")
+
+
 class RotatedBoxes(str, Enum):
     """Boxes to use of annotations whose attributes rotate them."""
 
@@ -48,15 +56,22 @@ class RotatedBoxes(str, Enum):
     HULL = "hull"
 
 
-def open_detector(weights: str, device: str, *, fast_preprocessing: bool = False) -> "Detector":
+def open_detector(
+    weights: str, device: str, *, fast_preprocessing: bool = False, thresholds: Path | None = None
+) -> "Detector":
     """Load a checkpoint or an exported model; fast preprocessing is that of the backend "torchvision".
 
+    ``thresholds`` is a file with a threshold for each class.
+
     Raises:
-        OSError, ValueError: as ``Detector.from_pretrained`` and ``Detector.from_file``.
+        OSError, ValueError: as ``Detector.from_pretrained``, ``Detector.from_file`` and ``read_thresholds``; or the
+            thresholds are of other classes than the model's.
     """
     from conditional_detr.inference.detector import Detector
     from conditional_detr.inference.exported import is_exported
+    from conditional_detr.inference.thresholds import check_thresholds, read_thresholds
 
+    of_classes = None if thresholds is None else read_thresholds(thresholds)  # before the model is loaded
     if is_exported(weights):
         detector = Detector.from_file(weights, device="cpu" if device == AUTO else pick_device(device))
     else:
@@ -65,4 +80,6 @@ def open_detector(weights: str, device: str, *, fast_preprocessing: bool = False
         metadata = detector.model.metadata
         preprocessing = replace(metadata.preprocessing, backend="torchvision")
         detector.model.metadata = replace(metadata, preprocessing=preprocessing)
+    if of_classes is not None:
+        detector.thresholds = check_thresholds(of_classes, str(thresholds), detector.model.metadata.class_names)
     return detector

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from conditional_detr.cli.console import AUTO, one_line_errors, print_line
-from conditional_detr.cli.options import DEVICE, FAST_PREPROCESSING, WEIGHTS, open_detector
+from conditional_detr.cli.options import (
+    DEVICE,
+    FAST_PREPROCESSING,
+    THRESHOLDS,
+    WEIGHTS,
+    check_one_threshold,
+    open_detector,
+)
 
 if TYPE_CHECKING:
     from conditional_detr.inference.detector import Detector
@@ -34,8 +41,12 @@ def serve(
         bool, typer.Option("--fast-preprocessing", help=FAST_PREPROCESSING, rich_help_panel=_MODEL)
     ] = False,
     threshold: Annotated[
-        float, typer.Option(help="Report detections with a higher score, by default.", rich_help_panel=_MODEL)
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            help="Report detections with a higher score, by default.", show_default="0.5", rich_help_panel=_MODEL
+        ),
+    ] = None,
+    thresholds: Annotated[Path | None, typer.Option(help=THRESHOLDS, rich_help_panel=_MODEL)] = None,
     top_k: Annotated[
         int, typer.Option(help="Report at most this many detections per image, by default.", rich_help_panel=_MODEL)
     ] = 100,
@@ -106,6 +117,7 @@ def serve(
         from conditional_detr.serving.server import ServerOptions, listen, log_to_stderr, run
         from conditional_detr.serving.settings import ServiceSettings
 
+        check_one_threshold(threshold, thresholds)
         if api_key_file is None and not insecure and not _is_loopback(host):
             raise ValueError(f"--host: expected --api-key-file, or --insecure, for the public address {host}")
         if api_key_file is not None:
@@ -121,11 +133,11 @@ def serve(
             urls=UrlGuard(*(allow_urls or ())),
             rate_limit=rate_limit,
             rate_storage=rate_storage,
-            threshold=threshold,
+            threshold=0.5 if threshold is None else threshold,
             top_k=top_k,
         )
         create = _Application(
-            _named(weights or ["shapes"]), device, fast_preprocessing, threads, settings, api_key_file
+            _named(weights or ["shapes"]), device, fast_preprocessing, threads, settings, api_key_file, thresholds
         )
         if workers > 1:
             create.load()  # an error here is one line, and not one of each process
@@ -153,6 +165,7 @@ class _Application:
         threads: as the option.
         settings: limits and defaults.
         keys: file of the API keys.
+        thresholds: file of the thresholds of each class, which all models have.
     """
 
     weights: dict[str, str]
@@ -161,11 +174,14 @@ class _Application:
     threads: int | None
     settings: "ServiceSettings"
     keys: Path | None
+    thresholds: Path | None
 
     def load(self) -> "dict[str, Detector]":
         """Load the models."""
         return {
-            name: open_detector(source, self.device, fast_preprocessing=self.fast_preprocessing)
+            name: open_detector(
+                source, self.device, fast_preprocessing=self.fast_preprocessing, thresholds=self.thresholds
+            )
             for name, source in self.weights.items()
         }
 

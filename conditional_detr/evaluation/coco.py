@@ -10,18 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from torch import distributed
 
 from conditional_detr.data.annotations import count_unusable, warn_of_left_out_categories, warn_of_problems
-from conditional_detr.data.coco import (
-    Annotations,
-    check_size,
-    image_paths,
-)
-from conditional_detr.data.formats.reading import DataSource, Format, open_data, read_split
+from conditional_detr.data.coco import Annotations, check_size, image_paths
+from conditional_detr.data.formats.reading import DataSource, Format, image_folder_of, read_split
 from conditional_detr.data.json_values import Id, shorten_list
 from conditional_detr.data.results import Results, read_results
 from conditional_detr.data.rotated_boxes import ROTATED, Rotated, choose_boxes, rotated_indices
@@ -36,6 +32,22 @@ MAX_DETECTIONS = 100  # per image, all classes together; COCO's own limit is per
 ImageDetections: TypeAlias = dict[Id, np.ndarray]
 """Detections by image id: (K, 6) with the category's index in the annotations, x0 y0 w h in pixels, score."""
 T = TypeVar("T")
+
+
+class EvaluationArrays(NamedTuple):
+    """A dataset and detections on it; images and categories are positions in the order of their ids.
+
+    Attributes:
+        images: the number of images.
+        categories: the number of categories.
+        annotations: (K, 8) image, category, x0, y0, w, h, area, iscrowd, in the order of the dataset.
+        detections: (K, 7) image, category, x0, y0, w, h, score.
+    """
+
+    images: int
+    categories: int
+    annotations: np.ndarray
+    detections: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,8 @@ def evaluate(
 
     Args:
         detector: the detector, or a model. Classes are matched by name: the detector must have all categories of the
-            dataset, and only these are detected.
+            dataset, and only these are detected. If it has thresholds, the detections above them are measured, else
+            all.
         annotations: a file or folder in any format; the content of a COCO JSON file; or annotations that are already
             read.
         images: the folder of the images; default: where the format has them.
@@ -91,15 +104,15 @@ def evaluate(
             not of the size in the annotations.
     """
     detector = detector if isinstance(detector, Detector) else Detector(detector)
-    opened = open_data(annotations, images, split=split, format=format)
-    data = _prepare(opened.annotations, annotations, rotated)
+    data, folder = read_data(annotations, images, split=split, format=format, rotated=rotated)
     check_classes(detector, data)
-    paths = image_paths(data, opened.images)
+    paths = image_paths(data, image_folder_of(data, folder))
     rank, processes = _process()
     image_ids = sorted(paths)[rank::processes]
 
     def detect() -> ImageDetections:
-        return _detect(detector, data, {image_id: paths[image_id] for image_id in image_ids}, batch_size, progress)
+        chosen = {image_id: paths[image_id] for image_id in image_ids}
+        return detect_all(detector, data, chosen, batch_size, progress)
 
     return _gather(detect, lambda parts: _compute_metrics(data, parts))
 
@@ -129,16 +142,28 @@ def evaluate_detections(
         OSError: a file cannot be read.
         ValueError: the annotations or results are invalid; the message has the file and the position in it.
     """
-    data = _prepare(read_split(annotations, split=split, format=format)[0], annotations, rotated)
+    data, _ = read_data(annotations, split=split, format=format, rotated=rotated)
 
     def read() -> ImageDetections:
-        return _group_by_image(read_results(results, data), data)
+        return group_by_image(read_results(results, data), data)
 
     return _gather(read, lambda parts: _compute_metrics(data, parts))
 
 
-def _prepare(read: Annotations, source: DataSource, rotated: Rotated) -> Annotations:
-    """Choose the boxes of annotations; warn of what may be unintended, unless the source was already read."""
+def read_data(
+    source: DataSource,
+    images: str | Path | None = None,
+    *,
+    split: str,
+    format: Format | None,
+    rotated: Rotated,
+) -> tuple[Annotations, Path | None]:
+    """Read a split to measure on, and warn of what may be unintended, unless it was already read.
+
+    Returns:
+        The annotations, and the folder of the images, None if it was not found.
+    """
+    read, folder = read_split(source, images, split=split, format=format)
     data = choose_boxes(read, rotated)
     if read is not source:
         warn_of_left_out_categories(data, stacklevel=4)
@@ -148,7 +173,7 @@ def _prepare(read: Annotations, source: DataSource, rotated: Rotated) -> Annotat
                 f"{data.name}: expected annotations to measure on, got {count_unusable(data)}: all metrics are -1"
             )
             warnings.warn(message, stacklevel=3)
-    return data
+    return data, folder
 
 
 def check_classes(detector: Detector, data: Annotations) -> None:
@@ -163,7 +188,7 @@ def check_classes(detector: Detector, data: Annotations) -> None:
         )
 
 
-def _detect(
+def detect_all(
     detector: Detector,
     data: Annotations,
     paths: Mapping[Id, Path],
@@ -175,7 +200,8 @@ def _detect(
     # The detector batches images of one size, so they must follow each other.
     order = sorted(paths, key=lambda image_id: [str(data.images[image_id].get(side)) for side in ("height", "width")])
     images = iter([paths[image_id] for image_id in order])
-    results = detector(images, threshold=0.0, top_k=MAX_DETECTIONS, classes=list(indices), batch_size=batch_size)
+    threshold = 0.0 if detector.thresholds is None else None
+    results = detector(images, threshold=threshold, top_k=MAX_DETECTIONS, classes=list(indices), batch_size=batch_size)
     by_image: ImageDetections = {}
     for image_id, detections in zip(order, results, strict=True):
         check_size(data, image_id, detections.size, paths[image_id])
@@ -193,7 +219,7 @@ def _to_rows(detections: Detections, index_of: Mapping[str, int]) -> np.ndarray:
     return np.column_stack((indices, boxes, detections.scores.double().numpy()))
 
 
-def _group_by_image(results: Results, data: Annotations) -> ImageDetections:
+def group_by_image(results: Results, data: Annotations) -> ImageDetections:
     """Return the detections of each image that has any, in their order."""
     images = _positions(results.image_ids, data.images)
     order = np.argsort(images, kind="stable")
@@ -208,6 +234,11 @@ def _compute_metrics(data: Annotations, parts: Sequence[ImageDetections]) -> Coc
     by_image: ImageDetections = {}
     for part in parts:
         by_image = part | by_image  # the lowest rank's detections of an image take precedence
+    return to_result(data, average_precision(*to_arrays(data, by_image)))
+
+
+def to_arrays(data: Annotations, by_image: ImageDetections) -> EvaluationArrays:
+    """Return what :func:`~conditional_detr.evaluation.average_precision.average_precision` takes."""
     image_ids, category_ids = sorted(data.images), sorted(data.categories)
     annotations = np.empty((len(data.annotations), 8))
     annotations[:, 0] = _positions([annotation["image_id"] for annotation in data.annotations], image_ids)
@@ -217,9 +248,12 @@ def _compute_metrics(data: Annotations, parts: Sequence[ImageDetections]) -> Coc
     images = np.repeat(_positions(list(by_image), image_ids), [len(of_image) for of_image in by_image.values()])
     categories = _positions(list(data.categories), category_ids)[rows[:, 0].astype(int)]
     detections = np.column_stack((images, categories, rows[:, 1:]))
-    result = average_precision(len(image_ids), len(category_ids), annotations, detections)
-    metrics = dict(zip(METRICS, result.summary.tolist(), strict=True))
-    return CocoResult(metrics, _metrics_per_class(data, result))
+    return EvaluationArrays(len(image_ids), len(category_ids), annotations, detections)
+
+
+def to_result(data: Annotations, result: AveragePrecision) -> CocoResult:
+    """Return the twelve metrics, and those of each class."""
+    return CocoResult(dict(zip(METRICS, result.summary.tolist(), strict=True)), _metrics_per_class(data, result))
 
 
 def _positions(ids: Sequence[Id], all_ids: Iterable[Id]) -> np.ndarray:

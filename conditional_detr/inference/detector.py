@@ -29,6 +29,7 @@ from conditional_detr.inference.postprocessing import (
 from conditional_detr.inference.preparation import PreparedImage, batch_pixels, prepare, read_images
 from conditional_detr.inference.preprocessing import PixelBuffer, to_pixels
 from conditional_detr.inference.sources import ImageSource, is_single_image
+from conditional_detr.inference.thresholds import check_thresholds
 from conditional_detr.modeling.detection_model import DetectionModel
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.layers import evaluation_mode
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEFAULT_BATCH_SIZE = 8
+DEFAULT_THRESHOLD = 0.5
 _WINDOW = 4  # how many batches an image of a rare shape waits for others of its shape
 _BATCH_PIXELS_ON_CPU = 400_000  # above, the feature maps of a batch leave the caches: it takes longer than its images
 
@@ -45,7 +47,7 @@ _BATCH_PIXELS_ON_CPU = 400_000  # above, the feature maps of a batch leave the c
 class _Options(TypedDict, total=False):
     """The options of a call, for the type checker."""
 
-    threshold: float
+    threshold: float | None
     top_k: int
     classes: Iterable[str | int] | None
     batch_size: int | None
@@ -61,12 +63,21 @@ class Detector:
             not run in several threads at once.
         limits: timeout, largest file size and guard for images that are given as URLs. URLs of strangers need a
             guard.
+        thresholds: by class name, thresholds of calls without a threshold, such as
+            ``conditional_detr.inference.thresholds.read_thresholds`` reads; None: 0.5 for all classes.
 
     Raises:
+        ValueError: a threshold that is not in [0, 1], or of a class that the model does not have.
         TypeError: ``model`` is no :class:`~conditional_detr.modeling.detection_model.DetectionModel`.
     """
 
-    def __init__(self, model: DetectionModel, *, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self,
+        model: DetectionModel,
+        *,
+        limits: Limits = DEFAULT_LIMITS,
+        thresholds: Mapping[str, float] | None = None,
+    ) -> None:
         if not isinstance(model, DetectionModel):
             raise TypeError(
                 f"model: expected a ConditionalDETR or DETR, an optimised copy or an ExportedModel,"
@@ -74,6 +85,8 @@ class Detector:
             )
         self.model = model
         self.limits = limits
+        names = model.metadata.class_names
+        self.thresholds = None if thresholds is None else check_thresholds(thresholds, class_names=names)
 
     @classmethod
     def from_pretrained(cls, name: str | Path = PUBLISHED, **options: Any) -> "Detector":
@@ -114,7 +127,7 @@ class Detector:
         self,
         images: ImageSource | Iterable[ImageSource],
         *,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         top_k: int = 100,
         classes: Iterable[str | int] | None = None,
         batch_size: int | None = None,
@@ -129,7 +142,7 @@ class Detector:
         Args:
             images: a path, http(s) URL, data URI, base64 text, bytes, open binary file, PIL image, array or tensor
                 (see :data:`conditional_detr.inference.sources.ImageSource`); or a list or iterator of these.
-            threshold: report detections with a higher score, in [0, 1].
+            threshold: report detections with a higher score, in [0, 1]. Default: the detector's thresholds, or 0.5.
             top_k: report at most this many detections per image, those with the highest scores.
             classes: names or class head rows of the classes to report; None: all.
             batch_size: run at most this many images together. Default: 8; on a CPU, as many of these as have 400,000
@@ -172,12 +185,13 @@ class Detector:
         return min(max(_BATCH_PIXELS_ON_CPU // (height * width), 1), DEFAULT_BATCH_SIZE)
 
     def postprocessing(
-        self, *, threshold: float = 0.5, top_k: int = 100, classes: Iterable[str | int] | None = None
+        self, *, threshold: float | None = None, top_k: int = 100, classes: Iterable[str | int] | None = None
     ) -> Postprocessing:
         """Return the post-processing for a call with these arguments; raises what the call raises."""
+        of_classes = DEFAULT_THRESHOLD if self.thresholds is None else self.thresholds
         return make_postprocessing(
             self.model.metadata.class_names,
-            threshold=threshold,
+            threshold=of_classes if threshold is None else threshold,
             top_k=top_k,
             classes=classes,
             scores=self.model.scores,
@@ -190,16 +204,19 @@ class Detector:
             postprocessing: what is reported, from :meth:`postprocessing`.
 
         Returns:
-            {"model": 16 hexadecimal digits of a SHA-256 of the weights and the metadata, "threshold", "top_k",
-            "classes": class names, None if all classes are reported}.
+            {"model": 16 hexadecimal digits of a SHA-256 of the weights and the metadata, "threshold": a number, or
+            numbers by class name, "top_k", "classes": class names, None if all classes are reported}.
         """
         metadata = self.model.metadata
         rows = postprocessing.rows.tolist()
         named = [row for row, name in enumerate(metadata.class_names) if name is not None]
+        threshold: Any = postprocessing.threshold
+        if isinstance(threshold, Tensor):
+            threshold = {metadata.class_names[row]: threshold[row].item() for row in rows}
         model = f"{self.model.weights_digest()} {metadata}"
         return {
             "model": hashlib.sha256(model.encode("utf-8", "surrogatepass")).hexdigest()[:16],
-            "threshold": postprocessing.threshold,
+            "threshold": threshold,
             "top_k": postprocessing.top_k,
             "classes": None if rows == named else [metadata.class_names[row] for row in rows],
         }

@@ -1,7 +1,7 @@
 """Convert logits and boxes of the model to detections: the best of its queries and classes above a threshold."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from conditional_detr.inference.thresholds import check_thresholds
 from conditional_detr.modeling.scores import ClassScores, SigmoidScores
 
 SIGMOID = SigmoidScores()
@@ -19,13 +20,13 @@ class Postprocessing(NamedTuple):
 
     Attributes:
         rows: (R,) int64, rows of the class head that are reported.
-        threshold: only detections with a higher score are kept.
+        threshold: only detections with a higher score are kept; or (C,) float64, one of each row of the class head.
         top_k: maximum number of detections per image.
         scores: how logits become scores of classes.
     """
 
     rows: Tensor
-    threshold: float
+    threshold: float | Tensor
     top_k: int
     scores: ClassScores = SIGMOID
 
@@ -33,7 +34,7 @@ class Postprocessing(NamedTuple):
 def make_postprocessing(
     names: Sequence[str | None],
     *,
-    threshold: float,
+    threshold: float | Mapping[str, float],
     top_k: int,
     classes: Iterable[str | int] | None,
     scores: ClassScores = SIGMOID,
@@ -42,19 +43,24 @@ def make_postprocessing(
 
     Args:
         names: class names of the model; None for an unused row of the class head, which is never reported.
-        threshold: keep only detections with a higher score, in [0, 1].
+        threshold: keep only detections with a higher score, in [0, 1]; or a threshold by class name, one for each
+            class that is reported.
         top_k: maximum number of detections per image.
         classes: names or class head rows of the classes to report; None: all.
         scores: how logits become scores of classes.
 
     Raises:
         TypeError: ``classes`` is a string instead of a list.
-        ValueError: a class that the model does not have, or a number out of range.
+        ValueError: a class that the model does not have, one without threshold, or a number out of range.
     """
+    check_count("top_k", top_k)
+    rows = _rows(names, classes)
+    if isinstance(threshold, Mapping):
+        of_rows = _of_rows(names, rows, check_thresholds(threshold, class_names=names))
+        return Postprocessing(rows, of_rows, top_k, scores)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold: expected 0..1, got {threshold}")
-    check_count("top_k", top_k)
-    return Postprocessing(_rows(names, classes), threshold, top_k, scores)
+    return Postprocessing(rows, threshold, top_k, scores)
 
 
 def postprocess(
@@ -81,7 +87,8 @@ def postprocess(
         postprocessing.scores,
     )
     corners, scores, labels, queries = (x[0] for x in detections)
-    kept = scores > postprocessing.threshold
+    threshold = postprocessing.threshold
+    kept = scores > (threshold[labels] if isinstance(threshold, Tensor) else threshold)
     return corners[kept], scores[kept], labels[kept], queries[kept]
 
 
@@ -127,6 +134,16 @@ def check_count(name: str, count: Any) -> None:
 def named_rows(names: Sequence[str | None]) -> Tensor:
     """Return the rows of the class head that have a class name, (R,) int64."""
     return torch.tensor([i for i, name in enumerate(names) if name is not None], dtype=torch.int64, device="cpu")
+
+
+def _of_rows(names: Sequence[str | None], rows: Tensor, thresholds: Mapping[str, float]) -> Tensor:
+    """Return the threshold of each row of the class head, (C,) float64; 1 for rows that are not reported."""
+    if missing := [str(names[row]) for row in rows.tolist() if names[row] not in thresholds]:
+        raise ValueError(
+            f"thresholds: expected one for each class that is reported, got none for {', '.join(missing)}"
+        )
+    values = [1.0 if name is None else thresholds.get(name, 1.0) for name in names]
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _rows(names: Sequence[str | None], classes: Iterable[str | int] | None) -> Tensor:

@@ -30,7 +30,8 @@ class ServiceSettings:
         rate_limit: requests per key, such as "60/minute", in the notation of the package limits; None: no limit.
         rate_storage: where requests are counted, as a URI of the package limits: "memory://" counts in each process,
             "redis://..." across processes and machines.
-        threshold: reported are detections with a higher score, unless a request says otherwise.
+        threshold: reported are detections with a higher score, unless a request or the detector's thresholds say
+            otherwise.
         top_k: maximum number of detections per image, unless a request says otherwise.
 
     Raises:

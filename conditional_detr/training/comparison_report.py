@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.system.plotting import import_matplotlib
 from conditional_detr.training.comparison import Point, Trained, speedups
-from conditional_detr.training.surroundings import import_matplotlib
 
 FILES = ("comparison.json", "comparison.md", "comparison.png")
 """Names of the files that :func:`write` writes."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from conditional_detr.system.atomic_files import write_atomically
-from conditional_detr.training.surroundings import import_matplotlib
+from conditional_detr.system.plotting import import_matplotlib
 
 _OF_STEPS = ("loss", "class", "l1", "giou", "lr")
 _PLOTS = (("loss",), ("class", "l1", "giou"), ("val_loss",), ("AP", "AP50"), (), ("lr",))

@@ -1,13 +1,12 @@
 """What surrounds a training run: packages and environment variables."""
 
 import os
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
+from conditional_detr.system.plotting import import_matplotlib
+
 _SHARDED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
-_BACKEND = "MPLBACKEND"
 
 
 def make_accelerator() -> Any:
@@ -49,18 +48,3 @@ def in_first_process(accelerator: Any, function: Callable[[], None]) -> None:
         broadcast_object_list(errors)
     if errors[0] is not None:
         raise errors[0]
-
-
-def import_matplotlib() -> None:
-    """Import matplotlib whatever ``MPLBACKEND`` says; its import fails if that backend is not installed."""
-    if "matplotlib" in sys.modules or _BACKEND not in os.environ:
-        import matplotlib
-
-        return
-    backend = os.environ.pop(_BACKEND)
-    try:
-        import matplotlib
-    finally:
-        os.environ[_BACKEND] = backend
-    with suppress(ValueError):
-        matplotlib.rcParams["backend"] = backend  # as its import does

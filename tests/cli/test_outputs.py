@@ -20,6 +20,7 @@ WRITTEN = {
     ("attention", "output"): ["out/photo-attention-1.png"],
     ("train", "output"): ["out/best/model.safetensors", "out/last/config.json", "out/log.jsonl", "out/curves.png"],
     ("evaluate", "json_file"): ["out/file.json"],
+    ("analyse", "output"): ["out/report.html", "out/analysis.json", "out/thresholds.json", "out/confusion.png"],
     ("check-data", "json_file"): ["out/file.json"],
     ("check-data", "sheet"): ["out/sheet.jpg"],
     ("convert-data", "output"): ["out/instances_all.json"],
@@ -30,7 +31,17 @@ WRITTEN = {
     ("compare", "output"): ["out/comparison.json", "out/comparison.md", "out/comparison.png"],
     ("benchmark", "output"): ["out/benchmark.json", "out/benchmark.md", "out/benchmark.png"],
 }
-READ = {"results", "data", "images", "val_data", "val_images", "font", "backbone_weights", "api_key_file"}
+READ = {
+    "results",
+    "data",
+    "images",
+    "val_data",
+    "val_images",
+    "font",
+    "backbone_weights",
+    "api_key_file",
+    "thresholds",
+}
 
 
 def test_all_paths_are_known():
@@ -66,6 +77,7 @@ def arguments(command: str, parameter: str, file: str, weights: Path) -> list[st
         "attention": ["photo.png", "--weights", str(weights), "--output", "out"],
         "train": [*data, "--weights", str(weights), "--output", "out", "--epochs", "1"],
         "evaluate": [*data, "--weights", str(weights), "--json", file],
+        "analyse": [*data, "--weights", str(weights), "--output", "out"],
         "check-data": [*data, "--json" if parameter == "json_file" else f"--{parameter.replace('_', '-')}", file],
         "convert-data": [*data, "--output", "out"],
         "convert": [str(weights), *(["out.pth", "--to", "original"] if file == "out.pth" else ["out"])],
@@ -106,6 +118,7 @@ INPUTS = [
     ("check-data", ["--data", "data.json", "--images", "images", "--sheet", "linked/11.png"], "images/11.png"),
     ("evaluate", ["--data", "data.json", "--results", "results.json", "--json", "results.json"], "results.json"),
     ("evaluate", ["--data", "data.json", "--images", "images", "--json", "hard.json"], "data.json"),
+    ("analyse", ["--data", "analysis.json", "--results", "results.json", "--output", "."], "analysis.json"),
     ("detect", ["images", "--output", "linked"], "images/10.png"),
     ("detect", ["photo.png", "--output", "."], "photo.png"),
     ("detect", ["photo.png", "--output", "weights", "--no-draw"], "weights/config.json"),
@@ -123,6 +136,7 @@ def test_an_input_is_never_written_also_when_asked(folder, small, monkeypatch, c
     Path("linked").symlink_to("images")
     os.link("data.json", "hard.json")
     Path("results.json").write_text("[]")
+    shutil.copy("data.json", "analysis.json")
     monkeypatch.setenv("HOME", str(folder))
     before = Path(file).read_bytes()
     if command == "detect" or (command == "evaluate" and "--images" in options):

@@ -18,13 +18,14 @@ from conditional_detr import HungarianMatcher, Output, SetLoss
 from conditional_detr.data.augmentation import Augmentation
 from conditional_detr.data.dataset import CocoData, collate
 from conditional_detr.data.synthetic import write_shapes
+from conditional_detr.system.plotting import import_matplotlib
 from conditional_detr.training import run_folder
 from conditional_detr.training.checkpoints import STATE
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.loader import BatchLoader
 from conditional_detr.training.loop import train
 from conditional_detr.training.steps import Stepper
-from conditional_detr.training.surroundings import import_matplotlib, make_accelerator
+from conditional_detr.training.surroundings import make_accelerator
 from helpers.training_runs import Rectangles, small_model, steps_of
 
 ONE = TrainConfig(epochs=1, batch_size=4, workers=0, query_groups=2)

@@ -1,0 +1,1 @@
+"""Analyse the errors of detections: what goes wrong, how much it costs, and where."""
