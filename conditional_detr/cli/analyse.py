@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 def analyse(
     data: Annotated[Path, typer.Option(help=DATA)],
     images: Annotated[Path | None, typer.Option(help=IMAGES)] = None,
-    format: Annotated[DataFormat | None, typer.Option(help=FORMAT, show_default="recognised")] = None,
+    format: Annotated[
+        DataFormat | None, typer.Option(metavar="<format>", help=FORMAT, show_default="recognised")
+    ] = None,
     split_name: Annotated[str, typer.Option(help=SPLIT_NAME)] = "val",
     weights: Annotated[str | None, typer.Option(help=WEIGHTS, show_default=PUBLISHED, rich_help_panel="Model")] = None,
     results: Annotated[Path | None, typer.Option(help="COCO results file, to analyse instead of --weights.")] = None,

@@ -22,7 +22,9 @@ _SHOWN = 5  # cases of a kind that are printed; the JSON file has all
 def check_data(
     data: Annotated[Path, typer.Option(help=DATA)],
     images: Annotated[Path | None, typer.Option(help=IMAGES)] = None,
-    format: Annotated[DataFormat | None, typer.Option(help=FORMAT, show_default="recognised")] = None,
+    format: Annotated[
+        DataFormat | None, typer.Option(metavar="<format>", help=FORMAT, show_default="recognised")
+    ] = None,
     split_name: Annotated[str, typer.Option(help=SPLIT_NAME)] = "train",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole report to this file.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Draw some images with their boxes to this file.")] = None,

@@ -43,7 +43,8 @@ def compare(
     output: Annotated[Path, typer.Option(help="Folder for runs, table, numbers and curves.")],
     images: Annotated[Path | None, typer.Option(help=IMAGES, rich_help_panel=_DATA)] = None,
     format: Annotated[
-        DataFormat | None, typer.Option(help=FORMAT, show_default="recognised", rich_help_panel=_DATA)
+        DataFormat | None,
+        typer.Option(metavar="<format>", help=FORMAT, show_default="recognised", rich_help_panel=_DATA),
     ] = None,
     val_data: Annotated[
         Path | None,

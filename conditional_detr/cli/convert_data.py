@@ -13,7 +13,9 @@ def convert_data(
     data: Annotated[Path, typer.Option(help=DATA)],
     output: Annotated[Path, typer.Option(help="Folder for instances_train.json and the like.")],
     images: Annotated[Path | None, typer.Option(help=IMAGES)] = None,
-    format: Annotated[DataFormat | None, typer.Option(help=FORMAT, show_default="recognised")] = None,
+    format: Annotated[
+        DataFormat | None, typer.Option(metavar="<format>", help=FORMAT, show_default="recognised")
+    ] = None,
     split: Annotated[str | None, typer.Option(metavar="<shares>", help=SHARES)] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of --split.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,

@@ -66,7 +66,8 @@ def train(
     ],
     images: Annotated[Path | None, typer.Option(help=IMAGES, rich_help_panel=_DATA)] = None,
     format: Annotated[
-        DataFormat | None, typer.Option(help=FORMAT, show_default="recognised", rich_help_panel=_DATA)
+        DataFormat | None,
+        typer.Option(metavar="<format>", help=FORMAT, show_default="recognised", rich_help_panel=_DATA),
     ] = None,
     split: Annotated[str | None, typer.Option(metavar="<shares>", help=SHARES, rich_help_panel=_DATA)] = None,
     val_data: Annotated[
