@@ -126,13 +126,8 @@ def _stratify(
 ) -> list[int]:
     """Return the split of each group of images, by iterative stratification (Sechidis et al., 2011).
 
-<<<<<<< HEAD
-    The rarest class that is left goes first, each of its groups to the split that lacks most images of it, of those
-    that are not full.
-=======
     The rarest class that is left goes first, each of its groups to the split that lacks most images of it. A split
     that is full gets no more.
->>>>>>> formats
 
     Args:
         counts: the number of images of each class in each group.
