@@ -1,45 +1,34 @@
 """Detect objects on images: open, preprocess, run the model, post-process."""
 
 import hashlib
-import os
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
-import torch
 from PIL import Image
-from torch import Tensor
 
+from conditional_detr.inference.batches import default_batch_size, detect_in_batches, evaluate, run_batch
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.downloads import DEFAULT_LIMITS, Limits
 from conditional_detr.inference.drawing import draw_attention
-from conditional_detr.inference.exported import ExportedModel, InferenceError
+from conditional_detr.inference.exported import ExportedModel
 from conditional_detr.inference.images import to_pil
-from conditional_detr.inference.pipeline import map_in_batches, map_in_threads
 from conditional_detr.inference.postprocessing import (
     Postprocessing,
     check_count,
-    check_head,
     make_postprocessing,
-    postprocess,
 )
-from conditional_detr.inference.preparation import PreparedImage, batch_pixels, prepare, read_images
+from conditional_detr.inference.preparation import PreparedImage, prepare
 from conditional_detr.inference.preprocessing import PixelBuffer, to_pixels
 from conditional_detr.inference.sources import ImageSource, is_single_image
 from conditional_detr.modeling.detection_model import DetectionModel
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
-from conditional_detr.modeling.layers import evaluation_mode
 from conditional_detr.modeling.metadata import PUBLISHED
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-DEFAULT_BATCH_SIZE = 8
-_WINDOW = 4  # how many batches an image of a rare shape waits for others of its shape
-_BATCH_PIXELS_ON_CPU = 400_000  # above, the feature maps of a batch leave the caches: it takes longer than its images
 
 
 class _Options(TypedDict, total=False):
@@ -167,9 +156,7 @@ class Detector:
 
     def default_batch_size(self, height: int, width: int) -> int:
         """Return how many images of a size after resizing run together by default."""
-        if self.model.device.type != "cpu":
-            return DEFAULT_BATCH_SIZE
-        return min(max(_BATCH_PIXELS_ON_CPU // (height * width), 1), DEFAULT_BATCH_SIZE)
+        return default_batch_size(self.model.device, height, width)
 
     def postprocessing(
         self, *, threshold: float = 0.5, top_k: int = 100, classes: Iterable[str | int] | None = None
@@ -224,30 +211,10 @@ class Detector:
         Returns:
             A generator with the Detections of each image, or the error that opening it raised.
         """
-        workers = min(4, os.cpu_count() or 1)
-        largest = batch_size or DEFAULT_BATCH_SIZE
-        is_list = isinstance(images, Sequence)
-        read = read_images(images, snapshots=not isinstance(images, list | tuple))
-        keep = is_list if keep_images is None else keep_images
-        buffer = PixelBuffer()
-        open_one = partial(prepare, preprocessing=self.model.metadata.preprocessing, limits=self.limits, keep=keep)
-        prepared = map_in_threads(open_one, read, workers=workers, depth=largest + workers)
-
-        def key(item: PreparedImage | Exception) -> tuple[Any, ...] | None:
-            return (item.values.shape, item.values.dtype) if isinstance(item, PreparedImage) else None
-
-        def run(items: list[PreparedImage | Exception]) -> list[Detections | Exception]:
-            if isinstance(items[0], Exception):
-                return [items[0]]
-            group = [item for item in items if isinstance(item, PreparedImage)]
-            return self.run_batch(group, [postprocessing] * len(group), buffer)
-
-        def limit(key: Any) -> int:
-            (_, height, width), _ = key
-            return batch_size or self.default_batch_size(height, width)
-
-        with closing(prepared):
-            yield from map_in_batches(prepared, key, run, batch_size=limit, window=_WINDOW * largest)
+        keep = isinstance(images, Sequence) if keep_images is None else keep_images
+        return detect_in_batches(
+            self.model, images, postprocessing, batch_size=batch_size, limits=self.limits, keep=keep
+        )
 
     def draw_attention(self, detections: Detections, index: int = 0, *, layers: Sequence[int] = (-1,)) -> Image.Image:
         """Draw the cross-attention maps of one detection's query: the paper's figure 1.
@@ -269,7 +236,7 @@ class Detector:
         box, score, name = detections[index]
         opened = detections.open_source()
         pixels = to_pixels(opened, self.model.metadata.preprocessing)[None]
-        maps = self._evaluate(lambda x: self.model.attention_maps(x, layers=layers), pixels)
+        maps = evaluate(self.model, lambda x: self.model.attention_maps(x, layers=layers), pixels)
         query = int(detections.queries[index])
         return draw_attention(
             to_pil(opened),
@@ -319,43 +286,4 @@ class Detector:
         Returns:
             The detections on each image, or its error.
         """
-        try:
-            return [*self._detect(group, postprocessings, buffer or PixelBuffer())]
-        except InferenceError as error:  # the runtime of an exported model refuses this shape
-            return [InferenceError(f"{image.name}: {error}") for image in group]
-
-    def _detect(
-        self, group: Sequence[PreparedImage], postprocessings: Sequence[Postprocessing], buffer: PixelBuffer
-    ) -> Iterator[Detections | Exception]:
-        """Run the model on images of one shape; yield the detections of each, or its error."""
-        metadata = self.model.metadata
-        values = [image.values for image in group]
-        pixels = batch_pixels(values, metadata.preprocessing, self.model.device, self.model.dtype, buffer)
-        output = self._evaluate(self.model, pixels)
-        logits, boxes = (x[-1].float().cpu() for x in output)  # (B, N, C), (B, N, 4)
-        check_head(self.model.scores.num_classes(logits.shape[-1]), metadata.class_names)
-        for image, postprocessing, image_logits, image_boxes in zip(
-            group, postprocessings, logits, boxes, strict=True
-        ):
-            if not (image_logits.isfinite().all() and image_boxes.isfinite().all()):
-                yield ValueError(f"{image.name}: the model returned logits or boxes that are not finite")
-                continue
-            corners, scores, labels, queries = postprocess(image_logits, image_boxes, image.size, postprocessing)
-            rows = labels.tolist()
-            yield Detections(
-                boxes=corners,
-                scores=scores,
-                labels=labels,
-                names=tuple(str(metadata.class_names[row]) for row in rows),
-                category_ids=tuple(metadata.category_ids[row] for row in rows),
-                queries=queries,
-                size=image.size,
-                source=image.source,
-                state=image.state,
-            )
-
-    @torch.inference_mode()
-    def _evaluate(self, function: Any, pixels: Tensor) -> Any:
-        """Apply the model, or a method of it, to pixels in eval mode, and restore its mode."""
-        with evaluation_mode(self.model):
-            return function(pixels.to(self.model.device, self.model.dtype))
+        return run_batch(self.model, group, postprocessings, buffer)
