@@ -47,6 +47,7 @@ class Detections:
         names: K class names.
         category_ids: K category ids of the dataset that the model was trained on, such as COCO's 1..90.
         queries: (K,) int64, object query of each detection, in [0, N). One query may have several detections.
+            -1 for detections that are merged from tiles or augmented images.
         size: (height, width) of the original image in pixels.
         source: the image, for :meth:`draw`: a path, the given object, or the bytes of a URL, base64 or open file;
             None if it was not kept, as for images from an iterator.

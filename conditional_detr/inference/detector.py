@@ -23,6 +23,7 @@ from conditional_detr.inference.postprocessing import (
 from conditional_detr.inference.preparation import PreparedImage, prepare
 from conditional_detr.inference.preprocessing import PixelBuffer, to_pixels
 from conditional_detr.inference.sources import ImageSource, is_single_image
+from conditional_detr.inference.tiling import Tiling, detect_on_views, detect_tiled, make_tiling, open_whole
 from conditional_detr.modeling.detection_model import DetectionModel
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.metadata import PUBLISHED
@@ -39,6 +40,9 @@ class _Options(TypedDict, total=False):
     classes: Iterable[str | int] | None
     batch_size: int | None
     keep_images: bool | None
+    tile: int | tuple[int, int] | None
+    overlap: float | None
+    augment: bool
 
 
 class Detector:
@@ -108,6 +112,9 @@ class Detector:
         classes: Iterable[str | int] | None = None,
         batch_size: int | None = None,
         keep_images: bool | None = None,
+        tile: int | tuple[int, int] | None = None,
+        overlap: float | None = None,
+        augment: bool = False,
         on_error: str = "raise",
     ) -> Any:
         """Detect objects on one image or on many.
@@ -125,6 +132,12 @@ class Detector:
                 pixels after resizing, because larger batches take longer there.
             keep_images: whether Detections keep the image, to draw it later. Default: yes for one image and a list,
                 whose images the caller holds anyway; for an iterator only paths are kept, not frames.
+            tile: for large images with small objects: detect on overlapping tiles of this side, or (height, width), in
+                pixels of the image, and merge the detections. None: on the whole image, resized.
+            overlap: least overlap of neighbouring tiles, as a fraction of their side, above 0 and up to 0.5; default:
+                0.25. An object that is smaller than the overlap is whole on one of the tiles.
+            augment: detect also on the mirrored image, and on both at 0.8 of the size where the model takes images of
+                any size, and merge the detections: up to four times the work.
             on_error: "raise" the error of an image that cannot be opened, or "skip" the image with a warning.
 
         Returns:
@@ -145,9 +158,11 @@ class Detector:
         if batch_size is not None:
             check_count("batch_size", batch_size)
         postprocessing = self.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
+        tiling = make_tiling(tile, overlap, augment=augment)
         if one:
-            return self._settle(self._detect_one(images, postprocessing), on_error)  # type: ignore[arg-type]
-        options = {"batch_size": batch_size, "keep_images": keep_images}
+            outcome = self._detect_one(images, postprocessing, tiling, batch_size)  # type: ignore[arg-type]
+            return self._settle(outcome, on_error)
+        options: dict[str, Any] = {"batch_size": batch_size, "keep_images": keep_images, "tiling": tiling}
         outcomes = self.outcomes(images, postprocessing, **options)  # type: ignore[arg-type]
         if not isinstance(images, Sequence):
             return (self._settle(outcome, on_error) for outcome in outcomes)
@@ -170,15 +185,17 @@ class Detector:
             scores=self.model.scores,
         )
 
-    def settings(self, postprocessing: Postprocessing) -> dict[str, Any]:
+    def settings(self, postprocessing: Postprocessing, tiling: Tiling | None = None) -> dict[str, Any]:
         """Return all that decides the detections on an image, for results to record.
 
         Args:
             postprocessing: what is reported, from :meth:`postprocessing`.
+            tiling: as in :meth:`outcomes`.
 
         Returns:
             {"model": 16 hexadecimal digits of a SHA-256 of the weights and the metadata, "threshold", "top_k",
-            "classes": class names, None if all classes are reported}.
+            "classes": class names, None if all classes are reported}; and "tile", "overlap" and "augment" if these are
+            used.
         """
         metadata = self.model.metadata
         rows = postprocessing.rows.tolist()
@@ -189,6 +206,7 @@ class Detector:
             "threshold": postprocessing.threshold,
             "top_k": postprocessing.top_k,
             "classes": None if rows == named else [metadata.class_names[row] for row in rows],
+            **({} if tiling is None else tiling.settings()),
         }
 
     def outcomes(
@@ -198,6 +216,7 @@ class Detector:
         *,
         batch_size: int | None = None,
         keep_images: bool | None = None,
+        tiling: Tiling | None = None,
     ) -> Generator[Detections | Exception, None, None]:
         """Detect objects on many images, in order and in bounded memory; yield errors instead of raising them.
 
@@ -207,14 +226,16 @@ class Detector:
             postprocessing: what to report, from :meth:`postprocessing`.
             batch_size: as in a call.
             keep_images: as in a call.
+            tiling: from :func:`~conditional_detr.inference.tiling.make_tiling`; None: detect on whole images.
 
         Returns:
             A generator with the Detections of each image, or the error that opening it raised.
         """
         keep = isinstance(images, Sequence) if keep_images is None else keep_images
-        return detect_in_batches(
-            self.model, images, postprocessing, batch_size=batch_size, limits=self.limits, keep=keep
-        )
+        options: dict[str, Any] = {"batch_size": batch_size, "limits": self.limits, "keep": keep}
+        if tiling is not None:
+            return detect_tiled(self.model, images, postprocessing, tiling, **options)
+        return detect_in_batches(self.model, images, postprocessing, **options)
 
     def draw_attention(self, detections: Detections, index: int = 0, *, layers: Sequence[int] = (-1,)) -> Image.Image:
         """Draw the cross-attention maps of one detection's query: the paper's figure 1.
@@ -231,9 +252,14 @@ class Detector:
         Raises:
             IndexError: no detection has this index.
             OSError: the image can no longer be read.
-            ValueError: no layer, or one that the decoder does not have; a model without attention maps.
+            ValueError: no layer, or one that the decoder does not have; a model without attention maps; detections
+                that are merged from tiles or augmented images, which have no query.
         """
         box, score, name = detections[index]
+        if detections.queries[index] < 0:
+            raise ValueError(
+                "detections: expected those of one run of the model, got merged ones: detect without tile and augment"
+            )
         opened = detections.open_source()
         pixels = to_pixels(opened, self.model.metadata.preprocessing)[None]
         maps = evaluate(self.model, lambda x: self.model.attention_maps(x, layers=layers), pixels)
@@ -255,8 +281,15 @@ class Detector:
         warnings.warn(f"skipped: {outcome}", stacklevel=3)
         return None
 
-    def _detect_one(self, image: ImageSource, postprocessing: Postprocessing) -> Detections | Exception:
-        """Detect objects on a single image, without threads."""
+    def _detect_one(
+        self, image: ImageSource, postprocessing: Postprocessing, tiling: Tiling | None, batch_size: int | None
+    ) -> Detections | Exception:
+        """Detect objects on a single image; without tiles, in this thread."""
+        if tiling is not None:
+            opened = open_whole((image, "image"), self.model.metadata.preprocessing, self.limits, keep=True)
+            if isinstance(opened, Exception):
+                return opened
+            return detect_on_views(self.model, opened, postprocessing, tiling, batch_size)
         prepared = self.prepare(image, "image", keep=True)
         return prepared if isinstance(prepared, Exception) else self.run_batch([prepared], [postprocessing])[0]
 
