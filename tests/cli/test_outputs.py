@@ -27,7 +27,10 @@ WRITTEN = {
     ("quantize", "target"): ["out/model.xml", "out/model.bin"],
     ("benchmark", "output"): ["out/benchmark.json", "out/benchmark.md", "out/benchmark.png"],
 }
-READ = {"results", "data", "images", "val_data", "val_images", "font", "backbone_weights", "api_key_file"}
+READ = {
+    *("results", "metrics", "card", "data", "images", "val_data", "val_images", "font", "backbone_weights"),
+    "api_key_file",
+}
 
 
 def test_all_paths_are_known():
