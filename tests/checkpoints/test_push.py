@@ -14,6 +14,7 @@ from conditional_detr.cli import app
 from helpers.models import assert_same
 
 TOKEN = "hf_writer"
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")  # of httpx, about huggingface_hub
 
 
 @pytest.fixture
