@@ -36,8 +36,8 @@ ALLOWED = {
         *("set_prediction", "analysis", "serving"),
     },
 }
-# The class methods of the network, two lines each.
-UPWARD = {("modeling", "checkpoints", "from_pretrained"), ("modeling", "checkpoints", "save_pretrained")}
+# The methods of the network, two lines each.
+UPWARD = {("modeling", "checkpoints", name) for name in ("from_pretrained", "save_pretrained", "push_to_hub")}
 
 
 def imports_of(path: Path) -> set[tuple[str, str]]:

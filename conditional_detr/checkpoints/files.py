@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from conditional_detr.checkpoints.tensor_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, read_json, read_weights, shards_of
+from conditional_detr.checkpoints.tensor_files import (
+    INDEX_SUFFIX,
+    WEIGHT_SUFFIXES,
+    first_line,
+    read_json,
+    read_weights,
+    shards_of,
+)
 from conditional_detr.system.atomic_files import consistent, recover
 
 CONFIG = "config.json"
@@ -68,7 +75,7 @@ def open_checkpoint(
         # a folder "shapes" may be a dataset, and then the short name means the shipped weights
         folder = shipped_folder(str(name)) or folder
     if folder is None:
-        if isinstance(name, Path) or not _is_hub_id(name):
+        if isinstance(name, Path) or not is_hub_id(name):
             shipped = ", ".join(shipped_names()) or "none are shipped"
             raise FileNotFoundError(
                 f"weights {str(name)!r}: no such file or folder{_similar(path)}; expected a file, a folder, a short"
@@ -97,7 +104,7 @@ def _has_weights(folder: Path) -> bool:
     return any((folder / file).is_file() for file in _WEIGHT_FILES)
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Return whether a string has the form "owner/name"."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -185,7 +192,7 @@ def _download(
         ) from error
     except (HfHubHTTPError, ValueError, OSError) as error:
         at = f" at revision {revision!r}" if revision else ""
-        raise OSError(f"{missing}; as a hub id{at}: download failed: {_first_line(error)}") from error
+        raise OSError(f"{missing}; as a hub id{at}: download failed: {first_line(error)}") from error
     return folder
 
 
@@ -216,7 +223,3 @@ def _open_files(weights: Path, folder: Path) -> Checkpoint:
     files = shards_of(weights) if weights.name.endswith(INDEX_SUFFIX) else [weights]
     size = sum(file.stat().st_size for file in files)
     return Checkpoint(weights, tensors, size, config, preprocessor, arguments)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,6 +19,7 @@ from conditional_detr.checkpoints.files import CONFIG, PREPROCESSOR, SAFETENSORS
 from conditional_detr.checkpoints.hf_config import default_metadata, write_arguments, write_config
 from conditional_detr.checkpoints.key_maps import NATIVE_BACKBONE, KeyMap, NameFormat, source_of
 from conditional_detr.checkpoints.meta_init import MetaInit
+from conditional_detr.checkpoints.model_card import CARD, CURVES, CardDetails, is_generated, make_card
 from conditional_detr.checkpoints.preprocessor_config import write_preprocessor
 from conditional_detr.checkpoints.tensor_checks import abbreviate, not_finite
 from conditional_detr.modeling.architectures import plain_class
@@ -34,7 +35,13 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", _AUTHORS_SUFFIX}
 
 
 def save_pretrained(
-    model: DetectionTransformer, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+    model: DetectionTransformer,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    card: bool | CardDetails | Path = False,
+    name: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Save a model in the published format, which transformers and ``from_pretrained`` read.
 
@@ -44,14 +51,41 @@ def save_pretrained(
         model: the model.
         folder: created if missing. Files of an earlier call are replaced; other files stay.
         dtype: precision on disk, such as ``torch.float16``; default: the model's own. Loading gives float32 again.
-        overwrite: replace these three files also if another program wrote them.
+        card: whether to write a model card, ``README.md``, too: True, or what it says of data, recipe, metrics and
+            licence, or the file of a card to copy.
+        name: what the card calls the model; default: the folder's name.
+        overwrite: replace these files also if another program, or you, wrote them.
 
     Raises:
         OSError: the folder cannot be created or written, or has such a file of another program.
         ValueError: the format has no name for a parameter, or a parameter does not fit the config or is not finite in
-            ``dtype``.
+            ``dtype``; or a card with metrics or thresholds that do not fit the model.
     """
+    writers = {} if card is False else _card_writers(model, Path(folder), card, name)
+    for file in writers:
+        if file.parent.is_dir():
+            check_output(file, overwrite=overwrite, ours=is_generated(file.parent / CARD))
     save_as(model, folder, "published", dtype=dtype, overwrite=overwrite)
+    if writers:
+        write_atomically(writers)
+
+
+def _card_writers(
+    model: DetectionTransformer, folder: Path, card: bool | CardDetails | Path, name: str | None
+) -> dict[Path, Callable[[Path], object]]:
+    """Return a function for each file of a model card that writes it; files to copy are read now."""
+    if isinstance(card, Path):
+        return {folder / CARD: partial(_write_bytes, card.read_bytes())}
+    details = card if isinstance(card, CardDetails) else CardDetails()
+    text = make_card(model, details, name=name or folder.absolute().name)
+    writers: dict[Path, Callable[[Path], object]] = {folder / CARD: partial(_write_bytes, text.encode())}
+    if details.curves is not None:
+        writers[folder / CURVES] = partial(_write_bytes, details.curves.read_bytes())
+    return writers
+
+
+def _write_bytes(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def save_as(

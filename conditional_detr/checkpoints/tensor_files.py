@@ -149,7 +149,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # its type depends on where the file is damaged
         raise ValueError(
-            f"{path}: truncated, not a torch file, or not safe to unpickle ({_first_line(error)});"
+            f"{path}: truncated, not a torch file, or not safe to unpickle ({first_line(error)});"
             f" {path.stat().st_size} bytes"
         ) from error
     arguments = None
@@ -189,5 +189,6 @@ def _checked(content: Any, path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -26,6 +26,7 @@ from conditional_detr.cli.detect import detect
 from conditional_detr.cli.evaluate import evaluate
 from conditional_detr.cli.export import export
 from conditional_detr.cli.info import info
+from conditional_detr.cli.push import push
 from conditional_detr.cli.quantize import quantize
 from conditional_detr.cli.serve import serve
 from conditional_detr.cli.train import train
@@ -68,7 +69,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 _PANELS = {
     "Detect": (detect, attention),
     "Train and evaluate": (train, evaluate, analyse, check_data, convert_data, compare),
-    "Checkpoints": (info, convert),
+    "Checkpoints": (info, convert, push),
     "Deploy": (serve, export, quantize, benchmark),
 }
 

@@ -1,9 +1,10 @@
 """``conditional-detr detect``: detect objects on any number of images."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,10 +28,14 @@ from conditional_detr.modeling.metadata import PUBLISHED
 from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.outputs import file_ids, is_same_file
 
+if TYPE_CHECKING:
+    from conditional_detr.inference.tiling import Tiling
+
 _DEMO, _DEMO_IMAGE = PurePath("demo"), "demo-image.png"
 _DEMO_INDEX = 23  # of the images of the split "demo": one with most of the classes
 _DEMO_WEIGHTS = "shapes"
 _MODEL, _WHAT, _WHERE, _LIMITS = "Model", "What to report", "Output", "Speed and limits"
+_VIEWS = "Tiles and augmentation"
 
 
 def detect(
@@ -58,6 +63,29 @@ def detect(
         list[str] | None,
         typer.Option("--class", help="Report this class only; repeatable.", show_default="all", rich_help_panel=_WHAT),
     ] = None,
+    tile: Annotated[
+        str | None,
+        typer.Option(
+            help="Detect on overlapping tiles of this side, such as 800, or height and width, such as 600x800, in"
+            " pixels of the image, and merge: for small objects on large images.",
+            show_default="whole images",
+            rich_help_panel=_VIEWS,
+        ),
+    ] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(
+            help="Least overlap of tiles, as a fraction of their side, up to 0.5.",
+            show_default="0.25",
+            rich_help_panel=_VIEWS,
+        ),
+    ] = None,
+    augment: Annotated[
+        bool,
+        typer.Option(
+            "--augment", help="Detect also on mirrored and smaller images, and merge.", rich_help_panel=_VIEWS
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help=DEVICE, rich_help_panel=_MODEL)] = AUTO,
     batch_size: Annotated[
         int | None,
@@ -127,6 +155,7 @@ def detect(
         images = images or []
         if "-" in images and process.size > 1:
             raise ValueError("images: expected files, folders or globs under torchrun: '-' can be read only once")
+        tiling = _make_tiling(tile, overlap, augment)
         listing = (
             Listing([ListedImage(str(output / _DEMO_IMAGE), _DEMO)], 0) if demo else list_images(images, output=output)
         )
@@ -146,7 +175,7 @@ def detect(
             resume=resume,
             overwrite=overwrite,
             csv_safe=csv_safe,
-            settings=detector.settings(postprocessing),
+            settings=detector.settings(postprocessing, tiling),
         )
         try:
             share = listing.images[process.rank :: process.size]
@@ -160,7 +189,8 @@ def detect(
             if demo:
                 _draw_demo(output / _DEMO_IMAGE, overwrite=overwrite)
             run = DetectionRun(todo, output if draw else None, font, results)
-            code = run.run(detector, postprocessing, batch_size, show_progress=process.rank == 0)
+            options = {"batch_size": batch_size, "tiling": tiling}
+            code = run.run(detector, postprocessing, options, show_progress=process.rank == 0)
             run.report(results.close() or [output])
             failures = process.sum(len(run.failures))
             code = code or (FAILED if failures else 0)
@@ -168,6 +198,17 @@ def detect(
             results.release()
     if code:
         raise typer.Exit(code)
+
+
+def _make_tiling(tile: str | None, overlap: float | None, augment: bool) -> "Tiling | None":
+    from conditional_detr.inference.tiling import make_tiling
+
+    if tile is None:
+        return make_tiling(None, overlap, augment=augment)
+    match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", tile)
+    if not match:
+        raise ValueError(f"--tile: expected a side such as 800, or height and width such as 600x800, got {tile!r}")
+    return make_tiling((int(match[1]), int(match[2] or match[1])), overlap, augment=augment)
 
 
 def _check_font(font: Path | None) -> None:

@@ -2,12 +2,12 @@
 
 import errno
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from conditional_detr.cli.console import FAILED, INTERRUPTED, err, out, print_line
 from conditional_detr.cli.marks import save_marked
@@ -49,13 +49,21 @@ class DetectionRun:
     last: "Detections | None" = None
 
     def run(
-        self, detector: "Detector", postprocessing: "Postprocessing", batch_size: int | None, *, show_progress: bool
+        self,
+        detector: "Detector",
+        postprocessing: "Postprocessing",
+        options: Mapping[str, Any],
+        *,
+        show_progress: bool,
     ) -> int:
-        """Process all images, drawing in threads beside the model; return the exit code of what stopped it, or 0."""
+        """Process all images, drawing in threads beside the model; return the exit code of what stopped it, or 0.
+
+        ``options`` are those of ``Detector.outcomes``.
+        """
         from conditional_detr.inference.pipeline import map_in_threads
 
         images = (listed.image for listed in self.inputs)
-        outcomes = detector.outcomes(images, postprocessing, batch_size=batch_size)
+        outcomes = detector.outcomes(images, postprocessing, **options)
         drawn = map_in_threads(self._draw, zip(self.inputs, outcomes, strict=True), workers=2, depth=8)
         bar = progress_bar(err, shown=show_progress and len(self.inputs) > 1)
         try:

@@ -1,8 +1,7 @@
 """Detections on one image: index, filter, sort, draw and convert them."""
 
-import numbers
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
@@ -11,9 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import box_area, box_convert
+from torchvision.ops import box_area
 
-from conditional_detr.inference.drawing import draw_boxes
+from conditional_detr.inference.conversions import Conversions
+from conditional_detr.inference.drawing import draw_boxes, side_by_side
+from conditional_detr.inference.given_boxes import fields_of_boxes, values_of_coco
 from conditional_detr.inference.images import open_image, size_of, to_pil
 from conditional_detr.inference.sources import ImageSource, ReadableSource, source_state
 
@@ -24,7 +25,7 @@ _MAX_IN_REPR = 5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Detections:
+class Detections(Conversions):
     """Detections on one image, as :class:`~conditional_detr.Detector` returns them: the highest score is first.
 
     K is the number of detections, ``len(detections)``; it may be 0. All tensors are on the CPU.
@@ -47,6 +48,7 @@ class Detections:
         names: K class names.
         category_ids: K category ids of the dataset that the model was trained on, such as COCO's 1..90.
         queries: (K,) int64, object query of each detection, in [0, N). One query may have several detections.
+            -1 for detections that are merged from tiles or augmented images.
         size: (height, width) of the original image in pixels.
         source: the image, for :meth:`draw`: a path, the given object, or the bytes of a URL, base64 or open file;
             None if it was not kept, as for images from an iterator.
@@ -63,6 +65,60 @@ class Detections:
     size: tuple[int, int]
     source: ReadableSource | None
     state: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_boxes(
+        cls,
+        boxes: Any,
+        names: Sequence[str],
+        *,
+        image: ImageSource | None = None,
+        size: tuple[int, int] | None = None,
+        scores: Any = None,
+        labels: Sequence[int] | None = None,
+        category_ids: Sequence[int] | None = None,
+    ) -> "Detections":
+        """Make detections of boxes from elsewhere, such as annotations, to draw, filter, compare and convert them.
+
+        Args:
+            boxes: (K, 4) x0 y0 x1 y1 in pixels, as a list, array or tensor; they are clipped to the image.
+            names: K class names.
+            image: the image, kept to draw on it.
+            size: (height, width) of the image, without ``image``.
+            scores: K scores in [0, 1]; None: all 1. The order stays.
+            labels: K class indices; None: indices into the sorted class names.
+            category_ids: K category ids; None: the labels.
+
+        Raises:
+            OSError: the image cannot be read.
+            ValueError: different numbers of values, a box that is not four finite numbers or ends before it begins, a
+                score outside of [0, 1], or both or neither of ``image`` and ``size``.
+        """
+        values = {"names": names, "scores": scores, "labels": labels, "category_ids": category_ids}
+        return cls(**fields_of_boxes(boxes, image=image, size=size, **values))
+
+    @classmethod
+    def from_coco(
+        cls,
+        entries: Sequence[Mapping[str, Any]],
+        categories: Mapping[int, str],
+        *,
+        image: ImageSource | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> "Detections":
+        """Make detections of one image's annotations or results in COCO's format.
+
+        Args:
+            entries: of {"category_id", "bbox": [x, y, width, height] in pixels}, and "score" for results; annotations
+                have the score 1.
+            categories: class names by category id; labels are indices into the sorted ids.
+            image: as in :meth:`from_boxes`.
+            size: as in :meth:`from_boxes`.
+
+        Raises:
+            OSError, ValueError: as :meth:`from_boxes`; an entry without a box, or of an unknown category.
+        """
+        return cls.from_boxes(**values_of_coco(entries, categories), image=image, size=size)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -157,11 +213,22 @@ class Detections:
             raise ValueError(f"by: expected any of {', '.join(keys)}, got {by!r}")
         return self._take(sorted(range(len(self)), key=keys[by].__getitem__))
 
-    def draw(self, image: ImageSource | None = None, *, font: str | Path | None = None) -> Image.Image:
+    def draw(
+        self,
+        image: ImageSource | None = None,
+        *,
+        labels: bool | Sequence[str] = True,
+        scores: bool = True,
+        line_width: int | None = None,
+        font: str | Path | None = None,
+    ) -> Image.Image:
         """Open the image again, draw the boxes with class names and scores, and return it.
 
         Args:
             image: the image to draw on; default: the source.
+            labels: whether to write the class names; or K texts to write instead.
+            scores: whether to write the scores.
+            line_width: of the boxes in pixels; default: by the size of the image.
             font: path of a TrueType font, for scripts that PIL's built-in font does not support.
 
         Returns:
@@ -169,7 +236,8 @@ class Detections:
 
         Raises:
             OSError: the image or the font cannot be read, or the image has changed since the detection.
-            ValueError: the image was not kept and none is given, or it has another size.
+            ValueError: the image was not kept and none is given, or it has another size; another number of labels than
+                of detections, or a line width under 1.
         """
         opened = self.open_source() if image is None else open_image(image, "image")
         if size_of(opened) != self.size:
@@ -177,10 +245,29 @@ class Detections:
             raise ValueError(
                 f"image: expected the detected one of {expected[1]} x {expected[0]} pixels, got {width} x {height}"
             )
-        image = to_pil(opened)
-        return draw_boxes(
-            image, self.boxes.tolist(), self.labels.tolist(), self.names, self.scores.tolist(), font=font
-        )
+        texts = self.names if labels is True else [""] * len(self) if labels is False else labels
+        numbers = self.scores.tolist() if scores else None
+        colours, boxes = self.labels.tolist(), self.boxes.tolist()
+        return draw_boxes(to_pil(opened), boxes, colours, texts, numbers, line_width=line_width, font=font)
+
+    def draw_beside(
+        self, expected: "Detections", *, titles: tuple[str, str] = ("ground truth", "detections"), **options: Any
+    ) -> Image.Image:
+        """Draw the expected boxes and, on the right of them, these detections.
+
+        Args:
+            expected: such as the annotations of the image, from :meth:`from_coco` or :meth:`from_boxes`; drawn without
+                scores.
+            titles: of the left and the right half.
+            options: those of :meth:`draw`.
+
+        Raises:
+            OSError, ValueError: as :meth:`draw`.
+        """
+        drawn = self.draw(**options)
+        options.setdefault("image", self.source)
+        left = expected.draw(**{**options, "scores": False})
+        return side_by_side([left, drawn], titles, font=options.get("font"))
 
     def open_source(self) -> Image.Image | Tensor:
         """Open the image again and return it in RGB, upright, as in the detection.
@@ -199,80 +286,6 @@ class Detections:
             name = f"{self.source}: the file" if isinstance(self.source, Path) else "image: it"
             raise OSError(f"{name} has changed since the detection; pass the detected image to draw()")
         return opened
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and strings for JSON.
-
-        Returns:
-            {"size": {"height", "width"}, "detections": K of {"box": [x0, y0, x1, y1], "score", "label", "name"}}, the
-            size and boxes in pixels.
-        """
-        return {
-            "size": {"height": self.size[0], "width": self.size[1]},
-            "detections": [
-                {"box": box, "score": score, "label": label, "name": name}
-                for (box, score, name), label in zip(self, self.labels.tolist(), strict=True)
-            ],
-        }
-
-    def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
-        """Return results in COCO's format, which pycocotools' ``loadRes`` reads.
-
-        Args:
-            image_id: id of the image in the dataset.
-
-        Returns:
-            K of {"image_id", "category_id", "bbox": [x, y, width, height] in pixels, "score"}.
-
-        Raises:
-            TypeError: the image id is neither an integer nor a string.
-        """
-        if isinstance(image_id, bool) or not isinstance(image_id, str | numbers.Integral):
-            raise TypeError(f"image_id: expected an integer or a string, got {image_id!r}")
-        image_id = image_id if isinstance(image_id, str) else int(image_id)  # json cannot write numpy's integers
-        boxes = box_convert(self.boxes, "xyxy", "xywh").tolist()
-        return [
-            {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
-            for category, box, score in zip(self.category_ids, boxes, self.scores.tolist(), strict=True)
-        ]
-
-    def to_torchvision(self) -> dict[str, Tensor]:
-        """Return the dictionary that torchvision's detection models return for an image.
-
-        transformers' ``post_process_object_detection`` returns the same.
-
-        Returns:
-            {"boxes": (K, 4) x0 y0 x1 y1 in pixels, "scores": (K,), "labels": (K,)}.
-        """
-        return {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
-
-    def to_transformers(self) -> list[dict[str, Any]]:
-        """Return the list that transformers' pipeline "object-detection" returns for an image.
-
-        Returns:
-            K of {"score", "label": class name, "box": {"xmin", "ymin", "xmax", "ymax"} in pixels, not rounded}.
-        """
-        return [
-            {"score": score, "label": name, "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))}
-            for box, score, name in self
-        ]
-
-    def to_supervision(self) -> Any:
-        """Return a ``supervision.Detections`` with the class names in ``data["class_name"]``.
-
-        Raises:
-            ImportError: the package supervision is not installed.
-        """
-        try:
-            import supervision
-        except ImportError as error:
-            raise ImportError("to_supervision needs the package supervision: pip install supervision") from error
-        return supervision.Detections(
-            xyxy=self.boxes.numpy(),
-            confidence=self.scores.numpy(),
-            class_id=self.labels.numpy(),
-            data={"class_name": np.array(self.names, dtype=str)},
-        )
 
     def _take(self, indices: Sequence[int]) -> "Detections":
         """Return the detections at some indices, in that order."""

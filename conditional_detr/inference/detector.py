@@ -1,47 +1,39 @@
 """Detect objects on images: open, preprocess, run the model, post-process."""
 
 import hashlib
-import os
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
-import torch
 from PIL import Image
 from torch import Tensor
 
+from conditional_detr.inference.batches import default_batch_size, detect_in_batches, evaluate, run_batch
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.downloads import DEFAULT_LIMITS, Limits
 from conditional_detr.inference.drawing import draw_attention
-from conditional_detr.inference.exported import ExportedModel, InferenceError
+from conditional_detr.inference.exported import ExportedModel
 from conditional_detr.inference.images import to_pil
-from conditional_detr.inference.pipeline import map_in_batches, map_in_threads
 from conditional_detr.inference.postprocessing import (
     Postprocessing,
     check_count,
-    check_head,
     make_postprocessing,
-    postprocess,
 )
-from conditional_detr.inference.preparation import PreparedImage, batch_pixels, prepare, read_images
+from conditional_detr.inference.preparation import PreparedImage, prepare
 from conditional_detr.inference.preprocessing import PixelBuffer, to_pixels
 from conditional_detr.inference.sources import ImageSource, is_single_image
 from conditional_detr.inference.thresholds import check_thresholds
+from conditional_detr.inference.tiling import Tiling, detect_on_views, detect_tiled, make_tiling, open_whole
 from conditional_detr.modeling.detection_model import DetectionModel
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
-from conditional_detr.modeling.layers import evaluation_mode
 from conditional_detr.modeling.metadata import PUBLISHED
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-DEFAULT_BATCH_SIZE = 8
 DEFAULT_THRESHOLD = 0.5
-_WINDOW = 4  # how many batches an image of a rare shape waits for others of its shape
-_BATCH_PIXELS_ON_CPU = 400_000  # above, the feature maps of a batch leave the caches: it takes longer than its images
 
 
 class _Options(TypedDict, total=False):
@@ -52,6 +44,9 @@ class _Options(TypedDict, total=False):
     classes: Iterable[str | int] | None
     batch_size: int | None
     keep_images: bool | None
+    tile: int | tuple[int, int] | None
+    overlap: float | None
+    augment: bool
 
 
 class Detector:
@@ -132,6 +127,9 @@ class Detector:
         classes: Iterable[str | int] | None = None,
         batch_size: int | None = None,
         keep_images: bool | None = None,
+        tile: int | tuple[int, int] | None = None,
+        overlap: float | None = None,
+        augment: bool = False,
         on_error: str = "raise",
     ) -> Any:
         """Detect objects on one image or on many.
@@ -149,6 +147,12 @@ class Detector:
                 pixels after resizing, because larger batches take longer there.
             keep_images: whether Detections keep the image, to draw it later. Default: yes for one image and a list,
                 whose images the caller holds anyway; for an iterator only paths are kept, not frames.
+            tile: for large images with small objects: detect on overlapping tiles of this side, or (height, width), in
+                pixels of the image, and merge the detections. None: on the whole image, resized.
+            overlap: least overlap of neighbouring tiles, as a fraction of their side, above 0 and up to 0.5; default:
+                0.25. An object that is smaller than the overlap is whole on one of the tiles.
+            augment: detect also on the mirrored image, and on both at 0.8 of the size where the model takes images of
+                any size, and merge the detections: up to four times the work.
             on_error: "raise" the error of an image that cannot be opened, or "skip" the image with a warning.
 
         Returns:
@@ -169,9 +173,11 @@ class Detector:
         if batch_size is not None:
             check_count("batch_size", batch_size)
         postprocessing = self.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
+        tiling = make_tiling(tile, overlap, augment=augment)
         if one:
-            return self._settle(self._detect_one(images, postprocessing), on_error)  # type: ignore[arg-type]
-        options = {"batch_size": batch_size, "keep_images": keep_images}
+            outcome = self._detect_one(images, postprocessing, tiling, batch_size)  # type: ignore[arg-type]
+            return self._settle(outcome, on_error)
+        options: dict[str, Any] = {"batch_size": batch_size, "keep_images": keep_images, "tiling": tiling}
         outcomes = self.outcomes(images, postprocessing, **options)  # type: ignore[arg-type]
         if not isinstance(images, Sequence):
             return (self._settle(outcome, on_error) for outcome in outcomes)
@@ -180,9 +186,7 @@ class Detector:
 
     def default_batch_size(self, height: int, width: int) -> int:
         """Return how many images of a size after resizing run together by default."""
-        if self.model.device.type != "cpu":
-            return DEFAULT_BATCH_SIZE
-        return min(max(_BATCH_PIXELS_ON_CPU // (height * width), 1), DEFAULT_BATCH_SIZE)
+        return default_batch_size(self.model.device, height, width)
 
     def postprocessing(
         self, *, threshold: float | None = None, top_k: int = 100, classes: Iterable[str | int] | None = None
@@ -197,15 +201,17 @@ class Detector:
             scores=self.model.scores,
         )
 
-    def settings(self, postprocessing: Postprocessing) -> dict[str, Any]:
+    def settings(self, postprocessing: Postprocessing, tiling: Tiling | None = None) -> dict[str, Any]:
         """Return all that decides the detections on an image, for results to record.
 
         Args:
             postprocessing: what is reported, from :meth:`postprocessing`.
+            tiling: as in :meth:`outcomes`.
 
         Returns:
             {"model": 16 hexadecimal digits of a SHA-256 of the weights and the metadata, "threshold": a number, or
-            numbers by class name, "top_k", "classes": class names, None if all classes are reported}.
+            numbers by class name, "top_k", "classes": class names, None if all classes are reported}; and "tile",
+            "overlap" and "augment" if these are used.
         """
         metadata = self.model.metadata
         rows = postprocessing.rows.tolist()
@@ -219,6 +225,7 @@ class Detector:
             "threshold": threshold,
             "top_k": postprocessing.top_k,
             "classes": None if rows == named else [metadata.class_names[row] for row in rows],
+            **({} if tiling is None else tiling.settings()),
         }
 
     def outcomes(
@@ -228,6 +235,7 @@ class Detector:
         *,
         batch_size: int | None = None,
         keep_images: bool | None = None,
+        tiling: Tiling | None = None,
     ) -> Generator[Detections | Exception, None, None]:
         """Detect objects on many images, in order and in bounded memory; yield errors instead of raising them.
 
@@ -237,34 +245,16 @@ class Detector:
             postprocessing: what to report, from :meth:`postprocessing`.
             batch_size: as in a call.
             keep_images: as in a call.
+            tiling: from :func:`~conditional_detr.inference.tiling.make_tiling`; None: detect on whole images.
 
         Returns:
             A generator with the Detections of each image, or the error that opening it raised.
         """
-        workers = min(4, os.cpu_count() or 1)
-        largest = batch_size or DEFAULT_BATCH_SIZE
-        is_list = isinstance(images, Sequence)
-        read = read_images(images, snapshots=not isinstance(images, list | tuple))
-        keep = is_list if keep_images is None else keep_images
-        buffer = PixelBuffer()
-        open_one = partial(prepare, preprocessing=self.model.metadata.preprocessing, limits=self.limits, keep=keep)
-        prepared = map_in_threads(open_one, read, workers=workers, depth=largest + workers)
-
-        def key(item: PreparedImage | Exception) -> tuple[Any, ...] | None:
-            return (item.values.shape, item.values.dtype) if isinstance(item, PreparedImage) else None
-
-        def run(items: list[PreparedImage | Exception]) -> list[Detections | Exception]:
-            if isinstance(items[0], Exception):
-                return [items[0]]
-            group = [item for item in items if isinstance(item, PreparedImage)]
-            return self.run_batch(group, [postprocessing] * len(group), buffer)
-
-        def limit(key: Any) -> int:
-            (_, height, width), _ = key
-            return batch_size or self.default_batch_size(height, width)
-
-        with closing(prepared):
-            yield from map_in_batches(prepared, key, run, batch_size=limit, window=_WINDOW * largest)
+        keep = isinstance(images, Sequence) if keep_images is None else keep_images
+        options: dict[str, Any] = {"batch_size": batch_size, "limits": self.limits, "keep": keep}
+        if tiling is not None:
+            return detect_tiled(self.model, images, postprocessing, tiling, **options)
+        return detect_in_batches(self.model, images, postprocessing, **options)
 
     def draw_attention(
         self, detections: Detections, index: int = 0, *, layers: Sequence[int] = (-1,), name: str = ""
@@ -284,12 +274,17 @@ class Detector:
         Raises:
             IndexError: no detection has this index.
             OSError: the image can no longer be read.
-            ValueError: no layer, or one that the decoder does not have; a model without attention maps.
+            ValueError: no layer, or one that the decoder does not have; a model without attention maps; detections
+                that are merged from tiles or augmented images, which have no query.
         """
         box, score, class_name = detections[index]
+        if detections.queries[index] < 0:
+            raise ValueError(
+                "detections: expected those of one run of the model, got merged ones: detect without tile and augment"
+            )
         opened = detections.open_source()
         pixels = to_pixels(opened, self.model.metadata.preprocessing)[None]
-        maps = self._evaluate(lambda x: self.model.attention_maps(x, layers=layers), pixels)
+        maps = evaluate(self.model, lambda x: self.model.attention_maps(x, layers=layers), pixels)
         query = int(detections.queries[index])
         return draw_attention(
             to_pil(opened),
@@ -308,8 +303,15 @@ class Detector:
         warnings.warn(f"skipped: {outcome}", stacklevel=3)
         return None
 
-    def _detect_one(self, image: ImageSource, postprocessing: Postprocessing) -> Detections | Exception:
-        """Detect objects on a single image, without threads."""
+    def _detect_one(
+        self, image: ImageSource, postprocessing: Postprocessing, tiling: Tiling | None, batch_size: int | None
+    ) -> Detections | Exception:
+        """Detect objects on a single image; without tiles, in this thread."""
+        if tiling is not None:
+            opened = open_whole((image, "image"), self.model.metadata.preprocessing, self.limits, keep=True)
+            if isinstance(opened, Exception):
+                return opened
+            return detect_on_views(self.model, opened, postprocessing, tiling, batch_size)
         prepared = self.prepare(image, "image", keep=True)
         return prepared if isinstance(prepared, Exception) else self.run_batch([prepared], [postprocessing])[0]
 
@@ -339,43 +341,4 @@ class Detector:
         Returns:
             The detections on each image, or its error.
         """
-        try:
-            return [*self._detect(group, postprocessings, buffer or PixelBuffer())]
-        except InferenceError as error:  # the runtime of an exported model refuses this shape
-            return [InferenceError(f"{image.name}: {error}") for image in group]
-
-    def _detect(
-        self, group: Sequence[PreparedImage], postprocessings: Sequence[Postprocessing], buffer: PixelBuffer
-    ) -> Iterator[Detections | Exception]:
-        """Run the model on images of one shape; yield the detections of each, or its error."""
-        metadata = self.model.metadata
-        values = [image.values for image in group]
-        pixels = batch_pixels(values, metadata.preprocessing, self.model.device, self.model.dtype, buffer)
-        output = self._evaluate(self.model, pixels)
-        logits, boxes = (x[-1].float().cpu() for x in output)  # (B, N, C), (B, N, 4)
-        check_head(self.model.scores.num_classes(logits.shape[-1]), metadata.class_names)
-        for image, postprocessing, image_logits, image_boxes in zip(
-            group, postprocessings, logits, boxes, strict=True
-        ):
-            if not (image_logits.isfinite().all() and image_boxes.isfinite().all()):
-                yield ValueError(f"{image.name}: the model returned logits or boxes that are not finite")
-                continue
-            corners, scores, labels, queries = postprocess(image_logits, image_boxes, image.size, postprocessing)
-            rows = labels.tolist()
-            yield Detections(
-                boxes=corners,
-                scores=scores,
-                labels=labels,
-                names=tuple(str(metadata.class_names[row]) for row in rows),
-                category_ids=tuple(metadata.category_ids[row] for row in rows),
-                queries=queries,
-                size=image.size,
-                source=image.source,
-                state=image.state,
-            )
-
-    @torch.inference_mode()
-    def _evaluate(self, function: Any, pixels: Tensor) -> Any:
-        """Apply the model, or a method of it, to pixels in eval mode, and restore its mode."""
-        with evaluation_mode(self.model):
-            return function(pixels.to(self.model.device, self.model.dtype))
+        return run_batch(self.model, group, postprocessings, buffer)

@@ -42,6 +42,7 @@ def draw_boxes(
     names: Sequence[str],
     scores: Sequence[float] | None,
     *,
+    line_width: int | None = None,
     font: str | Path | None = None,
 ) -> Image.Image:
     """Draw boxes with class names and scores.
@@ -53,6 +54,7 @@ def draw_boxes(
         labels: K class indices; they set the colours, see :func:`class_colour`.
         names: K class names.
         scores: K scores, drawn with two decimals; None: draw only the names.
+        line_width: in pixels; None: by the size of the image.
         font: path of a TrueType font, for scripts that PIL's built-in font does not support.
 
     Returns:
@@ -60,15 +62,18 @@ def draw_boxes(
 
     Raises:
         OSError: the font file is missing or invalid.
-        ValueError: different numbers of boxes, labels, names and scores, or a box that is not four finite numbers.
+        ValueError: different numbers of boxes, labels, names and scores, a box that is not four finite numbers, or a
+            line width under 1.
     """
+    if line_width is not None and line_width < 1:
+        raise ValueError(f"line_width: expected at least 1 pixel, got {line_width}")
     scored: Sequence[float | None] = [None] * len(boxes) if scores is None else scores
     counts = [len(boxes), len(labels), len(names), len(scored)]
     if len(set(counts)) > 1:
         raise ValueError(f"expected equal numbers of boxes, labels, names and scores, got {counts}")
     font_at = load_font(font)
     drawn = image.convert("RGB")
-    line = math.ceil(math.sqrt(drawn.width * drawn.height) / 350)
+    line = line_width or math.ceil(math.sqrt(drawn.width * drawn.height) / 350)
     frames = [_frame(box, line, drawn.size) for box in boxes]
     tags = arrange_labels(frames, list(zip(names, scored, strict=True)), drawn.size, font_at)
     colours = [class_colour(label) for label in labels]
@@ -81,6 +86,22 @@ def draw_boxes(
             baseline = y0 + 1 + font_at(size).getmetrics()[0]
             canvas.text(((x0 + x1) / 2, baseline), text, _contrast(colour), font_at(size), "ms")
     return drawn
+
+
+def side_by_side(
+    images: Sequence[Image.Image], titles: Sequence[str], *, font: str | Path | None = None
+) -> Image.Image:
+    """Return an image of images of one size beside each other, each under its title."""
+    width, height = images[0].size
+    title_font = load_font(font)(max(round(math.sqrt(width * height) / 30), MIN_FONT_SIZE))
+    top = sum(title_font.getmetrics()) + 2
+    sheet = Image.new("RGB", (len(images) * (width + GAP) - GAP, top + height), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
+        x = i * (width + GAP)
+        canvas.text((x, top - 1), shorten(printable(title), width, title_font.getlength), "black", title_font, "ld")
+        sheet.paste(image, (x, top))
+    return sheet
 
 
 def class_colour(label: int) -> Colour:

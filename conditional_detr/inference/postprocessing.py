@@ -30,6 +30,10 @@ class Postprocessing(NamedTuple):
     top_k: int
     scores: ClassScores = SIGMOID
 
+    def keeps(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Return whether scores (K,) of rows of the class head (K,) are above the threshold: (K,) bool."""
+        return scores > (self.threshold[labels] if isinstance(self.threshold, Tensor) else self.threshold)
+
 
 def make_postprocessing(
     names: Sequence[str | None],
@@ -87,8 +91,7 @@ def postprocess(
         postprocessing.scores,
     )
     corners, scores, labels, queries = (x[0] for x in detections)
-    threshold = postprocessing.threshold
-    kept = scores > (threshold[labels] if isinstance(threshold, Tensor) else threshold)
+    kept = postprocessing.keeps(scores, labels)
     return corners[kept], scores[kept], labels[kept], queries[kept]
 
 

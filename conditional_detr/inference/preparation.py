@@ -1,6 +1,7 @@
 """Prepare images of any kind for a model: open and resize each, normalise a batch."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -35,7 +36,7 @@ class PreparedImage(NamedTuple):
         source: the image, if it is kept.
         state: state of the source, from ``sources.source_state``.
         size: (height, width) of the original.
-        values: (3, H, W), resized and not yet normalised.
+        values: (3, H, W), not yet normalised; resized, unless views of the image are still to be cut out.
     """
 
     name: str
@@ -61,6 +62,17 @@ def read_images(images: Iterable[ImageSource], *, snapshots: bool) -> Iterator[I
 
 def prepare(item: Item, preprocessing: Preprocessing, limits: Limits, *, keep: bool) -> PreparedImage | Exception:
     """Open and resize an image, or return the error that this raises."""
+    return prepare_by(partial(open_resized, preprocessing=preprocessing), item, limits, keep=keep)
+
+
+def prepare_by(
+    open_values: Callable[[ReadableSource, str], tuple[Tensor, tuple[int, int]]],
+    item: Item,
+    limits: Limits,
+    *,
+    keep: bool,
+) -> PreparedImage | Exception:
+    """Open an image by a function that returns values and the original (height, width), or return the error."""
     image, default_name = item
     if isinstance(image, Exception):
         return image
@@ -69,7 +81,7 @@ def prepare(item: Item, preprocessing: Preprocessing, limits: Limits, *, keep: b
         source = resolve_source(image, name, limits)
         kept = source if keep or isinstance(source, Path) else None
         state = source_state(source) if isinstance(source, Path) else None
-        values, size = open_resized(source, name, preprocessing)
+        values, size = open_values(source, name)
         if kept is not None and not isinstance(kept, Path):
             state = source_state(kept)  # now that a PIL image is decoded
     except IMAGE_ERRORS as error:

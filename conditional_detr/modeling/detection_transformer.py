@@ -231,6 +231,12 @@ class DetectionTransformer(nn.Module):
 
         save_pretrained(self, folder, **options)
 
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Upload to the hub: see :func:`conditional_detr.checkpoints.hub.push_to_hub`."""
+        from conditional_detr.checkpoints.hub import push_to_hub
+
+        return push_to_hub(self, repository, **options)
+
 
 def check_input(pixels: Tensor, padding: Tensor | None) -> None:
     """Raise TypeError or ValueError unless pixels are (B, 3, H, W) floats and padding (B, H, W) bools."""

@@ -1,83 +1,8 @@
 """Checkpoints from a hub: the real download code against a local test server."""
 
-import hashlib
-import http.server
-import threading
-from pathlib import Path
-
 import pytest
 
 from conditional_detr.checkpoints.loading import from_pretrained
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub:
-    """A hub of one repository: ``microsoft/tiny``, with branch main and, optionally, a token."""
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        self.files = files
-        self.token: str | None = None
-        self.served: list[str] = []
-        hub = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                self.answer(body=False)
-
-            def do_GET(self):
-                self.answer(body=True)
-
-            def answer(self, body):
-                owner, name, _, revision, file = self.path.lstrip("/").split("/", 4)
-                error = None
-                refused = hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}"
-                if refused or (owner, name) != ("microsoft", "tiny"):
-                    error = "RepoNotFound"
-                elif revision not in ("main", "v1", COMMIT):
-                    error = "RevisionNotFound"
-                elif file not in hub.files:
-                    error = "EntryNotFound"
-                content = b"" if error else hub.files[file]
-                self.send_response(404 if error else 200)
-                if error:
-                    self.send_header("X-Error-Code", error)
-                self.send_header("X-Repo-Commit", COMMIT)
-                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                if body and not error:
-                    hub.served.append(file)
-                    self.wfile.write(content)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
-@pytest.fixture
-def hub(tiny, monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
-    hub = Hub({path.name: path.read_bytes() for path in Path(tiny.folder).iterdir()})
-    hub.files["README.md"] = hub.files["tf_model.h5"] = b"not needed"
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "default"))
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    yield hub
-    hub.close()
 
 
 def test_only_the_needed_files_are_downloaded_and_only_once(hub, tiny, tmp_path):

@@ -241,6 +241,29 @@ def test_results_of_other_settings_are_not_added_to(detect, folder, tmp_path, fo
     assert "skipped images that already have results: 1 of 4" in result.stderr
 
 
+def test_tiles_are_those_of_python(detect, small, photograph, tmp_path):
+    """And are recorded: a run with others does not continue the results."""
+    options = ("--tile", "48x64", "--overlap", 0.3, "--augment", "--threshold", 0.1, "--top-k", 300)
+    result = detect(photograph, *options)
+    assert result.exit_code == 0, result.output
+    written = json.loads(next((tmp_path / "out").rglob("*.json")).read_text())
+    expected = Detector.from_pretrained(small)(
+        photograph, tile=(48, 64), overlap=0.3, augment=True, threshold=0.1, top_k=300
+    )
+    assert len(expected) > 5
+    found = written["detections"]
+    assert [entry["name"] for entry in found] == list(expected.names)
+    torch.testing.assert_close(torch.tensor([entry["box"] for entry in found]), expected.boxes, rtol=0, atol=0.01)
+    recorded = {name: written["settings"][name] for name in ("tile", "overlap", "augment")}
+    assert recorded == {"tile": [48, 64], "overlap": 0.3, "augment": True}
+    refused = detect(photograph, *options[:3], 0.2, *options[4:], "--resume")
+    assert refused.exit_code == 2
+    assert "expected results of the settings of this run, got overlap 0.3, not 0.2" in refused.stderr
+    refused = detect(photograph, "--tile", "800,600", output=tmp_path / "other")
+    assert refused.exit_code == 2
+    assert "--tile: expected a side such as 800, or height and width such as 600x800, got '800,600'" in refused.stderr
+
+
 def test_the_settings_name_the_weights(small, tmp_path):
     """The same weights under another path are the same; another value, class name or preprocessing is not."""
     shutil.copytree(small, tmp_path / "copy")

@@ -32,15 +32,8 @@ WRITTEN = {
     ("benchmark", "output"): ["out/benchmark.json", "out/benchmark.md", "out/benchmark.png"],
 }
 READ = {
-    "results",
-    "data",
-    "images",
-    "val_data",
-    "val_images",
-    "font",
-    "backbone_weights",
-    "api_key_file",
-    "thresholds",
+    *("results", "metrics", "card", "data", "images", "val_data", "val_images", "font", "backbone_weights"),
+    *("api_key_file", "thresholds"),
 }
 
 

@@ -155,6 +155,109 @@ def test_supervision_not_installed(detections, monkeypatch):
         detections.to_supervision()
 
 
+def test_pandas(detections):
+    frame = detections.to_pandas()
+    assert frame.columns.tolist() == ["x0", "y0", "x1", "y1", "score", "label", "name", "category_id"]
+    assert frame.groupby("name")["score"].max().to_dict() == {"cat": 0.75, "dog": pytest.approx(0.9)}
+    assert frame.iloc[0][["x0", "y0", "x1", "y1"]].tolist() == [10.0, 20.0, 30.5, 40.0]
+    assert frame["category_id"].tolist() == [18, 17, 18]
+    assert len(detections[[]].to_pandas()) == 0
+
+
+def test_pandas_not_installed(detections, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        detections.to_pandas()
+
+
+def test_boxes_from_elsewhere(photograph):
+    """Of torchvision's and numpy's kinds; labels are by the alphabet, and boxes end at the image, 128 x 96."""
+    made = Detections.from_boxes(np.array([[-5, 10, 20, 200], [1, 2, 3, 4]]), ["dog", "cat"], image=photograph)
+    assert made.boxes.tolist() == [[0, 10, 20, 96], [1, 2, 3, 4]]
+    assert (made.labels.tolist(), made.scores.tolist(), made.size) == ([1, 0], [1, 1], (96, 128))
+    assert made.draw().size == (128, 96)
+    assert [name for _, _, name in made.filter(classes=["cat"])] == ["cat"]
+    assert len(Detections.from_boxes([], [], size=(10, 10))) == 0
+
+
+def test_coco_there_and_back(detections):
+    """The results that pycocotools reads become the same detections, and annotations have the score 1."""
+    results = detections.to_coco(3)
+    back = Detections.from_coco(results, {17: "cat", 18: "dog", 44: "bottle"}, size=(48, 64))
+    torch.testing.assert_close(back.boxes, detections.boxes)
+    torch.testing.assert_close(back.scores, detections.scores)
+    assert (back.names, back.category_ids, back.labels.tolist()) == (("dog", "cat", "dog"), (18, 17, 18), [1, 0, 1])
+    annotations = [{"id": 1, "image_id": 3, "category_id": 44, "bbox": [1, 2, 3, 4], "iscrowd": 0}]
+    (only,) = Detections.from_coco(annotations, {44: "bottle"}, size=(48, 64))
+    assert only == ([1, 2, 4, 6], 1.0, "bottle")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": None}, "expected either image or size, got neither"),
+        ({"image": np.zeros((9, 9, 3), np.uint8)}, "expected either image or size, got both"),
+        ({"names": ["a"]}, r"expected equal numbers of values, got \{'boxes': 2, 'names': 1,"),
+        ({"scores": [0.5]}, r"expected equal numbers of values, got .*'scores': 1"),
+        ({"scores": [0.5, 1.5]}, r"scores: expected 0\.\.1, got \[0\.5, 1\.5\]"),
+        ({"boxes": [[0, 0, 1, 1], [5, 5, 4, 9]]}, r"boxes\[1\]: expected finite x0 y0 x1 y1, .* got \[5\.0, 5\.0, 4"),
+        ({"boxes": [[0, 0, 1, float("nan")], [5, 5, 6, 9]]}, r"boxes\[0\]: expected finite"),
+    ],
+)
+def test_invalid_boxes_from_elsewhere(options, message):
+    values = {"boxes": [[0, 0, 1, 1], [1, 1, 2, 2]], "names": ["a", "b"], "size": (10, 10), **options}
+    with pytest.raises(ValueError, match=message):
+        Detections.from_boxes(**values)
+
+
+@pytest.mark.parametrize("entry", [{"category_id": 5, "bbox": [1, 2, 3, 4]}, {"category_id": 1}, {"bbox": [1, 2, 3]}])
+def test_invalid_coco_entries(entry):
+    good = {"category_id": 1, "bbox": [1, 2, 3, 4]}
+    with pytest.raises(ValueError, match=r"entries\[1\]: expected a bbox and a category_id of categories, got"):
+        Detections.from_coco([good, entry], {1: "a"}, size=(10, 10))
+
+
+def changed(one: Image.Image, other: Image.Image) -> np.ndarray:
+    return (np.asarray(one) != np.asarray(other)).any(-1)
+
+
+def test_labels_and_lines_can_be_chosen():
+    """On black, by counting pixels: a box of 100 x 80 has a line on its outside."""
+    made = Detections.from_boxes([[50, 60, 150, 140]], ["cat"], image=Image.new("RGB", (300, 200)), scores=[0.5])
+    black = Image.new("RGB", (300, 200))
+    plain = made.draw(labels=False, scores=False)
+    assert changed(plain, made.draw()).any()
+    inside = np.zeros((200, 300), dtype=bool)
+    inside[60:140, 50:150] = True
+    for width in (1, 4):
+        drawn = made.draw(labels=False, scores=False, line_width=width)
+        coloured = (np.asarray(drawn) == np.asarray(drawn)[59, 100]).all(-1)
+        assert coloured.sum() == (100 + 2 * width) * (80 + 2 * width) - 100 * 80
+        assert not changed(black, drawn)[62 + width : 138 - width, 52 + width : 148 - width].any()
+    texts = [made.draw(labels=labels, scores=scores) for labels in (True, ["a longer text"]) for scores in (0, 1)]
+    assert len({image.tobytes() for image in (plain, *texts)}) == 5
+    assert made.draw(labels=["cat"]).tobytes() == made.draw().tobytes()
+    with pytest.raises(ValueError, match="expected equal numbers of boxes, labels, names and scores"):
+        made.draw(labels=["a", "b"])
+    with pytest.raises(ValueError, match="line_width: expected at least 1 pixel, got 0"):
+        made.draw(line_width=0)
+
+
+def test_ground_truth_and_detections_side_by_side(photograph):
+    """Each half is what draw() draws, under its title."""
+    truth = Detections.from_boxes([[50, 60, 90, 80]], ["cat"], size=(96, 128))
+    found = Detections.from_boxes(
+        [[40, 50, 90, 80], [1, 1, 9, 9]], ["cat", "dog"], image=photograph, scores=[0.9, 0.4]
+    )
+    sheet = found.draw_beside(truth)
+    top = sheet.height - 96
+    assert 8 < top < 40
+    left, right = (sheet.crop((x, top, x + 128, sheet.height)) for x in (0, sheet.width - 128))
+    assert left.tobytes() == truth.draw(photograph, scores=False).tobytes()
+    assert right.tobytes() == found.draw().tobytes()
+    assert sheet.crop((0, 0, 128, top)).getextrema()[0][0] < 100  # the title
+
+
 def test_drawing_a_deleted_image(detections, tmp_path):
     from dataclasses import replace
 
