@@ -129,7 +129,7 @@ class Video:
         self._container = self._open(camera_input(text) if self.is_live and not is_url else (None, text))
         if not self._container.streams.video:
             self._container.close()
-            raise ValueError(f"{self.name}: expected a video, got a file without one")
+            raise ValueError(f"{self.name}: expected a video, got a file that has none or is cut off")
         self._stream = self._container.streams.video[0]
         if not self.is_live:
             self._stream.thread_type = "AUTO"  # threads that each decode a frame would delay a live source
@@ -203,7 +203,7 @@ class Video:
         av = import_av()
         time_base = self._stream.time_base
         step = max(int(1 / (self.rate * time_base)), 1)
-        index, last = 0, -step
+        index, last, begins = 0, -step, True
         packets = self._container.demux(self._stream)
         while True:
             try:
@@ -213,6 +213,9 @@ class Video:
             except (av.FFmpegError, OSError) as error:
                 self._warn(index - 1, f"reading stopped: {error.strerror or error}")
                 return
+            if begins and packet.size and not packet.is_keyframe and not self.is_live:
+                self._warn(-1, "no key frame at the beginning; frames until the first one are missing or damaged")
+            begins = False
             try:
                 with times.measure("decode"):
                     frames = packet.decode()

@@ -104,7 +104,7 @@ def write_film(
         output.mux(stream.encode(None))
         for start in range(0, round(RATE * frames / 30), SAMPLES) if sound else ():
             tone = np.sin(np.arange(start, start + SAMPLES) / 20 + start**0.5).astype(np.float32)[None] / 4
-            values, kind = (tone, "fltp") if audio == "aac" else ((tone * 32767).astype(np.int16), "s16")
+            values, kind = (tone, "fltp") if audio == "aac" else ((tone * 99 + 128).astype(np.uint8), "u8")
             heard = av.AudioFrame.from_ndarray(values, format=kind, layout="mono")
             heard.sample_rate, heard.pts, heard.time_base = RATE, start, Fraction(1, RATE)
             output.mux(sound.encode(heard))
