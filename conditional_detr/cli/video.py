@@ -35,7 +35,7 @@ def video(
             help="A video file, a folder of frames, a URL (rtsp, http), or a camera: 0 or /dev/video0.",
         ),
     ],
-    weights: Annotated[str, typer.Option(help=WEIGHTS, rich_help_panel=_MODEL)] = PUBLISHED,
+    weights: Annotated[str | None, typer.Option(help=WEIGHTS, show_default=PUBLISHED, rich_help_panel=_MODEL)] = None,
     device: Annotated[str, typer.Option(help=DEVICE, rich_help_panel=_MODEL)] = AUTO,
     engine: Annotated[
         EngineChoice,
@@ -155,7 +155,7 @@ def video(
         if write_video:
             check_encoder(encoder)
         tracker = Tracker(float(opened.rate), lines=[(*a, *b) for a, b in lines], zones=zones) if track else None
-        detector = open_detector(weights, device, fast_preprocessing=fast_preprocessing)
+        detector = open_detector(weights or PUBLISHED, device, fast_preprocessing=fast_preprocessing)
         if size is not None:
             _resize_to(detector, size)
         postprocessing = detector.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
