@@ -40,7 +40,8 @@ def video(
     engine: Annotated[
         EngineChoice,
         typer.Option(
-            help="What runs the model; openvino and onnx export it first. auto: the fastest on the first frames.",
+            metavar="ENGINE",
+            help="torch; openvino or onnx, which export the model first; or auto: the fastest on the first frames.",
             rich_help_panel=_MODEL,
         ),
     ] = EngineChoice.TORCH,
