@@ -30,10 +30,11 @@ ALLOWED = {
     "training": {"modeling", "system", "set_prediction", "inference", "checkpoints", "data", "deploy", "evaluation"},
     "benchmark": {"modeling", "set_prediction", "inference", "deploy", "training"},
     "serving": {"modeling", "inference"},
+    "video": {"modeling", "system", "inference", "deploy"},
     "distributed": set(),
     "cli": {
         *("modeling", "system", "inference", "checkpoints", "data", "deploy", "evaluation", "training", "benchmark"),
-        *("set_prediction", "analysis", "serving"),
+        *("set_prediction", "analysis", "serving", "video"),
     },
 }
 # The methods of the network, two lines each.

@@ -6,7 +6,7 @@ The files import what a command needs when it runs: ``--help`` and shell complet
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version as version_of
 from typing import Annotated, Any
@@ -30,6 +30,7 @@ from conditional_detr.cli.push import push
 from conditional_detr.cli.quantize import quantize
 from conditional_detr.cli.serve import serve
 from conditional_detr.cli.train import train
+from conditional_detr.cli.video import video
 from conditional_detr.system.console import PIPE_CLOSED, printable
 
 
@@ -66,8 +67,8 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
-_PANELS = {
-    "Detect": (detect, attention),
+_PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Detect": (detect, video, attention),
     "Train and evaluate": (train, evaluate, analyse, check_data, convert_data, compare),
     "Checkpoints": (info, convert, push),
     "Deploy": (serve, export, quantize, benchmark),

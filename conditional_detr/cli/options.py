@@ -56,6 +56,15 @@ class RotatedBoxes(str, Enum):
     HULL = "hull"
 
 
+class EngineChoice(str, Enum):
+    """What runs the model on a video."""
+
+    AUTO = "auto"
+    TORCH = "torch"
+    OPENVINO = "openvino"
+    ONNX = "onnx"
+
+
 def open_detector(
     weights: str, device: str, *, fast_preprocessing: bool = False, thresholds: Path | None = None
 ) -> "Detector":

@@ -1,10 +1,13 @@
 """Process a stream of items in bounded memory: in threads, ahead of the consumer, or in batches of equal keys."""
 
 import itertools
+import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,18 +39,67 @@ def map_in_threads(
             failure = error
 
     with ThreadPoolExecutor(workers, thread_name_prefix="conditional_detr") as pool:
-        queue: deque[Future[Result]] = deque()
+        futures: deque[Future[Result]] = deque()
         try:
             while True:
-                queue.extend(pool.submit(function, item) for item in read(depth - len(queue)))
-                if not queue:
+                futures.extend(pool.submit(function, item) for item in read(depth - len(futures)))
+                if not futures:
                     break
-                yield queue.popleft().result()
+                yield futures.popleft().result()
         finally:
-            for future in queue:
+            for future in futures:
                 future.cancel()
     if failure is not None:
         raise failure
+
+
+_END = object()
+_POLL = 0.1  # seconds between looks at whether the consumer of a thread has gone
+
+
+def read_ahead(items: Iterable[Item], *, depth: int) -> Generator[Item, None, None]:
+    """Run an iterator in a thread of its own, ahead of the consumer.
+
+    Args:
+        items: read in the thread. A generator is closed there when the consumer closes this one.
+        depth: maximum number of items that are read and not yet consumed, besides the one that is being read.
+
+    Returns:
+        A generator of the items. An exception of the iterator is raised after the items before it.
+    """
+    read: queue.Queue[Any] = queue.Queue(depth)
+    gone = threading.Event()
+
+    def put(entry: Any) -> None:
+        while not gone.is_set():
+            with suppress(queue.Full):
+                read.put(entry, timeout=_POLL)
+                return
+
+    def run() -> None:
+        failure: BaseException | None = None
+        try:
+            for item in items:
+                put((item,))
+                if gone.is_set():
+                    break
+        except BaseException as error:  # also of an interpreter that ends
+            failure = error
+        finally:
+            if isinstance(items, Generator):
+                items.close()
+        put(failure or _END)
+
+    thread = threading.Thread(target=run, name="conditional_detr", daemon=True)
+    thread.start()
+    try:
+        while (entry := read.get()) is not _END:
+            if isinstance(entry, BaseException):
+                raise entry
+            yield entry[0]
+    finally:
+        gone.set()
+        thread.join()
 
 
 def map_in_batches(

@@ -195,7 +195,7 @@ class JsonLines(ResultWriter):
         self.table = table
         self.path = folder / f"{_LINES}{f'-{process.rank + 1}-of-{process.size}' if process.size > 1 else ''}.jsonl"
         if self.path in earlier:
-            _drop_broken_line(self.path)
+            drop_broken_line(self.path)
         self.done = set()
         for path in earlier:
             for number, line in enumerate(_read_lines(path), 1):
@@ -288,7 +288,7 @@ def _check_form(content: Any) -> None:
         raise TypeError("expected the name of an image and a list of detections")
 
 
-def _drop_broken_line(path: Path) -> None:
+def drop_broken_line(path: Path) -> None:
     """Cut off what a killed process has left after the end of the last complete line."""
     with path.open("rb+") as file:
         size = file.seek(0, 2)

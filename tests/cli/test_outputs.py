@@ -17,6 +17,7 @@ from helpers import coco
 # Every parameter that names something to write, by command, and the files that it writes.
 WRITTEN = {
     ("detect", "output"): ["out/photo.json", "out/photo.png", "out/detections.jsonl", "out/detections.csv"],
+    ("video", "output"): ["out/detections.jsonl", "out/annotated.mp4", "out/tracks.txt"],
     ("attention", "output"): ["out/photo-attention-1.png"],
     ("train", "output"): ["out/best/model.safetensors", "out/last/config.json", "out/log.jsonl", "out/curves.png"],
     ("evaluate", "json_file"): ["out/file.json"],
@@ -67,6 +68,7 @@ def arguments(command: str, parameter: str, file: str, weights: Path) -> list[st
             *("photo.png", "--weights", str(weights), "--output", "out"),
             *(["--format", suffix[1:]] if suffix in (".jsonl", ".csv") else []),
         ],
+        "video": ["images", "--weights", str(weights), "--output", "out", "--track", "--mot"],
         "attention": ["photo.png", "--weights", str(weights), "--output", "out"],
         "train": [*data, "--weights", str(weights), "--output", "out", "--epochs", "1"],
         "evaluate": [*data, "--weights", str(weights), "--json", file],

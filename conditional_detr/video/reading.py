@@ -1,0 +1,285 @@
+"""Read the frames of video files, cameras, network streams and folders of images."""
+
+import re
+import sys
+import time
+import warnings
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from conditional_detr.inference.images import open_image, to_pil
+from conditional_detr.inference.listing import list_images
+from conditional_detr.video.timing import StageTimes
+
+VideoSource: TypeAlias = str | Path | int
+"""A video file, a folder of images, a URL, or a camera: its number or its device such as ``/dev/video0``."""
+
+FOLDER_RATE = Fraction(30)
+"""Frames per second of a folder of images, which have no times."""
+
+_TIMEOUT = 10.0  # seconds without data after which a network stream has ended
+_CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's input and device names
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Frame:
+    """A frame of a video.
+
+    Attributes:
+        index: its position in the video, from 0, also when frames before it are left out.
+        pts: its presentation time in units of ``time_base``.
+        time_base: the unit in seconds.
+        image: (H, W, 3) uint8 RGB, turned upright as the video asks for.
+    """
+
+    index: int
+    pts: int
+    time_base: Fraction
+    image: np.ndarray
+
+    @property
+    def time(self) -> float:
+        """Presentation time in seconds."""
+        return float(self.pts * self.time_base)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which frames of a video are used.
+
+    Attributes:
+        every: each frame whose index is a multiple of this.
+        fps: of these, at most so many per second: the first in each interval of 1 / fps seconds; None: all.
+        start: from this time in seconds on.
+        end: before this time in seconds; None: to the end.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    every: int = 1
+    fps: float | None = None
+    start: float = 0.0
+    end: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"every: expected an int of at least 1, got {self.every!r}")
+        if self.fps is not None and not 0 < self.fps < float("inf"):
+            raise ValueError(f"fps: expected a number above 0, got {self.fps}")
+        if not 0 <= self.start < float("inf"):
+            raise ValueError(f"start: expected at least 0 seconds, got {self.start}")
+        if self.end is not None and not self.end > self.start:
+            raise ValueError(f"end: expected seconds after the start, {self.start}, got {self.end}")
+
+    def count(self, video: "Video") -> int | None:
+        """Return how many frames of a video are used, by the numbers that it states; None if it states none."""
+        if not video.frame_count:
+            return None
+        seconds = float(video.frame_count / video.rate)
+        used = max(min(seconds, seconds if self.end is None else self.end) - self.start, 0.0)
+        rate = float(video.rate) / self.every
+        return round(used * (rate if self.fps is None else min(self.fps, rate)))
+
+
+class Video:
+    """An open video; use it as a context manager, or call :meth:`close` in the end.
+
+    Args:
+        source: the video.
+
+    Attributes:
+        name: the source for messages and results, without the password of a URL.
+        path: path of a video file; None for other sources.
+        is_live: whether frames that are not read in time are lost: a camera or an RTSP, RTMP or UDP stream.
+        time_base: unit of the frames' times in seconds.
+        rate: frames per second as the video states it, which need not hold for every frame.
+        frame_count: number of frames as the video states it; None if it does not.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        OSError: the source does not exist or cannot be opened.
+        ValueError: a file that is no video, or a folder without images.
+    """
+
+    def __init__(self, source: VideoSource) -> None:
+        self._folder: list[str] | None = None
+        self._container: Any = None
+        text = str(source)
+        camera = text.isdigit() and not Path(text).exists()
+        self.name = re.sub(r"(?<=://)[^/@]*@", "", text)
+        is_url = "://" in text
+        self.is_live = camera or text.startswith("/dev/video") or urlsplit(text).scheme in ("rtsp", "rtmp", "udp")
+        self.path = None if is_url or self.is_live else Path(text).expanduser()
+        self.frame_count: int | None
+        if self.path is not None and self.path.is_dir():
+            listed = list_images([str(self.path)], output=self.path).images
+            self._folder, self.path = sorted((entry.image for entry in listed), key=_natural_order), None
+            self.rate, self.time_base, self.frame_count = FOLDER_RATE, 1 / FOLDER_RATE, len(listed)
+            return
+        if self.path is not None and not self.path.is_file():
+            raise FileNotFoundError(f"{self.name}: no such file")
+        self._container = self._open(camera_input(text) if self.is_live and not is_url else (None, text))
+        if not self._container.streams.video:
+            self._container.close()
+            raise ValueError(f"{self.name}: expected a video, got a file that has none or is cut off")
+        self._stream = self._container.streams.video[0]
+        if not self.is_live:
+            self._stream.thread_type = "AUTO"  # threads that each decode a frame would delay a live source
+        self.rate = self._stream.average_rate or self._stream.guessed_rate or FOLDER_RATE
+        self.time_base = self._stream.time_base
+        self.frame_count = self._stream.frames or None
+
+    def _open(self, target: tuple[str | None, str]) -> Any:
+        av = import_av()
+        format, file = target
+        try:
+            return av.open(file, format=format, timeout=_TIMEOUT if self.path is None else None)
+        except av.error.InvalidDataError as error:
+            raise ValueError(f"{self.name}: expected a video, got a file that is damaged or no video") from error
+        except (av.FFmpegError, OSError) as error:
+            raise OSError(f"{self.name}: the video cannot be opened: {error.strerror or error}") from error
+
+    def __enter__(self) -> "Video":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file or connection."""
+        if self._container is not None:
+            self._container.close()
+
+    def frames(self, selection: Selection, times: StageTimes) -> Generator[Frame, None, None]:
+        """Yield the selected frames; call it once.
+
+        Frames that cannot be decoded are reported by warnings.
+
+        Args:
+            selection: which frames.
+            times: takes the time of decoding each frame.
+
+        Raises:
+            OSError, ValueError: an image of a folder that cannot be read, or a video without a single frame.
+        """
+        decoded = self._images() if self._folder is not None else self._decode(times)
+        last_slot = index = -1
+        start, end = _exact(selection.start), None if selection.end is None else _exact(selection.end)
+        with closing(decoded):
+            for index, (pts, time_base, frame) in enumerate(decoded):
+                seconds = pts * time_base
+                if end is not None and seconds >= end:
+                    return
+                if index % selection.every or seconds < start:
+                    continue
+                if selection.fps is not None:
+                    slot = int(seconds * _exact(selection.fps))
+                    if slot == last_slot:
+                        continue
+                    last_slot = slot
+                with times.measure("decode", also_last=True):
+                    image = frame if isinstance(frame, np.ndarray) else _to_rgb(frame)
+                yield Frame(index, pts, time_base, image)
+        if index < 0:
+            raise ValueError(f"{self.name}: expected a video, got one without a frame that can be decoded")
+        if self.frame_count is not None and index + 1 < self.frame_count:
+            self._warn(index, f"the file states {self.frame_count} frames, and {index + 1} could be decoded")
+
+    def _images(self) -> Generator[tuple[int, Fraction, Any], None, None]:
+        """Yield pts, time base and RGB values of the images of a folder."""
+        for index, image in enumerate(self._folder or ()):
+            yield index, 1 / FOLDER_RATE, np.asarray(to_pil(open_image(image, image)))
+
+    def _decode(self, times: StageTimes) -> Generator[tuple[int, Fraction, Any], None, None]:
+        """Yield pts, time base and the decoded frame, each with a later pts than the one before."""
+        av = import_av()
+        time_base = self._stream.time_base
+        step = max(int(1 / (self.rate * time_base)), 1)
+        index, last, begins = 0, -step, True
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets)
+            except StopIteration:
+                return
+            except (av.FFmpegError, OSError) as error:
+                self._warn(index - 1, f"reading stopped: {error.strerror or error}")
+                return
+            if begins and packet.size and not packet.is_keyframe and not self.is_live:
+                self._warn(-1, "no key frame at the beginning; frames until the first one are missing or damaged")
+            begins = False
+            try:
+                with times.measure("decode"):
+                    frames = packet.decode()
+            except av.FFmpegError as error:
+                self._warn(index - 1, f"a part cannot be decoded: {error.strerror or error}")
+                continue
+            for frame in frames:
+                if frame.is_corrupt:
+                    self._warn(index, "the frame is damaged")
+                pts = frame.pts
+                if pts is None or (index and pts <= last):
+                    if pts is not None:
+                        self._warn(index, f"its time is not after the one before; {last + step} is used")
+                    pts = last + step
+                yield pts, time_base, frame
+                index, last = index + 1, pts
+
+    def _warn(self, index: int, problem: str) -> None:
+        place = f"frame {index}" if index >= 0 else "before the first frame"
+        warnings.warn(f"{self.name}: {place}: {problem}", stacklevel=3)
+
+
+def paced(frames: Generator[Frame, None, None]) -> Generator[Frame, None, None]:
+    """Yield the frames of a file at their times, as a camera would."""
+    begin: float | None = None
+    for frame in frames:
+        begin = time.monotonic() - frame.time if begin is None else begin
+        time.sleep(max(begin + frame.time - time.monotonic(), 0))
+        yield frame
+
+
+def camera_input(text: str) -> tuple[str, str]:
+    """Return FFmpeg's input format and device of a camera, given as a number or a device.
+
+    Raises:
+        ValueError: this system's cameras are not supported.
+    """
+    if sys.platform not in _CAMERAS:
+        raise ValueError(f"camera {text}: expected Linux or macOS, got {sys.platform}; pass a file or a URL")
+    format, device = _CAMERAS[sys.platform]
+    return format, device.format(text) if text.isdigit() else text
+
+
+def import_av() -> Any:
+    """Import PyAV; raise ImportError that names the extra if it is missing."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("videos need av, which is not installed: pip install 'conditional-detr[video]'") from error
+    return av
+
+
+def _exact(number: float) -> Fraction:
+    """Return the decimal fraction that is meant: 0.2 as a float is a bit more than frame 6 of 30 per second."""
+    return Fraction(number).limit_denominator(1_000_000)
+
+
+def _natural_order(path: str) -> list[tuple[int, str]]:
+    """Return a key by which frame2 comes before frame10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"([0-9]+)", path)]
+
+
+def _to_rgb(frame: Any) -> np.ndarray:
+    """Return a decoded frame as RGB (H, W, 3), upright: PyAV states the rotation and leaves it to the caller."""
+    image: np.ndarray = frame.to_ndarray(format="rgb24", dst_color_range="JPEG")
+    turns = round(frame.rotation / 90) % 4  # counterclockwise, as numpy's
+    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image

@@ -1,0 +1,340 @@
+"""``conditional-detr video``: the annotated film, the lines, resuming, and files that are broken."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from conditional_detr.cli import app
+from helpers.films import audio_of, draw_frame, images_of, times_of, write_film
+
+
+@pytest.fixture
+def run(weights, tmp_path):
+    """Function that runs the command on a film and returns its result, with warnings as a user sees them."""
+
+    def run(film, *options, output=tmp_path / "out"):
+        arguments = ["video", str(film), "--weights", str(weights), "--device", "cpu", "--threshold", "0"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            return CliRunner().invoke(app, [*arguments, "--top-k", "2", "--output", str(output), *options])
+
+    return run
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "detections.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+@pytest.mark.parametrize("encoder", ["libx264", "mpeg4"])
+def test_times_and_audio_are_those_of_the_input(run, tmp_path, suffix, encoder):
+    """Times exactly; audio packets to the byte, without the headers that only MPEG-TS has."""
+    film = write_film(tmp_path / f"film{suffix}", 20, variable=True)
+    result = run(film, "--encoder", encoder)
+    assert result.exit_code == 0, result.output
+    written = tmp_path / "out" / "annotated.mp4"
+    assert times_of(written) == times_of(film)
+    headers = 7 if suffix == ".ts" else 0
+    assert [data for _, data in audio_of(written)] == [data[headers:] for _, data in audio_of(film)]
+    times = [[float(at) for at, _ in audio_of(path)] for path in (written, film)]
+    assert times[0] == pytest.approx(times[1], abs=1e-4)
+    assert [line["frame"] for line in lines_of(tmp_path / "out")] == list(range(20))
+    assert [line["time"] for line in lines_of(tmp_path / "out")] == [float(at) for at in times_of(film)]
+
+
+def test_the_annotated_film_shows_the_drawn_detections_upright(run, tmp_path, weights):
+    from conditional_detr import Detector
+
+    film = write_film(tmp_path / "film.mp4", 4, rotation=90)
+    assert run(film).exit_code == 0
+    detector = Detector.from_pretrained(weights, device="cpu")
+    for image, written in zip(images_of(film), images_of(tmp_path / "out" / "annotated.mp4"), strict=True):
+        upright = np.ascontiguousarray(np.rot90(image))
+        drawn = np.asarray(detector(upright, threshold=0, top_k=2).draw())
+        assert written.shape == upright.shape
+        assert np.abs(written.astype(int) - drawn).mean() < 6 < np.abs(written.astype(int) - image.mean()).mean()
+        assert np.abs((written.astype(int) - drawn).mean((0, 1))).max() < 2  # no shift of colours
+
+
+def test_odd_sizes(run, tmp_path):
+    """Padded by a pixel, since H.264 has whole pairs of pixels; boxes stay."""
+    film = write_film(tmp_path / "film.mkv", 3, codec="ffv1", pixels="bgr0", size=(97, 131))
+    result = run(film)
+    assert result.exit_code == 0, result.output
+    first = images_of(tmp_path / "out" / "annotated.mp4")[0]
+    assert first.shape == (98, 132, 3)
+    assert lines_of(tmp_path / "out")[0]["size"] == {"height": 97, "width": 131}
+
+
+def test_audio_that_mp4_cannot_store_is_left_out_with_a_warning(run, tmp_path):
+    film = write_film(tmp_path / "film.mkv", 5, audio="pcm_u8")
+    result = run(film)
+    assert result.exit_code == 0, result.output
+    assert "film.mkv: MP4 cannot store audio of pcm_u8; it is left out" in result.stderr
+    written = tmp_path / "out" / "annotated.mp4"
+    with av.open(str(written)) as opened:
+        assert not opened.streams.audio
+    assert times_of(written) == times_of(film)
+
+
+def test_part_of_a_film_begins_at_zero(run, tmp_path):
+    """The film that is written; its lines have the times of the input."""
+    film = write_film(tmp_path / "film.mp4", 20)
+    assert run(film, "--start", "0.2", "--end", "0.4").exit_code == 0
+    assert [line["frame"] for line in lines_of(tmp_path / "out")] == [6, 7, 8, 9, 10, 11]
+    written = tmp_path / "out" / "annotated.mp4"
+    assert times_of(written) == [Fraction(index, 30) for index in range(6)]
+    inside = [data for at, data in audio_of(film) if 0.2 <= at < 0.4]
+    assert [data for _, data in audio_of(written)] == inside != []
+
+
+def test_no_video_and_selected_frames(run, tmp_path):
+    film = write_film(tmp_path / "film.mp4", 10)
+    result = run(film, "--no-video", "--every", "3", "--profile")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["detections.jsonl"]
+    assert [line["frame"] for line in lines_of(tmp_path / "out")] == [0, 3, 6, 9]
+    assert "4 frames, 8 objects" in result.stdout
+    for stage in ("decode", "preprocess", "model", "post-process"):
+        assert stage in result.stdout
+    assert "encode" not in result.stdout
+
+
+def test_size_of_the_model(run, tmp_path, monkeypatch):
+    from conditional_detr import ConditionalDETR
+
+    shapes = []
+    forward = ConditionalDETR.forward
+    command = sys.modules["conditional_detr.cli.video"]
+    monkeypatch.setattr(command, "_by_engine", lambda detector, *_: detector)
+    monkeypatch.setattr(
+        ConditionalDETR,
+        "forward",
+        lambda self, pixels, *a: shapes.append(pixels.shape[2:]) or forward(self, pixels, *a),
+    )
+    film = write_film(tmp_path / "film.mp4", 2)
+    assert run(film, "--no-video", "--size", "48").exit_code == 0
+    assert set(shapes) == {(48, 64)}
+
+
+def start(film, weights, output, *options):
+    """Run the command in a process of its own, until it has written some lines."""
+    command = [
+        sys.executable,
+        "-m",
+        "conditional_detr",
+        "video",
+        str(film),
+        "--weights",
+        str(weights),
+        "--device",
+        "cpu",
+    ]
+    command += ["--threshold", "0", "--top-k", "2", "--output", str(output), "--batch-size", "1", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines = output / "detections.jsonl"
+    deadline = time.monotonic() + 120
+    while not lines.exists() or lines.read_bytes().count(b"\n") < 10:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def test_killed_and_resumed(run, tmp_path, weights):
+    """As one run: each frame once in lines and film, with the same detections and tracks."""
+    film = write_film(tmp_path / "film.mp4", 400, size=(64, 96))
+    options = ["--track", "--batch-size", "1"]
+    process = start(film, weights, tmp_path / "out", *options)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    path = tmp_path / "out" / "detections.jsonl"
+    before = path.read_bytes()
+    complete = before[: before.rindex(b"\n") + 1]
+    assert 10 <= complete.count(b"\n") < 400
+    path.write_bytes(complete + b'{"video": "cut')
+    refused = run(film, *options)
+    assert refused.exit_code == 2
+    assert "already exists; --resume goes on with it" in refused.stderr
+    resumed = run(film, *options, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert path.read_bytes().startswith(complete)
+    assert [line["frame"] for line in lines_of(tmp_path / "out")] == list(range(400))
+    assert times_of(tmp_path / "out" / "annotated.mp4") == times_of(film)
+    assert run(film, *options, output=tmp_path / "whole").exit_code == 0
+    whole = lines_of(tmp_path / "whole")
+    assert [line["detections"] for line in lines_of(tmp_path / "out")] == [line["detections"] for line in whole]
+    other = run(film, *options, "--resume", "--top-k", "1")
+    assert other.exit_code != 0
+    assert "expected the lines of this video and these settings, got settings" in other.stderr
+    assert len(lines_of(tmp_path / "out")) == 400
+
+
+def test_ctrl_c_leaves_complete_files(tmp_path, weights):
+    film = write_film(tmp_path / "film.mp4", 400, size=(64, 96))
+    process = start(film, weights, tmp_path / "out")
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 130, messages
+    assert "--resume continues" in messages
+    frames = [line["frame"] for line in lines_of(tmp_path / "out")]
+    assert 10 <= len(frames) < 400
+    assert frames == list(range(len(frames)))
+    assert times_of(tmp_path / "out" / "annotated.mp4") == times_of(film)[: len(frames)]
+
+
+def broken(folder: Path, kind: str) -> Path:
+    film = folder / "film.mp4"
+    if kind == "no index":  # of a camera whose battery was taken out
+        write_film(film, 20)
+        film.write_bytes(film.read_bytes()[:-2000])
+    elif kind == "truncated":
+        write_film(film, 60, options={"movflags": "faststart"})
+        film.write_bytes(film.read_bytes()[: film.stat().st_size // 2])
+    elif kind == "no frames":
+        write_film(folder / "part.mp4", 20, options={"movflags": "faststart"})
+        content = (folder / "part.mp4").read_bytes()
+        film.write_bytes(content[: content.index(b"mdat") + 4])
+    elif kind == "no key frame":
+        film = write_film(folder / "film.ts", 30, b_frames=0, gop=10, audio=None)
+        with av.open(str(film)) as opened:
+            position = [packet.pos for packet in opened.demux(video=0) if packet.size][3]
+        content = film.read_bytes()
+        film.write_bytes(content[: 188 * 3] + content[position // 188 * 188 :])
+    elif kind == "damaged":
+        write_film(film, 60, b_frames=0, audio=None)
+        content = bytearray(film.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 400] = bytes(400)
+        film.write_bytes(content)
+    elif kind == "text":
+        film.write_text("not a film\n" * 100)
+    elif kind == "empty":
+        film.touch()
+    elif kind == "audio":
+        film = folder / "film.m4a"
+        write_film(folder / "whole.mp4", 5)
+        with av.open(str(folder / "whole.mp4")) as source, av.open(str(film), "w", format="mp4") as output:
+            copy = output.add_stream_from_template(source.streams.audio[0])
+            for packet in source.demux(audio=0):
+                if packet.size:
+                    packet.stream = copy
+                    output.mux(packet)
+    return film
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no index", "film.mp4: expected a video, got a file that has none or is cut off"),
+        ("text", "film.mp4: expected a video, got a file that is damaged or no video"),
+        ("empty", "film.mp4: expected a video, got a file that is damaged or no video"),
+        ("no frames", "film.mp4: expected a video, got one without a frame that can be decoded"),
+        ("audio", "film.m4a: expected a video, got a file that has none or is cut off"),
+        ("missing", "film.mp4: no such file"),
+    ],
+)
+def test_files_without_a_frame(run, tmp_path, kind, message):
+    result = run(broken(tmp_path, kind))
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["truncated", "no key frame", "damaged"])
+def test_what_can_be_decoded_of_a_broken_file_is_kept(run, tmp_path, kind):
+    """With a warning that names the frame."""
+    film = broken(tmp_path, kind)
+    result = run(film)
+    assert result.exit_code == 0, result.output
+    assert f"{film}: " in result.stderr
+    assert "frame" in result.stderr.partition(f"{film}: ")[2]
+    frames = [line["frame"] for line in lines_of(tmp_path / "out")]
+    assert frames == list(range(len(frames)))
+    assert len(frames) >= 15
+    written = images_of(tmp_path / "out" / "annotated.mp4")
+    assert len(written) == len(frames)
+    if kind == "truncated":
+        assert np.abs(written[5].astype(int) - draw_frame(5)).mean() < 30
+
+
+def test_a_wrong_suffix_does_not_matter(run, tmp_path):
+    film = write_film(tmp_path / "film.mkv", 5)
+    assert run(shutil.move(film, tmp_path / "film.jpg")).exit_code == 0
+    assert len(lines_of(tmp_path / "out")) == 5
+
+
+def test_a_folder_whose_frames_change_their_size(run, tmp_path):
+    """What was done is kept, and the error names the frame."""
+    from PIL import Image
+
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for index in range(5):
+        Image.fromarray(draw_frame(index, (64, 96) if index < 3 else (64, 98))).save(folder / f"{index}.png")
+    result = run(folder)
+    assert result.exit_code == 1
+    assert "frame 3: expected 96 x 64 pixels as before, got 98 x 64" in result.stderr
+    assert "stopped after 3 frames; --resume continues" in result.stderr
+    assert len(lines_of(tmp_path / "out")) == len(images_of(tmp_path / "out" / "annotated.mp4")) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resume", "--overwrite"], "expected --resume or --overwrite, got both"),
+        (["--resume", "--live"], "expected --resume or --live, got both"),
+        (["--mot"], "expected --track with them"),
+        (["--track", "--line", "1,2,3"], "--line: expected 2 points as numbers x,y,x,y,..., got '1,2,3'"),
+        (["--track", "--zone", "1,2,3,x"], "--zone: expected at least 3 points as numbers x,y,x,y,..., got '1,2,3,x'"),
+        (["--encoder", "h265x"], "encoder: expected a video encoder of the installed PyAV"),
+        (["--encoder", "aac"], "encoder: expected a video encoder of the installed PyAV"),
+        (["--fps", "0"], "fps: expected a number above 0"),
+        (["--font", "missing.ttf"], "missing.ttf: expected a TrueType font file"),
+    ],
+)
+def test_wrong_options(run, tmp_path, options, message):
+    result = run(write_film(tmp_path / "film.mp4", 1), *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out" / "detections.jsonl").exists()
+
+
+def test_a_window_needs_a_screen(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    result = run(write_film(tmp_path / "film.mp4", 1), "--show")
+    assert result.exit_code == 2
+    assert "expected a screen for a window" in result.stderr or "a window needs tkinter" in result.stderr
+
+
+def test_the_input_is_never_written(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    film = write_film(tmp_path / "out" / "annotated.mp4", 3)
+    before = film.read_bytes()
+    for option in ("--overwrite", "--resume"):
+        result = run(film, option)
+        assert result.exit_code == 2
+        assert "annotated.mp4" in result.stderr
+    assert film.read_bytes() == before
+    assert list((tmp_path / "out").iterdir()) == [film]
+
+
+@pytest.mark.parametrize("package", ["av", "trackers"])
+def test_missing_packages_name_the_extra(run, tmp_path, monkeypatch, package):
+    film = write_film(tmp_path / "film.mp4", 1)
+    monkeypatch.setitem(sys.modules, package, None)
+    result = run(film, "--track")
+    assert result.exit_code == 2
+    assert f"needs {package}" in result.stderr or f"need {package}" in result.stderr
+    assert "pip install 'conditional-detr[video]'" in result.stderr
