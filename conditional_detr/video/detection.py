@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
+from conditional_detr.inference.batches import DEFAULT_BATCH_SIZE
 from conditional_detr.inference.detections import Detections
-from conditional_detr.inference.detector import DEFAULT_BATCH_SIZE, Detector
+from conditional_detr.inference.detector import Detector
 from conditional_detr.inference.pipeline import map_in_batches, map_in_threads, read_ahead
 from conditional_detr.inference.postprocessing import Postprocessing, check_count
 from conditional_detr.inference.preparation import PreparedImage
