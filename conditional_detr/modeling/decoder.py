@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from conditional_detr.modeling.attention import attend, attention_scores, attention_weights
-from conditional_detr.modeling.decoder_layer import DecoderLayer
+from conditional_detr.modeling.config import Config
+from conditional_detr.modeling.decoder_layer import DecoderLayer, DecoderStack
 from conditional_detr.modeling.layers import MLP, Linear, at_least_float32, inverse_sigmoid
 from conditional_detr.modeling.positions import sine_of_points
 
@@ -112,32 +113,21 @@ class ConditionalCrossAttention(nn.Module):
         return content, spatial, combined
 
 
-class Decoder(nn.Module):
-    """The stack of decoder layers, with its reference points and conditional spatial queries.
+class Decoder(DecoderStack):
+    """The stack of decoder layers, with its reference points and conditional spatial queries."""
 
-    Args:
-        layers: L, 1 or more.
-        width: D.
-        heads: M, a divisor of D.
-        feedforward: hidden units of the feed-forward networks.
-        dropout: rate on attention weights, hidden units and residual branches.
-    """
-
-    def __init__(self, *, layers: int, width: int, heads: int, feedforward: int, dropout: float) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            DecoderLayer(
-                SelfAttention(width, heads, dropout=dropout),
-                ConditionalCrossAttention(width, heads, dropout=dropout, first=i == 0),
-                width,
-                feedforward,
-                dropout=dropout,
-            )
-            for i in range(layers)
-        )
-        self.norm = nn.LayerNorm(width)
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        width = config.width
         self.reference_point = MLP(width, width, 2, depth=2, linear=Linear)
         self.transformation = MLP(width, width, width, depth=2, linear=Linear)
+
+    @staticmethod
+    def attentions(config: Config, layer: int) -> tuple[nn.Module, nn.Module]:
+        """Return the self-attention and the cross-attention of a layer, 0..L-1."""
+        width, heads, dropout = config.width, config.heads, config.dropout
+        cross_attention = ConditionalCrossAttention(width, heads, dropout=dropout, first=layer == 0)
+        return SelfAttention(width, heads, dropout=dropout), cross_attention
 
     def forward(
         self,

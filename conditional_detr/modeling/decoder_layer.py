@@ -1,9 +1,10 @@
-"""A layer of a transformer decoder, the same in Conditional DETR and in DETR but for its two attentions."""
+"""What the decoders of Conditional DETR and DETR share: all but the two attentions of a layer, and their inputs."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
+from conditional_detr.modeling.config import Config
 from conditional_detr.modeling.layers import FeedForward
 
 
@@ -51,3 +52,20 @@ class DecoderLayer(nn.Module):
     def attention_maps(self, f: Tensor, o_q: Tensor, *cross: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return content, spatial and combined cross-attention for decoder states f: each (B, M, N, S)."""
         return self.cross_attention.attention_maps(self.self_attend(f, o_q), o_q, *cross)
+
+
+class DecoderStack(nn.Module):
+    """L decoder layers, and one norm for the states after each of them."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DecoderLayer(*self.attentions(config, i), config.width, config.feedforward, dropout=config.dropout)
+            for i in range(config.decoder_layers)
+        )
+        self.norm = nn.LayerNorm(config.width)
+
+    @staticmethod
+    def attentions(config: Config, layer: int) -> tuple[nn.Module, nn.Module]:
+        """Return the self-attention and the cross-attention of a layer, 0..L-1."""
+        raise NotImplementedError

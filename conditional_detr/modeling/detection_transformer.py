@@ -85,7 +85,9 @@ class DetectionTransformer(nn.Module):
     scores: ClassScores
     predict: Callable[..., Output]
 
-    def __init__(self, config: Config | None, metadata: Metadata | None, *, decoder: Callable[..., nn.Module]) -> None:
+    def __init__(
+        self, config: Config | None, metadata: Metadata | None, *, decoder: Callable[[Config], nn.Module]
+    ) -> None:
         super().__init__()
         config = self.default_config if config is None else config
         if not isinstance(config, Config):
@@ -97,12 +99,11 @@ class DetectionTransformer(nn.Module):
         self.metadata = metadata
         self.load_report: LoadReport | None = None
         width = config.width
-        sizes = {"width": width, "heads": config.heads, "feedforward": config.feedforward}
         self.backbone = Backbone(config.backbone, stage=config.backbone_stage, dilation=config.dilation)
         self.projection = nn.Conv2d(self.backbone.channels, width, kernel_size=1)
-        self.encoder = Encoder(layers=config.encoder_layers, dropout=config.dropout, **sizes)
+        self.encoder = Encoder(config)
         self.object_queries = nn.Embedding(config.num_queries, width)
-        self.decoder: Any = decoder(layers=config.decoder_layers, dropout=config.dropout, **sizes)
+        self.decoder: Any = decoder(config)
         self.class_head = nn.Linear(width, self.scores.rows(config.num_classes))
         self.box_head = MLP(width, width, 4, depth=3)
         self.scores.initialise(self.class_head)

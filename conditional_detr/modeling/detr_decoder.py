@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from conditional_detr.modeling.attention import MultiHeadAttention, attention_scores, attention_weights
-from conditional_detr.modeling.decoder_layer import DecoderLayer
+from conditional_detr.modeling.config import Config
+from conditional_detr.modeling.decoder_layer import DecoderLayer, DecoderStack
 from conditional_detr.modeling.encoder import SelfAttention
 
 
@@ -34,30 +35,14 @@ class CrossAttention(MultiHeadAttention):
         return content, spatial, combined
 
 
-class DETRDecoder(nn.Module):
-    """The stack of decoder layers. Self-attention is the encoder's, with o_q as positions.
+class DETRDecoder(DecoderStack):
+    """The stack of decoder layers. Self-attention is the encoder's, with o_q as positions."""
 
-    Args:
-        layers: L, 1 or more.
-        width: D.
-        heads: M, a divisor of D.
-        feedforward: hidden units of the feed-forward networks.
-        dropout: rate on attention weights, hidden units and residual branches.
-    """
-
-    def __init__(self, *, layers: int, width: int, heads: int, feedforward: int, dropout: float) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            DecoderLayer(
-                SelfAttention(width, heads, dropout=dropout),
-                CrossAttention(width, heads, dropout=dropout),
-                width,
-                feedforward,
-                dropout=dropout,
-            )
-            for _ in range(layers)
-        )
-        self.norm = nn.LayerNorm(width)
+    @staticmethod
+    def attentions(config: Config, layer: int) -> tuple[nn.Module, nn.Module]:
+        """Return the self-attention and the cross-attention of a layer, 0..L-1: all layers have the same."""
+        width, heads, dropout = config.width, config.heads, config.dropout
+        return SelfAttention(width, heads, dropout=dropout), CrossAttention(width, heads, dropout=dropout)
 
     def forward(self, o_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None = None) -> tuple[Tensor]:
         """Apply all decoder layers to the object queries.

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from conditional_detr.modeling.attention import MultiHeadAttention
+from conditional_detr.modeling.config import Config
 from conditional_detr.modeling.layers import FeedForward
 
 
@@ -36,19 +37,14 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of encoder layers; there is no norm after the last.
+    """A stack of encoder layers; there is no norm after the last."""
 
-    Args:
-        layers: number of layers, 0 or more.
-        width: D.
-        heads: M, a divisor of D.
-        feedforward: hidden units of the feed-forward networks.
-        dropout: rate on attention weights, hidden units and residual branches.
-    """
-
-    def __init__(self, *, layers: int, width: int, heads: int, feedforward: int, dropout: float) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(width, heads, feedforward, dropout=dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            EncoderLayer(config.width, config.heads, config.feedforward, dropout=config.dropout)
+            for _ in range(config.encoder_layers)
+        )
 
     def forward(self, tokens: Tensor, positions: Tensor, padding: Tensor | None = None) -> Tensor:
         """Apply all encoder layers to the tokens.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from conditional_detr import Config
 from conditional_detr.modeling.attention import attend
 from conditional_detr.modeling.decoder import Decoder
 
@@ -10,7 +11,7 @@ from conditional_detr.modeling.decoder import Decoder
 @pytest.fixture
 def decoder():
     torch.manual_seed(0)
-    return Decoder(layers=2, width=16, heads=2, feedforward=32, dropout=0.0)
+    return Decoder(Config(decoder_layers=2, width=16, heads=2, feedforward=32, dropout=0.0))
 
 
 def inputs(queries=5):

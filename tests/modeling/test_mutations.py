@@ -111,7 +111,7 @@ def transformation_of_normalised_state(self, layer, f, p_s):
     return p_s if layer == 0 else self.transformation(self.norm(f)) * p_s
 
 
-def states_normalised_between_layers(self, o_q, p_s, memory, p_k, padding):
+def states_normalised_between_layers(self, o_q, p_s, memory, p_k, padding, *_):
     states = [torch.zeros_like(o_q)]
     for i, layer in enumerate(self.layers):
         states.append(self.norm(layer(states[-1], o_q, self.spatial_query(i, states[-1], p_s), memory, p_k, padding)))
@@ -184,7 +184,7 @@ def decoder_sees_padding(self, f, o_q, p_q, memory, p_k, padding):
     return cross_attention(self, f, o_q, p_q, memory, p_k, None)
 
 
-def sigmoid_removed(self, o_q):
+def sigmoid_removed(self, o_q, _=None):
     points = self.reference_point(o_q)
     return points.sigmoid(), positions_module.sine_of_points(points, o_q.shape[-1])
 
