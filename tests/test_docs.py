@@ -21,6 +21,7 @@ import torch
 from typer.testing import CliRunner
 
 from conditional_detr.data.synthetic import CLASS_NAMES, draw_image, image_index, write_shapes
+from helpers.films import write_film
 from helpers.models import TINY, run_example, transformers_model
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +91,9 @@ def hub(tmp_path_factory):
 
 @pytest.fixture
 def folder(hub, least, tmp_path, monkeypatch):
-    """The working folder of a page: photo.jpg, photos/, train.json, train/, val.json, val/, my-detector/.
+    """The working folder of a page: photo.jpg, photos/, film.mp4, my-data/ and its parts, my-detector/.
+
+    The parts are train.json and the images in train/, val.json and val/.
 
     Images of shapes under other names stand for COCO's validation set.
     """
@@ -106,6 +109,11 @@ def folder(hub, least, tmp_path, monkeypatch):
         write_shapes("drawn", images, seed=0, split=split).rename(f"{split}.json")
         Path("drawn", split).rename(split)
     Path("drawn").rmdir()
+    for split in ("train", "val"):
+        shutil.copytree(split, f"my-data/{split}")
+        Path("my-data/annotations").mkdir(exist_ok=True)
+        shutil.copy(f"{split}.json", "my-data/annotations")
+    write_film(Path("film.mp4"), 4)
     Path("annotations").mkdir()
     content = json.loads(Path("val.json").read_text())
     content["categories"] = [
