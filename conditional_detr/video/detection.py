@@ -44,7 +44,7 @@ def detect_video(
     source: VideoSource,
     detector: Detector,
     *,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     top_k: int = 100,
     classes: Iterable[str | int] | None = None,
     batch_size: int | None = None,
