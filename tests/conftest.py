@@ -1,6 +1,7 @@
 """What the tests share: checkpoints in the published format with weights that tell every part apart."""
 
 import atexit
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -25,6 +26,7 @@ if WORKERS > 1:  # they share the cores, and so do the processes that tests star
 
 DATA = Path(__file__).parent.parent.parent / "shared"
 LONGEST = ["test_quantize.py", "deploy/test_export.py", "test_benchmark.py", "test_docs.py", "test_loading.py"]
+LONGEST += ["test_notebooks.py", "test_small_finetuning.py", "training/test_surroundings.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,6 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """Return the number of workers of ``-n auto``: more than four would wait for the longest file."""
     return min(4, os.cpu_count() or 1)
+
+
+@pytest.fixture(autouse=True)
+def _no_closed_log_streams() -> None:
+    """Remove handlers that another package made in an earlier test: they write to its standard error, now closed."""
+    for logger in (logging.getLogger(), logging.getLogger("conditional_detr")):
+        for handler in [*logger.handlers]:
+            if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
+                logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

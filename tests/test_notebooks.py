@@ -72,7 +72,7 @@ def test_files_that_a_notebook_mentions_exist(path):
 def test_finetune(tmp_path):
     printed, images = run("finetune", tmp_path)
     assert "('round', 'angular')" in printed
-    assert re.search(r"epoch 1: loss \d+\.\d+, AP 0\.\d+, AP50 0\.\d+\n", printed)
+    assert re.search(r"epoch 0: loss \d+\.\d+, AP 0\.\d+, AP50 0\.\d+\n", printed)
     assert images == 4  # boxes, augmentation, curves, detections
     (best,) = tmp_path.glob("*/run/best/config.json")
     assert json.loads(best.read_text())["id2label"] == {"0": "round", "1": "angular"}
