@@ -23,6 +23,7 @@ PACKAGES = {
     "evaluation": "COCO's twelve numbers.",
     "analysis": "What goes wrong in detections, and where.",
     "training": "The training loop and its settings.",
+    "video": "Detection and tracks on videos, cameras and streams.",
     "deploy": "Optimised copies, exported models, quantization.",
     "serving": "The HTTP service.",
     "distributed": "More than one machine.",

@@ -263,6 +263,8 @@ def write_tensors(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     try:
         write_atomically(writers)
     except (RuntimeError, SafetensorError) as error:  # torch and safetensors hide the OSError
+        if "DataLoader worker" in str(error):  # torch's signal handler raises it wherever the process is
+            raise
         weights = next(iter(writers))
         raise OSError(f"{weights}: cannot be written; check disk space and permissions ({error})") from error
 

@@ -126,8 +126,8 @@ class Decoder(DecoderStack):
     def attentions(config: Config, layer: int) -> tuple[nn.Module, nn.Module]:
         """Return the self-attention and the cross-attention of a layer, 0..L-1."""
         width, heads, dropout = config.width, config.heads, config.dropout
-        cross_attention = ConditionalCrossAttention(width, heads, dropout=dropout, first=layer == 0)
-        return SelfAttention(width, heads, dropout=dropout), cross_attention
+        self_attention = SelfAttention(width, heads, dropout=dropout)
+        return self_attention, ConditionalCrossAttention(width, heads, dropout=dropout, first=layer == 0)
 
     def forward(
         self,

@@ -17,7 +17,7 @@ from conditional_detr import ConditionalDETR, Config, Metadata, Preprocessing
 from conditional_detr.checkpoints.files import open_checkpoint
 from conditional_detr.checkpoints.labels import COCO_NAMES
 from conditional_detr.checkpoints.loading import from_pretrained
-from conditional_detr.checkpoints.saving import save_as
+from conditional_detr.checkpoints.saving import save_as, write_tensors
 from helpers.models import TINY, TINY_CONFIG, assert_same, transformers_model, two_images
 from helpers.name_formats import to_original
 from helpers.reference import distance, rounding, transformers_output
@@ -395,3 +395,14 @@ def test_files_have_the_users_default_permissions(tiny, tmp_path):
     (tmp_path / "plain").touch()
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1
+
+
+def test_a_dead_worker_of_a_loader_is_no_full_disk(tmp_path):
+    """Torch raises its error from a signal handler, in whatever the process does at that moment: here, writing."""
+
+    def write(path):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker \(pid 7\) is killed"):
+        write_tensors({tmp_path / "model.safetensors": write})
+    assert not list(tmp_path.iterdir())
