@@ -162,12 +162,14 @@ def video(
         postprocessing = detector.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
         settings = {**detector.settings(postprocessing), **asdict(selection), "size": size}
         settings |= {"track": track, "line": line or [], "zone": zone or []}
-        run = VideoRun(opened, selection, output, font, encoder if write_video else None, tracker)
-        run.prepare(settings, detector.model.metadata, resume=resume, overwrite=overwrite, mot=mot)
+        kept = encoder if write_video else None
+        run = VideoRun(opened, selection, output, font, kept, tracker, resume=resume, overwrite=overwrite, mot=mot)
+        run.check_files()  # before an export, which takes long
+        run_by = _by_engine(detector, engine, source, selection, stack)
         try:
             if show:
                 run.open_window()
-            run_by = _by_engine(detector, engine, source, selection, stack)
+            run.prepare(settings, detector.model.metadata)
             code = run.run(run_by, postprocessing, batch_size, live=live)
             run.report(profile=profile)
         finally:
@@ -220,6 +222,8 @@ def _by_engine(
     if len(opened) == 1:
         return next(iter(opened.values()))
     images = first_frames(source, selection)
+    if not images:  # nothing to measure, and the run will report it
+        return opened["torch"]
     seconds = {name: measure(other, images) for name, other in opened.items()}
     fastest = min(seconds, key=seconds.__getitem__)
     print_line(

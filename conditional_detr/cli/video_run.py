@@ -16,6 +16,7 @@ from rich.table import Table
 from conditional_detr.cli.console import FAILED, INTERRUPTED, err, out, print_line
 from conditional_detr.inference.pipeline import map_in_threads
 from conditional_detr.system.atomic_files import publish, remove_unfinished, unfinished_folder
+from conditional_detr.system.outputs import check_output
 from conditional_detr.system.progress import progress_bar
 from conditional_detr.system.shutdown import ShutdownRequest
 from conditional_detr.video.detection import DetectedFrame, detect_frames, read_frames
@@ -53,6 +54,9 @@ class VideoRun:
     font: Path | None
     encoder: str | None  # None: no annotated video
     tracker: Tracker | None
+    resume: bool = field(kw_only=True)
+    overwrite: bool = field(kw_only=True)
+    mot: bool = field(kw_only=True)
     times: StageTimes = field(default_factory=StageTimes)
     done: int = 0
     objects: Counter[str] = field(default_factory=Counter)  # by class name
@@ -60,31 +64,46 @@ class VideoRun:
     tracks: dict[str, set[int]] = field(default_factory=dict)  # by class name
     last: Tracked | None = None
     newest: NewestItem[Frame] | None = None
+    _stack: ExitStack = field(default_factory=ExitStack, init=False)
+    _lines: FrameLines = field(init=False)
+    _writer: VideoWriter | None = field(default=None, init=False)
+    _window: Window | None = field(default=None, init=False)
+    _temporary: Path | None = field(default=None, init=False)
 
-    def prepare(
-        self, settings: Mapping[str, Any], metadata: "Metadata", *, resume: bool, overwrite: bool, mot: bool
-    ) -> None:
-        """Check existing files against the options, and open those to write.
+    def check_files(self) -> bool:
+        """Check existing files against the options, and return whether lines of an earlier run are resumed.
 
         Raises:
-            OSError: a file exists that may not be replaced, or cannot be written.
+            OSError: the folder cannot be made, or a file exists that may not be replaced.
+            ValueError: a file is the input or a link.
         """
-        self._stack, self._mot = ExitStack(), mot
-        self.output.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self.output)
-        resumed = resume and (self.output / LINES).is_file()
-        for name in (LINES, *([VIDEO] if self.encoder else []), *([TRACKS] if mot else [])):
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise NotADirectoryError(f"{self.output}: expected a folder for results, got a file") from error
+        resumed = self.resume and (self.output / LINES).is_file()
+        inputs = [] if self.video.path is None else [self.video.path]
+        for name in (LINES, *([VIDEO] if self.encoder else []), *([TRACKS] if self.mot else [])):
             path = self.output / name
-            if os.path.lexists(path) and not (overwrite or resumed):
+            check_output(path, inputs=inputs, overwrite=True)
+            if os.path.lexists(path) and not (self.overwrite or resumed):
                 raise FileExistsError(f"{path}: already exists; --resume goes on with it, --overwrite replaces it")
-            if path.is_symlink() or (self.video.path is not None and path.exists() and path.samefile(self.video.path)):
-                raise ValueError(f"{path}: expected a file to write, got the input or a link")
+            if path.is_symlink():
+                raise ValueError(f"{path}: expected a file to write, got a link")
+        return resumed
+
+    def prepare(self, settings: Mapping[str, Any], metadata: "Metadata") -> None:
+        """Check the files, and set up what writes them; they are replaced when the first frame is done.
+
+        Raises:
+            OSError: a file exists that may not be replaced, or another run is writing to the folder.
+            ValueError: a file is the input or a link.
+        """
+        resumed = self.check_files()
+        remove_unfinished(self.output)
         self._lines = self._stack.enter_context(
             FrameLines(self.output, self.video.name, settings, metadata, resume=resumed)
         )
-        self._writer: VideoWriter | None = None
-        self._window: Window | None = None
-        self._temporary: Path | None = None
         if self.encoder is not None:
             path = self.output / VIDEO
             if resumed and path.exists():  # the earlier one stays until this one has its frames, too
@@ -141,6 +160,8 @@ class VideoRun:
                     if shutdown.requested or (self._window is not None and self._window.closed):
                         break
                 else:
+                    if not self.done:
+                        raise ValueError(f"{self.video.name}: expected frames {self._interval()}, got none")
                     return 0
         except KeyboardInterrupt:
             pass
@@ -152,6 +173,10 @@ class VideoRun:
             return FAILED
         print_line(f"interrupted after {self.done} frames; --resume continues")
         return INTERRUPTED
+
+    def _interval(self) -> str:
+        start, end = self.selection.start, self.selection.end
+        return f"from {start:g} s on" if end is None else f"from {start:g} to {end:g} s"
 
     def _tracked(self, detected: Iterator[DetectedFrame]) -> Iterator[tuple[DetectedFrame, Tracked | None]]:
         for item in detected:
@@ -190,7 +215,7 @@ class VideoRun:
                     self.tracks.setdefault(name, set()).add(track)
 
     def report(self, *, profile: bool) -> None:
-        """Print the counts and the files."""
+        """Print the counts and the files that were written."""
         tracked = self.tracker is not None
         table = Table("class", "objects", "frames", *(["tracks"] if tracked else []))
         for column in table.columns[1:]:
@@ -203,17 +228,23 @@ class VideoRun:
         if self.last is not None:
             for number, line in enumerate(self.last.lines, 1):
                 print_line(f"line {number}: {line.left} to its left, {line.right} to its right", to=out)
-        files = [self.output / LINES]
-        if self.encoder is not None:
-            files.append(self.output / VIDEO)
-        if self._mot:
-            files.append(write_mot(self.output))
         counts = f"{self.done} frames, {self.objects.total()} objects"
         if self.newest is not None:
             counts += f", {self.newest.dropped} frames dropped"
-        print_line(f"{counts}; written to {', '.join(map(str, files))}", to=out)
+        print_line(f"{counts}; written to {', '.join(map(str, self._files())) or 'no file'}", to=out)
         if profile:
             times = Table("milliseconds per frame", "p50", "p99")
             for stage, values in self.times.percentiles(50, 99).items():
                 times.add_row(stage, *(f"{value:.1f}" for value in values))
             out.print(times)
+
+    def _files(self) -> list[Path]:
+        """Return the files that were written, with the tracks as the last one, which need all lines."""
+        if not self.done:
+            return []
+        files = [self.output / LINES]
+        if self.encoder is not None:
+            files.append(self.output / VIDEO)
+        if self.mot:
+            files.append(write_mot(self.output))
+        return files

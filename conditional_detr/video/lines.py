@@ -1,10 +1,14 @@
 """Write the detections of a video as JSON Lines, and read them again to resume a run."""
 
+import itertools
 import json
+import operator
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
@@ -22,6 +26,8 @@ TRACKS = "tracks.txt"
 class FrameLines:
     """Append a line per frame to ``detections.jsonl``; use it as a context manager.
 
+    A file that is not resumed is replaced by the first line, so that a run which fails before leaves it.
+
     Args:
         folder: the folder of results, which is locked for other runs.
         video: name of the video.
@@ -33,7 +39,7 @@ class FrameLines:
         recorded: number of lines of the earlier run.
 
     Raises:
-        OSError: the file cannot be written, or another run is writing to the folder.
+        OSError: the file cannot be read, or another run is writing to the folder.
     """
 
     def __init__(
@@ -46,18 +52,20 @@ class FrameLines:
         except Timeout as error:
             raise OSError(f"{folder}: another run is writing results to this folder; use another one") from error
         self.recorded = 0
+        self._mode: Literal["a", "w"] = "a" if resume else "w"
         if resume and self._path.exists():
             drop_broken_line(self._path)
             with self._path.open("rb") as file:
                 self.recorded = sum(1 for _ in file)
-        self._earlier = self._read() if self.recorded else iter(())
-        self._file: TextIO = self._path.open("a" if resume else "w", encoding="utf-8")
+        self._earlier, self._number = self._read() if self.recorded else iter(()), 0
+        self._file: TextIO | None = None
 
     def __enter__(self) -> "FrameLines":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         release(self._lock)
 
     def known(self, frame: Frame) -> Detections | None:
@@ -67,11 +75,14 @@ class FrameLines:
             frame: the next selected frame of the video.
 
         Raises:
-            ValueError: the next line is of another frame, video or settings.
+            ValueError: the next line is damaged, or of another frame, video or settings.
         """
-        line = next(self._earlier, None)
-        if line is None:
+        text = next(self._earlier, None)
+        if text is None:
             return None
+        self._number += 1
+        with _named(self._path, self._number):
+            line = dict(json.loads(text))
         mine = {"video": self._video, "frame": frame.index, "time": frame.time, "settings": self._settings}
         if different := [name for name, value in mine.items() if line.get(name) != value]:
             got = ", ".join(f"{name} {line.get(name)}, not {mine[name]}" for name in different)
@@ -79,7 +90,8 @@ class FrameLines:
                 f"{self._path}: expected the lines of this video and these settings, got {got};"
                 " --overwrite replaces them, --output names another folder"
             )
-        return self._detections(line)
+        with _named(self._path, self._number):
+            return self._detections(line, frame.image.shape[:2])
 
     def write(self, frame: Frame, detections: Detections, tracked: Tracked | None) -> None:
         """Append the line of a frame, unless the earlier run has written it.
@@ -94,34 +106,54 @@ class FrameLines:
                 detection["track"] = track
             line |= {"lines": [count._asdict() for count in tracked.lines], "zones": tracked.zones}
         try:
+            if self._file is None:
+                self._file = self._path.open(self._mode, encoding="utf-8")
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except OSError as error:
             raise OSError(f"{self._path}: cannot be written: {error.strerror or error}") from error
 
-    def _read(self) -> Iterator[dict[str, Any]]:
-        with self._path.open(encoding="utf-8") as file:
-            for number, text in zip(range(1, self.recorded + 1), file, strict=False):
-                try:
-                    line = json.loads(text)
-                    _ = line["size"], line["detections"], line["frame"]
-                except (ValueError, TypeError, KeyError) as error:
-                    raise ValueError(f"{self._path}, line {number}: expected the detections of a frame") from error
-                yield line
+    def _read(self) -> Iterator[bytes]:
+        with self._path.open("rb") as file:
+            yield from itertools.islice(file, self.recorded)
 
-    def _detections(self, line: Mapping[str, Any]) -> Detections:
+    def _detections(self, line: Mapping[str, Any], size: tuple[int, ...]) -> Detections:
         found = line["detections"]
-        labels = [one["label"] for one in found]
+        labels = [operator.index(one["label"]) for one in found]
+        category_ids = tuple(self._metadata.category_ids[label] for label in labels)
+        values = [[*one["box"], one["score"]] for one in found]
+        numbers = np.array(values, dtype=np.float64).reshape(len(found), 5)
+        names = tuple(one["name"] for one in found)
+        if (
+            not np.isfinite(numbers).all()
+            or min(labels, default=0) < 0
+            or not all(type(name) is str for name in names)
+        ):
+            raise ValueError
+        if (line["size"]["height"], line["size"]["width"]) != size:
+            raise ValueError
         return Detections(
-            boxes=torch.tensor([one["box"] for one in found], dtype=torch.float32).reshape(-1, 4),
-            scores=torch.tensor([one["score"] for one in found], dtype=torch.float32),
+            boxes=torch.from_numpy(numbers[:, :4].astype(np.float32)),
+            scores=torch.from_numpy(numbers[:, 4].astype(np.float32)),
             labels=torch.tensor(labels, dtype=torch.int64),
-            names=tuple(one["name"] for one in found),
-            category_ids=tuple(self._metadata.category_ids[label] for label in labels),
+            names=names,
+            category_ids=category_ids,
             queries=torch.full((len(found),), -1),  # lines do not have them
-            size=(line["size"]["height"], line["size"]["width"]),
+            size=(size[0], size[1]),
             source=None,
         )
+
+
+@contextmanager
+def _named(path: Path, number: int) -> Iterator[None]:
+    """Name the line of a file in errors of its values."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{path}, line {number}: expected the detections of a frame, got a damaged line;"
+            " --overwrite replaces the file"
+        ) from error
 
 
 def write_mot(folder: Path) -> Path:
@@ -132,16 +164,22 @@ def write_mot(folder: Path) -> Path:
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: a line is damaged.
     """
 
+    def rows(line: Any) -> Iterator[str]:
+        for one in line["detections"]:
+            if one["track"] is not None:
+                x0, y0, x1, y1 = one["box"]
+                box = f"{x0 + 1:.2f},{y0 + 1:.2f},{x1 - x0:.2f},{y1 - y0:.2f}"
+                yield f"{line['frame'] + 1},{one['track']},{box},{one['score']:.4f},-1,-1,-1\n"
+
     def write(path: Path) -> None:
-        with (folder / LINES).open(encoding="utf-8") as lines, path.open("w", encoding="utf-8") as file:
-            for line in map(json.loads, lines):
-                for one in line["detections"]:
-                    if one["track"] is not None:
-                        x0, y0, x1, y1 = one["box"]
-                        box = f"{x0 + 1:.2f},{y0 + 1:.2f},{x1 - x0:.2f},{y1 - y0:.2f}"
-                        file.write(f"{line['frame'] + 1},{one['track']},{box},{one['score']:.4f},-1,-1,-1\n")
+        with (folder / LINES).open("rb") as lines, path.open("w", encoding="utf-8") as file:
+            for number, text in enumerate(lines, 1):
+                with _named(folder / LINES, number):
+                    found = list(rows(json.loads(text)))
+                file.writelines(found)
 
     write_atomically({folder / TRACKS: write})
     return folder / TRACKS

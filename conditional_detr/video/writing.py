@@ -1,5 +1,6 @@
 """Write annotated videos: MP4 with the times of the input, and its audio as it is."""
 
+import io
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -11,7 +12,6 @@ import numpy as np
 
 from conditional_detr.video.reading import Frame, Video, import_av
 
-DEFAULT_ENCODER = "libx264"
 _OPTIONS = {"libx264": {"preset": "veryfast", "crf": "20"}}
 _BITS_PER_PIXEL = 0.2  # for encoders without a quality setting of ours
 _KEY_FRAME_SECONDS = 2  # also how much of the end is lost if the process is killed
@@ -31,18 +31,14 @@ class VideoWriter:
         video: the input; the audio of a file is copied.
         start: seconds of the input at which the output begins.
         end: seconds of the input at which its audio ends; None: with the input.
-        encoder: name of FFmpeg's encoder.
+        encoder: name of FFmpeg's encoder, checked by :func:`check_encoder`.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: the installed PyAV has no such encoder.
     """
 
-    def __init__(
-        self, path: Path, video: Video, *, start: float = 0.0, end: float | None = None, encoder: str = DEFAULT_ENCODER
-    ) -> None:
+    def __init__(self, path: Path, video: Video, *, start: float, end: float | None, encoder: str) -> None:
         av = import_av()
-        check_encoder(encoder)
         self._path, self._encoder, self._video, self._end = path, encoder, video, end
         self._start = Fraction(start).limit_denominator(1_000_000)
         # in the unit of the input, the time of the first frame is not rounded
@@ -183,11 +179,14 @@ class VideoWriter:
 
 
 def check_encoder(name: str) -> None:
-    """Raise ValueError unless the installed PyAV has an encoder of this name."""
+    """Raise ValueError unless the installed PyAV has a video encoder of this name whose packets MP4 can store."""
     av = import_av()
     try:
-        known = av.Codec(name, "w").type == "video"
+        codec = av.Codec(name, "w")
+        with av.open(io.BytesIO(), "w", format="mp4") as output:
+            known = codec.type == "video" and codec.canonical_name in output.supported_codecs
     except (av.FFmpegError, ValueError):
         known = False
     if not known:
-        raise ValueError(f"encoder: expected a video encoder of the installed PyAV, such as libx264, got {name!r}")
+        expected = "a video encoder of the installed PyAV for MP4, such as libx264"
+        raise ValueError(f"encoder: expected {expected}, got {name!r}")

@@ -107,6 +107,32 @@ def test_a_file_of_the_users_stays(folder, small, command, parameter, file, kind
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["detections.jsonl", "annotated.mp4", "tracks.txt"])
+def test_a_folder_in_the_place_of_a_file_of_a_video(folder, small, name):
+    """Found before any earlier result is replaced."""
+    options = arguments("video", "output", name, small)
+    assert CliRunner().invoke(app, ["video", *options, "--device", "cpu"]).exit_code == 0
+    Path("out", name).unlink()
+    Path("out", name, "mine").mkdir(parents=True)
+    before = {path: path.read_bytes() for path in Path("out").iterdir() if path.is_file()}
+    for option in ("--overwrite", "--resume"):
+        result = CliRunner().invoke(app, ["video", *options, option])
+        assert result.exit_code == 2, result.output
+        assert f"out/{name}: expected a file to write, got a folder" in result.stderr
+    assert {path: path.read_bytes() for path in Path("out").iterdir() if path.is_file()} == before
+    assert Path("out", name, "mine").is_dir()
+
+
+@pytest.mark.parametrize("output", ["photo.png", "photo.png/out"])
+def test_a_file_in_the_place_of_the_folder_of_a_video(folder, small, output):
+    before = Path("photo.png").read_bytes()
+    options = ["--weights", str(small), "--output", output, "--overwrite", "--device", "cpu"]
+    result = CliRunner().invoke(app, ["video", "images", *options])
+    assert result.exit_code == 2, result.output
+    assert f"{output}: expected a folder for results, got a file" in result.stderr
+    assert Path("photo.png").read_bytes() == before
+
+
 INPUTS = [
     ("check-data", ["--data", "data.json", "--images", "images", "--json", "data.json"], "data.json"),
     ("check-data", ["--data", "data.json", "--images", "images", "--sheet", "images/10.png"], "images/10.png"),

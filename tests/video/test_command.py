@@ -1,6 +1,7 @@
 """``conditional-detr video``: the annotated film, the lines, resuming, and files that are broken."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,29 @@ def test_size_of_the_model(run, tmp_path, monkeypatch):
     film = write_film(tmp_path / "film.mp4", 2)
     assert run(film, "--no-video", "--size", "48").exit_code == 0
     assert set(shapes) == {(48, 64)}
+
+
+def test_engines_report_what_torch_reports(run, tmp_path):
+    """And auto prints the time of each that is installed."""
+    film = write_film(tmp_path / "film.mp4", 2)
+    expected = None
+    for engine in ("torch", "onnx", "auto"):
+        result = run(film, "--no-video", "--engine", engine, output=tmp_path / engine)
+        assert result.exit_code == 0, result.output
+        found = [one for line in lines_of(tmp_path / engine) for one in line["detections"]]
+        boxes, scores, names = ([one[key] for one in found] for key in ("box", "score", "name"))
+        expected = expected or (boxes, scores, names)
+        assert len(names) == 4
+        assert names == expected[2]
+        assert np.array(boxes) == pytest.approx(np.array(expected[0]), abs=0.05)
+        assert scores == pytest.approx(expected[1], abs=1e-4)
+    line = next(line for line in result.stderr.splitlines() if line.startswith("engine: "))
+    assert sorted(part.split()[0] for part in line.removeprefix("engine: ").split(", ")) == [
+        "onnx",
+        "openvino",
+        "torch",
+    ]
+    assert all(re.fullmatch(r"[a-z]+ [0-9]+ ms", part) for part in line.removeprefix("engine: ").split(", "))
 
 
 def start(film, weights, output, *options):
@@ -298,8 +322,10 @@ def test_a_folder_whose_frames_change_their_size(run, tmp_path):
         (["--mot"], "expected --track with them"),
         (["--track", "--line", "1,2,3"], "--line: expected 2 points as numbers x,y,x,y,..., got '1,2,3'"),
         (["--track", "--zone", "1,2,3,x"], "--zone: expected at least 3 points as numbers x,y,x,y,..., got '1,2,3,x'"),
-        (["--encoder", "h265x"], "encoder: expected a video encoder of the installed PyAV"),
-        (["--encoder", "aac"], "encoder: expected a video encoder of the installed PyAV"),
+        *(
+            (["--encoder", name], "encoder: expected a video encoder of the installed PyAV for MP4")
+            for name in ("h265x", "aac", "gif", "prores_ks", "rawvideo")
+        ),
         (["--fps", "0"], "fps: expected a number above 0"),
         (["--font", "missing.ttf"], "missing.ttf: expected a TrueType font file"),
     ],
@@ -309,6 +335,93 @@ def test_wrong_options(run, tmp_path, options, message):
     assert result.exit_code == 2
     assert message in result.stderr
     assert not (tmp_path / "out" / "detections.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--show"], "window"),
+        (["--start", "999"], "film.mp4: expected frames from 999 s on, got none"),
+        (["--start", "0.201", "--end", "0.21"], "film.mp4: expected frames from 0.201 to 0.21 s, got none"),
+        (["--engine", "auto", "--start", "999"], "film.mp4: expected frames from 999 s on, got none"),
+    ],
+)
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_run_without_a_frame_leaves_earlier_results_and_names_no_file(
+    run, tmp_path, monkeypatch, options, message, existing
+):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setattr("conditional_detr.video.engines.available_engines", lambda _: ["torch", "onnx"])
+    monkeypatch.setattr("conditional_detr.video.engines.open_engine", lambda detector, *_: detector)
+    film, out = write_film(tmp_path / "film.mp4", 10), tmp_path / "out"
+    if existing:
+        assert run(film, "--track", "--mot").exit_code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()} if existing else {}
+    result = run(film, "--track", "--mot", "--overwrite", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "annotated.mp4" not in result.output
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def damage(line, kind):
+    """Return the text of a line that has one fault."""
+    one = line["detections"][0]
+    if kind in ("box", "score", "label", "name"):
+        del one[kind]
+    elif kind in ("size", "detections", "width"):
+        del (line["size"] if kind == "width" else line)[kind]
+    elif kind == "class":
+        one["label"] = 99
+    elif kind == "negative class":
+        one["label"] = -1
+    elif kind == "huge class":
+        one["label"] = 10**30
+    elif kind == "box of 3":
+        one["box"] = [1, 2, 3]
+    elif kind == "boxes of 2":
+        line["detections"] = [{**one, "box": [1, 2]}, {**one, "box": [3, 4]}]
+    elif kind == "size as a list":
+        line["size"] = [1, 2]
+    elif kind == "other size":
+        line["size"]["width"] += 1
+    elif kind == "number":
+        line["detections"] = 5
+    elif kind == "not finite":
+        one["box"][0] = float("nan")
+    elif kind == "huge":
+        one["score"] = 10**400
+    return {"list": "[1, 2]", "text": "not JSON", "bytes": "\udcff"}.get(kind) or json.dumps(line)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("box", "score", "label", "name", "size", "detections", "width", "class", "negative class", "huge class"),
+        *("box of 3", "boxes of 2", "size as a list", "other size", "number", "not finite", "huge"),
+        *("list", "text", "bytes"),
+    ],
+)
+def test_a_damaged_line_is_named(run, tmp_path, kind):
+    film = write_film(tmp_path / "film.mp4", 3, size=(64, 96))
+    assert run(film, "--no-video").exit_code == 0
+    path = tmp_path / "out" / "detections.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = damage(json.loads(lines[1]), kind)
+    path.write_text("".join(f"{line}\n" for line in lines), errors="surrogateescape")
+    result = run(film, "--no-video", "--resume")
+    assert result.exit_code == 1
+    assert "detections.jsonl, line 2: expected the detections of a frame, got a damaged line" in result.stderr
+
+
+def test_a_line_without_tracks_is_named(run, tmp_path):
+    film = write_film(tmp_path / "film.mp4", 3, size=(64, 96))
+    assert run(film, "--no-video", "--track").exit_code == 0
+    path = tmp_path / "out" / "detections.jsonl"
+    path.write_text(path.read_text().replace(', "track": null', "", 1))
+    result = run(film, "--no-video", "--resume", "--track", "--mot")
+    assert result.exit_code == 2
+    assert "detections.jsonl, line 1: expected the detections of a frame" in result.stderr
 
 
 def test_a_window_needs_a_screen(run, tmp_path, monkeypatch):
