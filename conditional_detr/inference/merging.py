@@ -9,7 +9,7 @@ import torch
 from conditional_detr.inference.detections import Detections
 
 AGREEMENT = 0.5
-"""IoU, inside of the part that both views show, above which two detections are of one object."""
+"""IoU, inside of the part that both views show, from which on two detections are of one object."""
 
 _AT_BORDER = 0.02  # of a view's side: a box that ends this near to a border inside the image may be cut there
 
@@ -97,9 +97,8 @@ def _agreeing_pairs(
     for position, first in enumerate(occupied):
         others = np.array(occupied[position + 1 :], dtype=np.int64)
         shared = _intersection(views[first][None], views[others])
-        for second, part in zip(others.tolist(), shared, strict=True):
-            if (part[2:] <= part[:2]).any():
-                continue
+        overlapping = (shared[:, 2:] > shared[:, :2]).all(axis=1)
+        for second, part in zip(others[overlapping].tolist(), shared[overlapping], strict=True):
             a, b = np.array(by_view[first]), np.array(by_view[second])
             agreement = _iou(_intersection(corners[a], part), _intersection(corners[b], part))
             agreement[labels[a][:, None] != labels[b][None]] = 0

@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,12 +81,15 @@ def make_tiling(
         The tiling; None if the image is to be detected on as a whole, once.
 
     Raises:
-        TypeError: ``tile`` is neither an integer nor two of them.
+        TypeError: ``tile`` is neither an integer nor two of them, or ``overlap`` is no number.
         ValueError: a number out of range, or an overlap without tiles.
     """
     if tile is None and overlap is not None:
         raise ValueError(f"overlap: expected a tile with it, got {overlap} alone")
-    overlap = DEFAULT_OVERLAP if overlap is None else float(overlap)
+    given: Any = DEFAULT_OVERLAP if overlap is None else overlap
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(f"overlap: expected a number, got {given!r}")
+    overlap = float(given)
     if not 0 < overlap <= 0.5:
         raise ValueError(f"overlap: expected a fraction above 0 and up to 0.5, got {overlap}")
     if tile is None:

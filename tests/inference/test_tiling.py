@@ -98,7 +98,7 @@ def test_small_shapes_on_a_large_image_are_detected_as_on_small_images(shapes):
 
 
 def test_one_tile_is_the_image(tiny_detector, photograph):
-    """Bit for bit but for the queries: the same values go through the same model."""
+    """Up to rounding and but for the queries: the same values go through the same model."""
     whole, tiled = (tiny_detector(photograph, threshold=0.3, tile=tile) for tile in (None, 1000))
     assert len(whole) == len(tiled) > 3
     assert whole.names == tiled.names
@@ -174,6 +174,8 @@ def test_few_views_are_in_memory(tiny_detector, monkeypatch):
         ({"tile": 100, "overlap": 0}, ValueError, "overlap: expected a fraction above 0 and up to 0.5, got 0"),
         ({"tile": 100, "overlap": 64}, ValueError, "overlap: expected a fraction above 0 and up to 0.5, got 64"),
         ({"tile": 100, "overlap": float("nan")}, ValueError, "overlap: expected a fraction above 0"),
+        ({"tile": 100, "overlap": "x"}, TypeError, "overlap: expected a number, got 'x'"),
+        ({"tile": 100, "overlap": True}, TypeError, "overlap: expected a number, got True"),
         ({"overlap": 0.2}, ValueError, "overlap: expected a tile with it, got 0.2 alone"),
     ],
 )
