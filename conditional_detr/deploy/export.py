@@ -29,11 +29,12 @@ from conditional_detr.system.shutdown import ShutdownRequest
 from conditional_detr.system.torch_settings import plain_torch_settings
 
 _TRACE_SHAPE = (2, 3, 160, 224)  # no dimension of any feature map is 1 or equal to another
-_PACKAGES = {  # and the extra that installs them
+PACKAGES = {
     ".onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),
     ".xml": (("openvino",), "openvino"),
     ".pt2": ((), ""),
 }
+"""Packages that each format needs, and the extra that installs them."""
 
 
 @plain_torch_settings()
@@ -268,7 +269,7 @@ def checked_target(target: str | Path) -> Path:
             pass
     except OSError as error:
         raise OSError(f"{target}: cannot be written: {error.strerror or error}") from error
-    packages, extra = _PACKAGES[target.suffix.lower()]
+    packages, extra = PACKAGES[target.suffix.lower()]
     if missing := [package for package in packages if find_spec(package) is None]:
         raise missing_packages(target, missing, extra)
     return target
@@ -289,7 +290,7 @@ def missing_packages(target: Path, packages: Sequence[str], extra: str) -> Modul
 
 def describe(model: DetectionTransformer, suffix: str, *, precision: str, top_k: int | None) -> Description:
     """Return the description to store in an exported model, without its parity and other measurements."""
-    packages = ("conditional-detr", "torch", *_PACKAGES[suffix][0])
+    packages = ("conditional-detr", "torch", *PACKAGES[suffix][0])
     versions = {package: version_of(package) for package in packages}
     return Description(
         model.config, model.metadata, precision, top_k, (), "", versions, {}, architecture=model.architecture

@@ -10,14 +10,13 @@ from statistics import median
 
 import numpy as np
 
-from conditional_detr.deploy.export import export
+from conditional_detr.deploy.export import PACKAGES, export
 from conditional_detr.deploy.optimize import optimize
 from conditional_detr.inference.detector import Detector
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.video.reading import Selection, Video, VideoSource
 from conditional_detr.video.timing import StageTimes
 
-_PACKAGES = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnx", "onnxscript")}
 _SUFFIXES = {"openvino": ".xml", "onnx": ".onnx"}
 _FRAMES, _ROUNDS = 2, 3  # that are measured
 
@@ -47,7 +46,7 @@ def open_engine(detector: Detector, engine: str, folder: Path) -> Detector:
 
 def available_engines(detector: Detector) -> list[str]:
     """Return the engines whose packages are installed; on an accelerator torch alone, as the others use the CPU."""
-    others = [name for name, packages in _PACKAGES.items() if all(map(find_spec, packages))]
+    others = [name for name, suffix in _SUFFIXES.items() if all(map(find_spec, PACKAGES[suffix][0]))]
     return ["torch", *(others if detector.model.device.type == "cpu" else [])]
 
 
