@@ -18,6 +18,7 @@ Zone: TypeAlias = Sequence[tuple[float, float]]
 _TRAIL = 30  # positions that are drawn of each track
 _KEPT_SECONDS = 1.0  # that a track is continued after it was last detected
 _FIRST_SCORE = 0.5  # a track begins with at least this score, if the threshold is lower
+_FURTHEST = 16_384  # pixels of a point from the top left corner; counting in a zone needs memory for its pixels
 _MARK = (255, 220, 0)  # colour of lines and zones
 
 
@@ -59,6 +60,7 @@ class Tracker:
 
     Raises:
         ImportError: the packages of the extra "video" are not installed.
+        ValueError: a point that lies too far away, or too few different ones.
     """
 
     def __init__(self, rate: float, *, lines: Sequence[Line] = (), zones: Sequence[Zone] = ()) -> None:
@@ -69,6 +71,13 @@ class Tracker:
             raise ImportError(
                 f"tracking needs {error.name}, which is not installed: pip install 'conditional-detr[video]'"
             ) from error
+        for x0, y0, x1, y1 in lines:
+            _check_points("line", [(x0, y0), (x1, y1)], 2)
+        corners = [np.array(zone, dtype=np.float64).reshape(-1, 2) for zone in zones]
+        for zone in corners:
+            _check_points("zone", zone.round().tolist(), 3)
+            if zone.max(axis=0).min() < 0:
+                raise ValueError(f"zone: expected one that reaches into the image, got {zone.tolist()}")
         self._lines, self._zones = lines, zones
         centre = [supervision.Position.CENTER]
         self._line_counters = [
@@ -76,7 +85,7 @@ class Tracker:
             for x0, y0, x1, y1 in lines
         ]
         self._zone_counters = [
-            supervision.PolygonZone(np.array(zone, dtype=np.int64), triggering_anchors=centre) for zone in zones
+            supervision.PolygonZone(zone.round().astype(np.int64), triggering_anchors=centre) for zone in corners
         ]
         self._tracker = ByteTrackTracker(
             lost_track_buffer=round(30 * _KEPT_SECONDS),  # in frames of 1/30 s
@@ -141,3 +150,13 @@ class Tracker:
         ]
         boxes, labels = detections.boxes.tolist(), detections.labels.tolist()
         return draw_boxes(drawn, boxes, labels, names, detections.scores.tolist(), font=font)
+
+
+def _check_points(name: str, points: Sequence[Sequence[float]], least: int) -> None:
+    """Raise ValueError unless the points are on an image and enough of them differ."""
+    far = [number for point in points for number in point if not abs(number) <= _FURTHEST]
+    if far:
+        raise ValueError(f"{name}: expected points of at most {_FURTHEST} pixels, got {far[0]:g}")
+    if len({tuple(point) for point in points}) < least:
+        got = ", ".join(f"{x:g},{y:g}" for x, y in points)
+        raise ValueError(f"{name}: expected at least {least} different points, got {got}")

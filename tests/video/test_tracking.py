@@ -109,6 +109,41 @@ def test_zones_count_who_is_inside_now():
     assert set(inside) == {True, False}
 
 
+def test_corners_of_zones_are_rounded():
+    """By hand: 99.6 is pixel 100, so that a centre at 99 is outside of the zone, and inside of one from 99.4 on."""
+    zones = [[(x, 50), (150, 50), (150, 150), (x, 150)] for x in (99.6, 99.4)]
+    tracked = walk(Tracker(30.0, zones=zones), [(99, 100)])
+    assert tracked[0].zones == [0, 1]
+
+
+FAR = "expected points of at most 16384 pixels"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lines": [(5, 5, 5, 5)]}, "line: expected at least 2 different points, got 5,5, 5,5"),
+        ({"lines": [(0, 0, 1e30, 0)]}, f"line: {FAR}, got 1e\\+30"),
+        ({"lines": [(0, 0, 5, float("nan"))]}, f"line: {FAR}, got nan"),
+        ({"zones": [[(0, 0), (0, 0), (0, 0)]]}, "zone: expected at least 3 different points, got 0,0, 0,0, 0,0"),
+        ({"zones": [[(0, 0), (9, 9), (9.2, 9.1)]]}, "zone: expected at least 3 different points"),
+        ({"zones": [[(0, 0), (9, 9)]]}, "zone: expected at least 3 different points"),
+        ({"zones": [[(-9, 0), (-5, 9), (-5, 0)]]}, "zone: expected one that reaches into the image"),
+        ({"zones": [[(0, 0), (9, 9), (1_000_000, 0)]]}, f"zone: {FAR}, got 1e\\+06"),
+        ({"zones": [[(0, 0), (9, 9), (0, -1e30)]]}, f"zone: {FAR}, got -1e\\+30"),
+    ],
+)
+def test_lines_and_zones_that_nothing_can_be_counted_at(options, message):
+    with pytest.raises(ValueError, match=message):
+        Tracker(30.0, **options)
+
+
+def test_the_largest_zone_and_points_outside_of_the_image():
+    zone = [(-16384, -16384), (16384, -16384), (16384, 16384), (-16384, 16384)]
+    tracked = walk(Tracker(30.0, lines=[(-16384, 0, 16384, 0)], zones=[zone]), [(100, 100)])
+    assert tracked[0].zones == [1]
+
+
 def test_trails_are_the_last_centres_and_end_with_the_track():
     tracker = Tracker(30.0)
     tracked = walk(tracker, [(20 + index, 100) for index in range(50)])
