@@ -1,14 +1,14 @@
 """Detect objects on the frames of a video, with decoding, preprocessing and the model in threads beside each other."""
 
-import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import nn
 
-from conditional_detr.inference.batches import DEFAULT_BATCH_SIZE
+from conditional_detr.inference.batches import DEFAULT_BATCH_SIZE, WORKERS
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.detector import Detector
 from conditional_detr.inference.pipeline import map_in_batches, map_in_threads, read_ahead
@@ -79,8 +79,11 @@ def detect_video(
     Raises:
         ImportError: PyAV is not installed.
         OSError: the source cannot be opened.
+        TypeError: ``detector`` is no Detector, or an option that is no number.
         ValueError: a file that is no video, one without a frame, or an option out of range.
     """
+    if not isinstance(detector, Detector):
+        raise TypeError(f"detector: expected a Detector, got {type(detector).__name__}")
     postprocessing = detector.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
     selection = Selection(every, fps, start, end)
     if batch_size is not None:
@@ -174,7 +177,7 @@ def _prepared(
             raise prepared
         return item._replace(prepared=prepared)
 
-    workers, depth = (1, 1) if live else (min(4, os.cpu_count() or 1), _PREPARED_AHEAD)
+    workers, depth = (1, 1) if live else (WORKERS, _PREPARED_AHEAD)
     items = (_Item(frame, None, known(frame)) for frame in frames)
     with closing(frames), closing(map_in_threads(prepare, items, workers=workers, depth=depth)) as prepared:
         yield from prepared
@@ -209,7 +212,13 @@ def _detect(
 def _forward_ends(model: DetectionModel) -> Iterator[list[float]]:
     """Collect the time at which each call of a model ends."""
     ends: list[float] = []
-    hook = cast(nn.Module, model).register_forward_hook(lambda *_: ends.append(time.perf_counter()))
+
+    def note(*_: object) -> None:
+        if model.device.type == "cuda":  # a call returns when the kernels are launched
+            torch.cuda.synchronize(model.device)
+        ends.append(time.perf_counter())
+
+    hook = cast(nn.Module, model).register_forward_hook(note)
     try:
         yield ends
     finally:

@@ -8,6 +8,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ import numpy as np
 
 from conditional_detr.inference.images import open_image, to_pil
 from conditional_detr.inference.listing import list_images
+from conditional_detr.inference.postprocessing import check_count
 from conditional_detr.video.timing import StageTimes
 
 VideoSource: TypeAlias = str | Path | int
@@ -25,6 +27,7 @@ FOLDER_RATE = Fraction(30)
 """Frames per second of a folder of images, which have no times."""
 
 _TIMEOUT = 10.0  # seconds without data after which a network stream has ended
+_LIVE = ("rtsp", "rtmp", "udp")
 _CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's input and device names
 
 
@@ -61,6 +64,7 @@ class Selection:
         end: before this time in seconds; None: to the end.
 
     Raises:
+        TypeError: a time or rate is no number.
         ValueError: a number is out of range.
     """
 
@@ -70,13 +74,16 @@ class Selection:
     end: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every: expected an int of at least 1, got {self.every!r}")
+        check_count("every", self.every)
+        for name, value in (("fps", self.fps), ("start", self.start), ("end", self.end)):
+            optional = value is None and name != "start"
+            if not optional and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
         if self.fps is not None and not 0 < self.fps < float("inf"):
             raise ValueError(f"fps: expected a number above 0, got {self.fps}")
         if not 0 <= self.start < float("inf"):
             raise ValueError(f"start: expected at least 0 seconds, got {self.start}")
-        if self.end is not None and not self.end > self.start:
+        if self.end is not None and not self.start < self.end < float("inf"):
             raise ValueError(f"end: expected seconds after the start, {self.start}, got {self.end}")
 
     def count(self, video: "Video") -> int | None:
@@ -113,10 +120,12 @@ class Video:
         self._folder: list[str] | None = None
         self._container: Any = None
         text = str(source)
+        if not text:
+            raise ValueError("source: expected a video, got an empty name")
         camera = text.isdigit() and not Path(text).exists()
         self.name = re.sub(r"(?<=://)[^/@]*@", "", text)
         is_url = "://" in text
-        self.is_live = camera or text.startswith("/dev/video") or urlsplit(text).scheme in ("rtsp", "rtmp", "udp")
+        self.is_live = camera or text.startswith("/dev/video") or (is_url and self._scheme(text) in _LIVE)
         self.path = None if is_url or self.is_live else Path(text).expanduser()
         self.frame_count: int | None
         if self.path is not None and self.path.is_dir():
@@ -136,6 +145,12 @@ class Video:
         self.rate = self._stream.average_rate or self._stream.guessed_rate or FOLDER_RATE
         self.time_base = self._stream.time_base
         self.frame_count = self._stream.frames or None
+
+    def _scheme(self, text: str) -> str:
+        try:
+            return urlsplit(text).scheme
+        except ValueError as error:
+            raise ValueError(f"{self.name}: expected a URL: {error}") from error
 
     def _open(self, target: tuple[str | None, str]) -> Any:
         av = import_av()
@@ -170,9 +185,9 @@ class Video:
         Raises:
             OSError, ValueError: an image of a folder that cannot be read, or a video without a single frame.
         """
-        decoded = self._images() if self._folder is not None else self._decode(times)
+        decoded = self._images(times) if self._folder is not None else self._decode(times)
         last_slot = index = -1
-        start, end = _exact(selection.start), None if selection.end is None else _exact(selection.end)
+        start, end = exact(selection.start), None if selection.end is None else exact(selection.end)
         with closing(decoded):
             for index, (pts, time_base, frame) in enumerate(decoded):
                 seconds = pts * time_base
@@ -181,7 +196,7 @@ class Video:
                 if index % selection.every or seconds < start:
                     continue
                 if selection.fps is not None:
-                    slot = int(seconds * _exact(selection.fps))
+                    slot = int(seconds * exact(selection.fps))
                     if slot == last_slot:
                         continue
                     last_slot = slot
@@ -190,32 +205,34 @@ class Video:
                 yield Frame(index, pts, time_base, image)
         if index < 0:
             raise ValueError(f"{self.name}: expected a video, got one without a frame that can be decoded")
-        if self.frame_count is not None and index + 1 < self.frame_count:
-            self._warn(index, f"the file states {self.frame_count} frames, and {index + 1} could be decoded")
 
-    def _images(self) -> Generator[tuple[int, Fraction, Any], None, None]:
+    def _images(self, times: StageTimes) -> Generator[tuple[int, Fraction, Any], None, None]:
         """Yield pts, time base and RGB values of the images of a folder."""
         for index, image in enumerate(self._folder or ()):
-            yield index, 1 / FOLDER_RATE, np.asarray(to_pil(open_image(image, image)))
+            with times.measure("decode"):
+                values = np.asarray(to_pil(open_image(image, image)))
+            yield index, 1 / FOLDER_RATE, values
 
     def _decode(self, times: StageTimes) -> Generator[tuple[int, Fraction, Any], None, None]:
         """Yield pts, time base and the decoded frame, each with a later pts than the one before."""
         av = import_av()
         time_base = self._stream.time_base
         step = max(int(1 / (self.rate * time_base)), 1)
-        index, last, begins = 0, -step, True
+        index, last, packets_read = 0, -step, 0
         packets = self._container.demux(self._stream)
         while True:
             try:
                 packet = next(packets)
             except StopIteration:
+                if packets_read < (stated := self._stated_packets()):
+                    self._warn(index - 1, f"the file states {stated} frames, and has {packets_read}")
                 return
             except (av.FFmpegError, OSError) as error:
                 self._warn(index - 1, f"reading stopped: {error.strerror or error}")
                 return
-            if begins and packet.size and not packet.is_keyframe and not self.is_live:
+            if not packets_read and packet.size and not packet.is_keyframe and not self.is_live:
                 self._warn(-1, "no key frame at the beginning; frames until the first one are missing or damaged")
-            begins = False
+            packets_read += bool(packet.size)  # the last one is empty
             try:
                 with times.measure("decode"):
                     frames = packet.decode()
@@ -232,6 +249,11 @@ class Video:
                     pts = last + step
                 yield pts, time_base, frame
                 index, last = index + 1, pts
+
+    def _stated_packets(self) -> int:
+        """Return how many packets the file states; those of MP4 that its edit list leaves out are not read."""
+        stated: int = self._stream.frames
+        return min(stated, len(self._stream.index_entries)) if "mp4" in self._container.format.name else stated
 
     def _warn(self, index: int, problem: str) -> None:
         place = f"frame {index}" if index >= 0 else "before the first frame"
@@ -268,9 +290,9 @@ def import_av() -> Any:
     return av
 
 
-def _exact(number: float) -> Fraction:
+def exact(number: float) -> Fraction:
     """Return the decimal fraction that is meant: 0.2 as a float is a bit more than frame 6 of 30 per second."""
-    return Fraction(number).limit_denominator(1_000_000)
+    return Fraction(float(number)).limit_denominator(1_000_000)
 
 
 def _natural_order(path: str) -> list[tuple[int, str]]:

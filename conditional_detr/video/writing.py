@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from conditional_detr.video.reading import Frame, Video, import_av
+from conditional_detr.video.reading import Frame, Video, exact, import_av
 
 _OPTIONS = {"libx264": {"preset": "veryfast", "crf": "20"}}
 _BITS_PER_PIXEL = 0.2  # for encoders without a quality setting of ours
@@ -40,7 +40,7 @@ class VideoWriter:
     def __init__(self, path: Path, video: Video, *, start: float, end: float | None, encoder: str) -> None:
         av = import_av()
         self._path, self._encoder, self._video, self._end = path, encoder, video, end
-        self._start = Fraction(start).limit_denominator(1_000_000)
+        self._start = exact(start)
         # in the unit of the input, the time of the first frame is not rounded
         options = {"movflags": _MOVFLAGS, "movie_timescale": str(video.time_base.denominator)}
         self._output = av.open(str(path), "w", format="mp4", options=options)

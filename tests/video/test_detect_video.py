@@ -1,15 +1,20 @@
 """Frames, times, rotation and detections of ``detect_video``, against the drawn film and PyAV's own decoding."""
 
 import itertools
+import re
 import struct
 import threading
+import time
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
+from conditional_detr.inference.images import open_image
 from conditional_detr.video import detect_video
+from conditional_detr.video.detection import _forward_ends
 from conditional_detr.video.live import NewestItem
 from conditional_detr.video.reading import Selection, Video, camera_input
 from conditional_detr.video.timing import StageTimes
@@ -100,13 +105,43 @@ def test_selected_frames(tmp_path, detector):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("every", 0), ("fps", 0), ("fps", float("nan")), ("start", -1), ("end", 0), ("batch_size", 0), ("top_k", 0)],
+    [
+        *(("every", 0), ("every", 1.5), ("every", "2"), ("fps", 0), ("fps", float("nan")), ("start", -1)),
+        *(("start", float("inf")), ("end", 0), ("end", float("inf")), ("batch_size", 0), ("top_k", 0)),
+    ],
 )
 def test_options_out_of_range(tmp_path, detector, option, value):
     """At once, and not when the first frame is asked for."""
     film = write_film(tmp_path / "film.mp4", 1)
     with pytest.raises(ValueError, match=f"{option}: expected"):
         detect_video(film, detector, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("fps", "10"), ("fps", True), ("start", "1"), ("start", None), ("end", "2"), ("end", [1])]
+)
+def test_options_that_are_no_numbers(tmp_path, detector, option, value):
+    film = write_film(tmp_path / "film.mp4", 1)
+    with pytest.raises(TypeError, match=rf"{option}: expected a number, got {re.escape(repr(value))}"):
+        detect_video(film, detector, **{option: value})
+
+
+def test_a_model_is_no_detector(tmp_path, detector):
+    with pytest.raises(TypeError, match="detector: expected a Detector, got ConditionalDETR"):
+        detect_video(write_film(tmp_path / "film.mp4", 1), detector.model)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "source: expected a video, got an empty name"),
+        ("http://[bad", r"http://\[bad: expected a URL: Invalid IPv6 URL"),
+        ("rtsp://me:secret@[bad", r"rtsp://\[bad: expected a URL: Invalid IPv6 URL"),
+    ],
+)
+def test_sources_that_name_nothing(detector, source, message):
+    with pytest.raises(ValueError, match=message):
+        detect_video(source, detector)
 
 
 def test_folder_of_frames(tmp_path, detector):
@@ -184,8 +219,6 @@ def test_a_slow_consumer_of_a_live_source_gets_the_newest_frame():
 
 def test_live_plays_a_file_at_its_speed_and_drops_what_the_model_misses(tmp_path, detector, monkeypatch):
     """The model takes 0.2 s and the film 2 s: about ten frames, and never one that has waited for long."""
-    import time
-
     film = write_film(tmp_path / "film.mp4", 60)
     run = detector.run_batch
 
@@ -249,3 +282,39 @@ def test_times_of_stages_are_measured(tmp_path, detector):
     assert list(found) == ["decode", "model"]
     assert found["model"] == pytest.approx((20.0, 29.8))
     assert 0 < found["decode"][0] < 1000
+
+
+def test_decoding_a_folder_is_measured_per_image(tmp_path, monkeypatch):
+    """Each of them takes 20 ms more here, and no entry has the time of several."""
+    for index in range(8):
+        Image.fromarray(draw_frame(index, (64, 96))).save(tmp_path / f"{index}.png")
+
+    def slow(*arguments):
+        time.sleep(0.02)
+        return open_image(*arguments)
+
+    monkeypatch.setattr("conditional_detr.video.reading.open_image", slow)
+    times = StageTimes()
+    with Video(tmp_path) as video:
+        assert len(list(video.frames(Selection(), times))) == 8
+    least, middle = times.percentiles(0, 50)["decode"]
+    assert 20 <= least <= middle < 160
+
+
+def test_the_time_of_a_model_ends_with_its_kernels(monkeypatch):
+    """On CUDA a call returns before: the wait for them, 50 ms here, belongs to the model."""
+
+    class Model(torch.nn.Module):
+        device = torch.device("cuda", 0)
+
+        def forward(self, pixels):
+            return pixels
+
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: (time.sleep(0.05), waited.append(device)))
+    model = Model()
+    with _forward_ends(model) as ends:
+        begin = time.perf_counter()
+        model(torch.zeros(1))
+    assert waited == [model.device]
+    assert ends[0] - begin >= 0.05
