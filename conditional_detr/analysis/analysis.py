@@ -29,6 +29,7 @@ from conditional_detr.evaluation.coco import (
     check_classes,
     detect_all,
     group_by_image,
+    mean_of_measured,
     read_data,
     to_arrays,
     to_result,
@@ -123,7 +124,7 @@ class Analysis:
         }
         return {
             "metrics": self.metrics.metrics,
-            "per_class": self._per_class(),
+            "per_class": self.per_class(),
             "errors": kinds,
             "false_positives_cost": errors.false_positives,
             "false_negatives_cost": errors.false_negatives,
@@ -147,11 +148,13 @@ class Analysis:
             "suspicious": self.suspicious,
         }
 
-    def _per_class(self) -> dict[str, dict[str, Any]]:
+    def per_class(self) -> dict[str, dict[str, Any]]:
         """Return the evaluator's metrics of each class, AP by size, and the best threshold."""
         result = {}
         for k, (name, metrics) in enumerate(self.metrics.per_class.items()):
-            sizes = {size: _mean(self.precision[:, :, k, area]) for area, size in enumerate(_SIZES, start=1)}
+            sizes = {
+                size: mean_of_measured(self.precision[:, :, k, area]) for area, size in enumerate(_SIZES, start=1)
+            }
             best = {key: value for key, value in asdict(self.best[name]).items() if key != "annotations"}
             result[name] = {**metrics, **sizes, **best}
         return result
@@ -194,7 +197,11 @@ def analyse_detections(
     folder of the images, which only the gallery needs, by default where the format has them.
     """
     data, folder = read_data(annotations, images, split=split, format=format, rotated=rotated)
-    return _analyse(data, folder, group_by_image(read_results(results, data), data))
+    found = read_results(results, data)
+    scores = np.asarray(found.scores)
+    if len(wrong := np.flatnonzero((scores < 0) | (scores > 1))):
+        raise ValueError(f"results: [{wrong[0]}]: expected a score of 0..1, got {scores[wrong[0]]:g}")
+    return _analyse(data, folder, group_by_image(found, data))
 
 
 def _analyse(data: Annotations, images: Path | None, by_image: ImageDetections) -> Analysis:
@@ -220,8 +227,3 @@ def _analyse(data: Annotations, images: Path | None, by_image: ImageDetections) 
         calibration=calibration(matches),
         suspicious=find_suspicious(data, matches, errors, kept),
     )
-
-
-def _mean(values: np.ndarray) -> float:
-    """Return the mean of the values that are not -1; -1 if there are none."""
-    return float(values[values > -1].mean()) if (values > -1).any() else -1.0

@@ -13,7 +13,7 @@ from conditional_detr.analysis.gallery import Example
 from conditional_detr.analysis.plots import draw_plots
 from conditional_detr.analysis.suspicious import REASONS
 from conditional_detr.analysis.tide import KINDS
-from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.system.atomic_files import encode_text, write_atomically
 from conditional_detr.system.console import printable
 
 REPORT, NUMBERS, THRESHOLDS = "report.html", "analysis.json", "thresholds.json"
@@ -63,19 +63,14 @@ def write_report(analysis: Analysis, folder: str | Path, gallery: Mapping[str, S
     folder = Path(folder)
     plots = draw_plots(analysis)
     contents = {
-        REPORT: _encode(to_html(analysis, plots, gallery)),
-        NUMBERS: _encode(json.dumps(analysis.to_dict(), indent=2, ensure_ascii=False) + "\n"),
-        THRESHOLDS: _encode(json.dumps(analysis.thresholds, indent=2, ensure_ascii=False) + "\n"),
+        REPORT: encode_text(to_html(analysis, plots, gallery)),
+        NUMBERS: encode_text(json.dumps(analysis.to_dict(), indent=2, ensure_ascii=False) + "\n"),
+        THRESHOLDS: encode_text(json.dumps(analysis.thresholds, indent=2, ensure_ascii=False) + "\n"),
         **{f"{name}.png": plot for name, plot in plots.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically({folder / name: lambda path: path.write_bytes(contents[path.name]) for name in contents})
     return [folder / name for name in contents]
-
-
-def _encode(text: str) -> bytes:
-    """Return text in UTF-8; lone surrogates become JSON's escapes."""
-    return text.encode("utf-8", "backslashreplace")
 
 
 def to_html(analysis: Analysis, plots: Mapping[str, bytes], gallery: Mapping[str, Sequence[Example]]) -> str:
@@ -151,9 +146,9 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]], kind: str = ""
 def _metrics(analysis: Analysis) -> str:
     """Return the metrics of all classes and of each."""
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
-    numbers = analysis.to_dict()
-    rows = [["all", len(analysis.matches.annotations), *(_number(numbers["metrics"][name]) for name in names)]]
-    for class_name, of_class in numbers["per_class"].items():
+    metrics = analysis.metrics.metrics
+    rows = [["all", len(analysis.matches.annotations), *(_number(metrics[name]) for name in names)]]
+    for class_name, of_class in analysis.per_class().items():
         rows.append([class_name, of_class["annotations"], *(_number(of_class[name]) for name in names)])
     return _table(("class", "objects", *names), rows)
 

@@ -18,7 +18,7 @@ def push_to_hub(
     model: DetectionTransformer,
     repository: str,
     *,
-    card: CardDetails | Path | None = None,
+    card: CardDetails | str | Path | None = None,
     dtype: torch.dtype | None = None,
     private: bool | None = None,
     revision: str | None = None,

@@ -92,8 +92,7 @@ def read_licence(weights: str | Path) -> str | None:
     Raises:
         ValueError: the front matter is no YAML.
     """
-    path = Path(weights).expanduser()
-    folder = path if path.is_dir() else path.parent if path.is_file() else shipped_folder(str(weights))
+    folder = folder_of(weights)
     if folder is None or not (folder / CARD).is_file():
         return None
     from huggingface_hub.repocard import metadata_load
@@ -109,6 +108,12 @@ def read_licence(weights: str | Path) -> str | None:
     if isinstance(licence, list):
         licence = ", ".join(map(str, licence))
     return None if licence is None else str(licence)
+
+
+def folder_of(weights: str | Path) -> Path | None:
+    """Return the folder of a checkpoint that is a folder, a file, or shipped; None: it is on the hub."""
+    path = Path(weights).expanduser()
+    return path if path.is_dir() else path.parent if path.is_file() else shipped_folder(str(weights))
 
 
 def _sections(

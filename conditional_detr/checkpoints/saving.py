@@ -25,7 +25,7 @@ from conditional_detr.checkpoints.tensor_checks import abbreviate, not_finite
 from conditional_detr.modeling.architectures import plain_class
 from conditional_detr.modeling.config import Config
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
-from conditional_detr.system.atomic_files import remove_unfinished, write_atomically
+from conditional_detr.system.atomic_files import encode_text, remove_unfinished, write_atomically
 from conditional_detr.system.outputs import check_output
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def save_pretrained(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    card: bool | CardDetails | Path = False,
+    card: bool | CardDetails | str | Path = False,
     name: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -71,16 +71,18 @@ def save_pretrained(
 
 
 def _card_writers(
-    model: DetectionTransformer, folder: Path, card: bool | CardDetails | Path, name: str | None
+    model: DetectionTransformer, folder: Path, card: bool | CardDetails | str | Path, name: str | None
 ) -> dict[Path, Callable[[Path], object]]:
     """Return a function for each file of a model card that writes it; files to copy are read now."""
-    if isinstance(card, Path):
-        return {folder / CARD: partial(_write_bytes, card.read_bytes())}
+    if isinstance(card, str | Path):
+        return {folder / CARD: partial(_write_bytes, Path(card).read_bytes())}
+    if card is not True and not isinstance(card, CardDetails):
+        raise TypeError(f"card: expected a bool, CardDetails or the file of a card, got {card!r}")
     details = card if isinstance(card, CardDetails) else CardDetails()
     text = make_card(model, details, name=name or folder.absolute().name)
     writers: dict[Path, Callable[[Path], object]] = {folder / CARD: partial(_write_bytes, text.encode())}
     if details.curves is not None:
-        writers[folder / CURVES] = partial(_write_bytes, details.curves.read_bytes())
+        writers[folder / CURVES] = partial(_write_bytes, Path(details.curves).read_bytes())
     return writers
 
 
@@ -288,4 +290,4 @@ def _is_ours(weights: Path) -> bool:
 
 def _write_json(content: dict[str, Any], path: Path) -> None:
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    path.write_bytes(text.encode("utf-8", "backslashreplace"))  # which is also JSON's escape of a lone surrogate
+    path.write_bytes(encode_text(text))

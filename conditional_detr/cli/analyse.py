@@ -23,7 +23,7 @@ from conditional_detr.cli.options import (
     open_detector,
 )
 from conditional_detr.modeling.metadata import PUBLISHED
-from conditional_detr.system.outputs import check_output
+from conditional_detr.system.outputs import check_output, check_output_folder
 from conditional_detr.system.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -90,8 +90,7 @@ def _check_output(folder: Path, inputs: list[Path | str], *, overwrite: bool) ->
     """Raise OSError or ValueError if a file of the report may not be written."""
     from conditional_detr.analysis.report import FILES
 
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: expected a folder for the report, got a file")
+    check_output_folder(folder)
     for name in FILES if folder.is_dir() else ():
         check_output(folder / name, inputs=inputs, overwrite=overwrite)
 
@@ -108,7 +107,10 @@ def _write(analysis: "Analysis", output: Path, examples: int, bar: "Progress") -
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        gallery = draw_gallery(analysis, analysis.images, count=examples, progress=show)
+        try:
+            gallery = draw_gallery(analysis, analysis.images, count=examples, progress=show)
+        except (OSError, ValueError) as error:  # all numbers are there without the images
+            print_line(f"warning: no gallery: {error}")
     return write_report(analysis, output, gallery)[0]
 
 

@@ -9,7 +9,7 @@ import typer
 from conditional_detr.cli.console import FAILED, err, one_line_errors, out, print_line
 from conditional_detr.cli.options import DATA, FORMAT, IMAGES, OVERWRITE, SPLIT_NAME, DataFormat
 from conditional_detr.cli.train_data import Augment, make_augmentation
-from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.system.atomic_files import encode_text, write_atomically
 from conditional_detr.system.outputs import check_output
 from conditional_detr.system.progress import progress_bar
 
@@ -81,8 +81,7 @@ def check_data(
         _show(report)
         if json_file is not None:
             text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
-            content = text.encode("utf-8", "backslashreplace")  # which is also JSON's escape of a lone surrogate
-            write_atomically({json_file: lambda path: path.write_bytes(content)})
+            write_atomically({json_file: lambda path: path.write_bytes(encode_text(text))})
             print_line(f"wrote {json_file}", to=out)
         if sheet is not None or preview_augmentation is not None:
             usable = open_data(data, images, **options, errors=[])

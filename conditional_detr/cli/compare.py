@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from conditional_detr.training.comparison import Candidate
 
 _DATA, _MODELS, _IMAGES = "Data", "Networks", "Image size and augmentation"
-_TRAINING = [field.name for field in fields(TrainConfig) if field.name != "seed"]
+_TRAINING = [field.name for field in fields(TrainConfig) if field.name not in ("seed", "freeze")]
 
 
 def compare(
@@ -111,7 +111,11 @@ def compare(
 
         settings = {
             "candidates": {name: asdict(candidate.config) for name, candidate in parsed.items()},
-            "arguments": {"candidates": candidates, "common": common, "augmentation": augmentation.value, **edges},
+            "arguments": {
+                **{"candidates": candidates, "common": common, "augmentation": augmentation.value, **edges},
+                **{"vertical_flip": vertical_flip, "rotated": rotated.value, "data": str(data)},
+                "backbone_weights": None if backbone_weights is None else str(backbone_weights),
+            },
         }
         check_folder(output, settings)
         try:
@@ -132,15 +136,18 @@ def _parse(text: str, common: str, start: Any) -> "tuple[str, Candidate]":
         ValueError: text of another form.
     """
     from conditional_detr.training.comparison import Candidate
+    from conditional_detr.training.comparison_report import FILES
 
     name, colon, own = text.partition(":")
     name = name.strip()
-    if not colon or not name or "/" in name or name.startswith("."):
+    if not colon or not name or not set(name).isdisjoint("/|") or name.startswith(".") or name in FILES:
         raise ValueError(f"--candidate: expected 'NAME: field=value ...', got {text!r}")
     changes: dict[str, Any] = {}
     sizes: dict[str, str] = {}
     for part in f"{common} {own}".replace(",", " ").split():
-        field, _, value = part.partition("=")
+        field, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"--candidate: expected field=value, got {part!r}")
         if field in _TRAINING:
             changes[field] = _value(value)
         else:

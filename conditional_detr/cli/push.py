@@ -60,7 +60,7 @@ def push(
                 "--card: expected no --licence, --data or --metrics with it, which a generated card states"
             )
         stated = {"licence": licence, "data": data, "evaluation": None if metrics is None else _read_metrics(metrics)}
-        chosen = card or _own_card(Path(weights).expanduser(), {k: v for k, v in stated.items() if v is not None})
+        chosen = card or _own_card(weights, {k: v for k, v in stated.items() if v is not None})
         if isinstance(chosen, Path) and not chosen.is_file():
             raise FileNotFoundError(f"{chosen}: no such file")
         address = push_to_hub(
@@ -74,18 +74,20 @@ def push(
     print_line(f"uploaded to {address}", to=out)
 
 
-def _own_card(weights: Path, stated: dict[str, Any]) -> "CardDetails | Path":
+def _own_card(weights: str, stated: dict[str, Any]) -> "CardDetails | Path":
     """Return the card beside the weights that somebody has written; else the details for a generated one.
 
     Raises:
         ValueError: there is a written card, and something that only a generated one would state.
     """
-    from conditional_detr.checkpoints.model_card import CARD, is_generated
+    from conditional_detr.checkpoints.model_card import CARD, CardDetails, folder_of, is_generated
     from conditional_detr.training.card import details_of_run
 
-    folder = weights if weights.is_dir() else weights.parent
+    folder = folder_of(weights)
+    if folder is None:
+        return CardDetails(**stated)
     written = folder / CARD
-    if weights.exists() and written.is_file() and not is_generated(written):
+    if written.is_file() and not is_generated(written):
         if stated:
             raise ValueError(
                 f"{written}: expected no card beside the weights with --licence, --data or --metrics, which a"
@@ -101,10 +103,13 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: something else.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: expected the JSON of 'conditional-detr evaluate --json', got {error}") from error
-    if not isinstance(content, dict) or "AP" not in content or not isinstance(content.get("per_class"), dict):
+    per_class = content.get("per_class") if isinstance(content, dict) and "AP" in content else None
+    if not isinstance(per_class, dict) or not all(isinstance(of_class, dict) for of_class in per_class.values()):
         raise ValueError(f"{path}: expected the JSON of 'conditional-detr evaluate --json', got other content")
     return content

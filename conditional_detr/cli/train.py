@@ -262,8 +262,6 @@ def train(
     """
     given = dict(locals())
     with one_line_errors():
-        from conditional_detr.data.coco import check_image_folder
-
         if val_images is not None and val_data is None:
             raise ValueError(f"--val-images: expected --val-data with it, got {val_images} alone")
         given["batch_size"] = None if batch_size is None else read_batch_size(batch_size)
@@ -273,9 +271,6 @@ def train(
         changes = {name: value.value if isinstance(value := given[name], Enum) else value for name in names}
         changes["autocast"] = None if autocast is Precision.FLOAT32 else autocast.value
         config = replace(getattr(TrainConfig, preset.value)(), **changes)
-        for folder in (images, val_images):
-            if folder is not None:
-                check_image_folder(folder)  # before the model is loaded
         chosen_format: Any = None if format is None else format.value
         found = read_datasets(data, images, val_data, val_images, chosen_format, split, seed)
         start = (weights, architecture, backbone_weights, num_queries, seed)

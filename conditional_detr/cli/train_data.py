@@ -78,7 +78,13 @@ def read_datasets(
         OSError, ValueError: as :func:`open_data` and :func:`split_data`.
     """
     from conditional_detr.data.formats.content import WHOLE
-    from conditional_detr.data.formats.reading import OpenedData, find_splits, open_data
+    from conditional_detr.data.formats.reading import (
+        OpenedData,
+        find_splits,
+        image_folder_of,
+        open_data,
+        read_found,
+    )
     from conditional_detr.data.formats.splitting import parse_fractions, split_data
 
     fractions = None if shares is None else parse_fractions(shares)
@@ -86,13 +92,18 @@ def read_datasets(
     if fractions is not None and (val_data is not None or WHOLE not in splits):
         got = f"--val-data {val_data}" if val_data is not None else f"{data} with {', '.join(splits)}"
         raise ValueError(f"--split: expected --data without splits, and no --val-data, got {got}")
-    training = open_data(data, images, format=format)
+
+    def opened(name: str) -> OpenedData:
+        annotations, folder = read_found(splits, data, split=name)
+        return OpenedData(annotations, image_folder_of(annotations, folder))
+
+    training = opened("train")
     if fractions is not None:
         parts = split_data(*training, fractions, seed=seed)
         return OpenedData(parts["train"], training.images), OpenedData(parts["val"], training.images)
     if val_data is not None:
         return training, open_data(val_data, val_images or images, split="val", format=format)
-    return training, open_data(data, images, split="val", format=format) if "val" in splits else None
+    return training, opened("val") if "val" in splits else None
 
 
 def open_datasets(

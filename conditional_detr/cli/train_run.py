@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from conditional_detr.training.result import TrainResult
 
 AUTO = "auto"
+_WEIGHT = re.compile(r"[\s,]*([^=]+)=([^\s,=]*)")  # class names may have spaces
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 
 
@@ -31,7 +32,9 @@ def read_duration(text: str) -> float:
     if not text.strip() or found is None:
         raise ValueError(f"--time-limit: expected a duration such as 2h, 1h30m, 45s or 3600, got {text!r}")
     hours, minutes, seconds = (float(part or 0) for part in found.groups())
-    return 3600 * hours + 60 * minutes + seconds
+    if not (limit := 3600 * hours + 60 * minutes + seconds):
+        raise ValueError(f"--time-limit: expected more than 0 seconds, got {text!r}")
+    return limit
 
 
 def read_batch_size(text: str) -> int | None:
@@ -57,15 +60,18 @@ def weighted_criterion(model: "DetectionTransformer", text: str) -> "SetLoss":
 
     names = [name or "" for name in model.metadata.class_names]
     weights = dict.fromkeys(names, 1.0)
-    for part in text.replace(",", " ").split():
-        name, _, value = part.rpartition("=")
+    shown = ", ".join(filter(None, names))
+    if rest := _WEIGHT.sub("", text).strip(" ,"):
+        raise ValueError(f"--class-weights: expected class=number with a class of {shown}, got {rest!r}")
+    if not (given := _WEIGHT.findall(text)) or len({name for name, _ in given}) < len(given):
+        raise ValueError(f"--class-weights: expected class=number, each class once, got {text!r}")
+    for name, value in given:
         try:
             weight = float(value)
         except ValueError:
             weight = math.nan
         if math.isnan(weight) or name not in weights:
-            shown = ", ".join(filter(None, names))
-            raise ValueError(f"--class-weights: expected class=number with a class of {shown}, got {part!r}")
+            raise ValueError(f"--class-weights: expected class=number with a class of {shown}, got '{name}={value}'")
         weights[name] = weight
     criterion = SetLoss.for_model(model)
     class_loss: Any = criterion.class_loss

@@ -119,6 +119,8 @@ class Augmentation:
             shortest_edge: the shorter side that the model is to detect at, at least 8. The authors' is 800; with
                 another one, all lengths are in proportion.
         """
+        if shortest_edge < 8:
+            raise ValueError(f"shortest_edge: expected at least 8, got {shortest_edge}")
 
         def scaled(length: int) -> int:
             return round(length * shortest_edge / 800)

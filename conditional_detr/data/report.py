@@ -21,7 +21,6 @@ from conditional_detr.data.annotations import (
 )
 from conditional_detr.data.coco import (
     Annotations,
-    check_image_folder,
     explain_size,
     is_file,
     is_outside,
@@ -114,7 +113,6 @@ def check_data(
     """
     errors: list[str] = []
     data, folder = open_data(annotations, images, split=split, format=format, errors=errors)
-    check_image_folder(folder)
     problems: Cases = defaultdict(list, {"invalid annotations": errors})
     notes: Cases = defaultdict(list)
     opened = _open_all(data, folder, progress)

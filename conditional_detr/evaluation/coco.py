@@ -107,7 +107,7 @@ def evaluate(
     data, folder = read_data(annotations, images, split=split, format=format, rotated=rotated)
     check_classes(detector, data)
     paths = image_paths(data, image_folder_of(data, folder))
-    rank, processes = _process()
+    rank, processes = process_rank()
     image_ids = sorted(paths)[rank::processes]
 
     def detect() -> ImageDetections:
@@ -262,28 +262,29 @@ def _positions(ids: Sequence[Id], all_ids: Iterable[Id]) -> np.ndarray:
     return np.array([positions[key] for key in ids], dtype=np.int64)
 
 
+def mean_of_measured(values: np.ndarray) -> float:
+    """Return the mean of the values that are not -1; -1 if there are none."""
+    return float(values[values > -1].mean()) if (values > -1).any() else -1.0
+
+
 def _metrics_per_class(data: Annotations, result: AveragePrecision) -> dict[str, dict[str, Any]]:
     """Return the metrics of each class, for boxes of all sizes and 100 detections."""
-
-    def mean(values: np.ndarray) -> float:
-        return float(values[values > -1].mean()) if (values > -1).any() else -1.0
-
     precision, recall = result.precision[..., 0, -1], result.recall[..., 0, -1]
     counts = Counter(annotation["category_id"] for annotation in data.annotations if not annotation["iscrowd"])
     return {
         data.categories[category_id]: {
             "category_id": category_id,
             "annotations": counts[category_id],
-            "AP": mean(precision[:, :, k]),
-            "AP50": mean(precision[0, :, k]),
-            "AP75": mean(precision[5, :, k]),
-            "AR100": mean(recall[:, k]),
+            "AP": mean_of_measured(precision[:, :, k]),
+            "AP50": mean_of_measured(precision[0, :, k]),
+            "AP75": mean_of_measured(precision[5, :, k]),
+            "AR100": mean_of_measured(recall[:, k]),
         }
         for k, category_id in enumerate(sorted(data.categories))
     }
 
 
-def _process() -> tuple[int, int]:
+def process_rank() -> tuple[int, int]:
     """Return the rank of this process and the number of processes."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
@@ -297,7 +298,7 @@ def _gather(
 
     An error in one process is raised in every process.
     """
-    rank, processes = _process()
+    rank, processes = process_rank()
     if processes == 1:
         return merge([compute()])
     parts: list[Any] | None = [None] * processes if rank == 0 else None

@@ -117,17 +117,15 @@ class Decoder(DecoderStack):
     """The stack of decoder layers, with its reference points and conditional spatial queries."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        width = config.width
+        width, heads, dropout = config.width, config.heads, config.dropout
+
+        def attentions(layer: int) -> tuple[nn.Module, nn.Module]:
+            self_attention = SelfAttention(width, heads, dropout=dropout)
+            return self_attention, ConditionalCrossAttention(width, heads, dropout=dropout, first=layer == 0)
+
+        super().__init__(config, attentions)
         self.reference_point = MLP(width, width, 2, depth=2, linear=Linear)
         self.transformation = MLP(width, width, width, depth=2, linear=Linear)
-
-    @staticmethod
-    def attentions(config: Config, layer: int) -> tuple[nn.Module, nn.Module]:
-        """Return the self-attention and the cross-attention of a layer, 0..L-1."""
-        width, heads, dropout = config.width, config.heads, config.dropout
-        self_attention = SelfAttention(width, heads, dropout=dropout)
-        return self_attention, ConditionalCrossAttention(width, heads, dropout=dropout, first=layer == 0)
 
     def forward(
         self,

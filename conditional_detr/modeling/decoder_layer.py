@@ -1,5 +1,6 @@
 """What the decoders of Conditional DETR and DETR share: all but the two attentions of a layer, and their inputs."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,17 +56,17 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderStack(nn.Module):
-    """L decoder layers, and one norm for the states after each of them."""
+    """L decoder layers, and one norm for the states after each of them.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: the sizes.
+        attentions: returns the self-attention and the cross-attention of a layer, 0..L-1.
+    """
+
+    def __init__(self, config: Config, attentions: Callable[[int], tuple[nn.Module, nn.Module]]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            DecoderLayer(*self.attentions(config, i), config.width, config.feedforward, dropout=config.dropout)
+            DecoderLayer(*attentions(i), config.width, config.feedforward, dropout=config.dropout)
             for i in range(config.decoder_layers)
         )
         self.norm = nn.LayerNorm(config.width)
-
-    @staticmethod
-    def attentions(config: Config, layer: int) -> tuple[nn.Module, nn.Module]:
-        """Return the self-attention and the cross-attention of a layer, 0..L-1."""
-        raise NotImplementedError

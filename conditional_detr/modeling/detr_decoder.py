@@ -38,11 +38,13 @@ class CrossAttention(MultiHeadAttention):
 class DETRDecoder(DecoderStack):
     """The stack of decoder layers. Self-attention is the encoder's, with o_q as positions."""
 
-    @staticmethod
-    def attentions(config: Config, layer: int) -> tuple[nn.Module, nn.Module]:
-        """Return the self-attention and the cross-attention of a layer, 0..L-1: all layers have the same."""
+    def __init__(self, config: Config) -> None:
         width, heads, dropout = config.width, config.heads, config.dropout
-        return SelfAttention(width, heads, dropout=dropout), CrossAttention(width, heads, dropout=dropout)
+
+        def attentions(_: int) -> tuple[nn.Module, nn.Module]:
+            return SelfAttention(width, heads, dropout=dropout), CrossAttention(width, heads, dropout=dropout)
+
+        super().__init__(config, attentions)
 
     def forward(self, o_q: Tensor, memory: Tensor, p_k: Tensor, padding: Tensor | None = None) -> tuple[Tensor]:
         """Apply all decoder layers to the object queries.

@@ -154,7 +154,17 @@ class HungarianMatcher:
 
 
 def check_matches(matches: Matches, layers: int, num_queries: int, joined: JoinedTargets) -> None:
-    """Raise ValueError unless pairs are of queries and targets of the same images, each query in one pair at most."""
+    """Check that pairs are of queries and targets of the same images, and each query is in one pair at most.
+
+    Raises:
+        TypeError: they are no Matches of int64 tensors on the CPU.
+        ValueError: the pairs are others.
+    """
+    if not isinstance(matches, Matches) or not all(
+        isinstance(indices, Tensor) and indices.dtype == torch.int64 and indices.device.type == "cpu"
+        for indices in matches
+    ):
+        raise TypeError(f"matcher: expected Matches of int64 tensors on the CPU, got {matches!r}")
     queries, targets, images = matches
     if not queries.shape == targets.shape == (layers, len(images)):
         got = f"{tuple(queries.shape)} and {tuple(targets.shape)}"

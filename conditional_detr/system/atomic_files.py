@@ -19,6 +19,11 @@ _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.unfinished")
 _JOURNAL = ".conditional_detr.journal"
 
 
+def encode_text(text: str) -> bytes:
+    """Return text, such as JSON, in UTF-8; a lone surrogate becomes its escape in JSON."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_atomically(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     """Write files in a temporary folder, and rename all of them when they are complete and on the disk.
 

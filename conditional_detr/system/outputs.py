@@ -35,6 +35,13 @@ def check_output(
         raise FileExistsError(f"{path}: already exists; set overwrite to replace it")
 
 
+def check_output_folder(folder: Path) -> None:
+    """Raise NotADirectoryError if a folder to write to cannot be made, because a file is in its place or above it."""
+    present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not present.is_dir():
+        raise NotADirectoryError(f"{folder}: expected a folder to write to, got the file {present}")
+
+
 def is_same_file(first: str | Path, second: str | Path) -> bool:
     """Return whether two paths are the same existing file, also through links."""
     try:

@@ -1,9 +1,11 @@
 """Advice before a run begins: the learning rate for its images a step, and the memory that is taken in any case."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from conditional_detr.system.memory import free_memory, readable_bytes
 from conditional_detr.training.config import TrainConfig
@@ -21,9 +23,7 @@ def advise(stepper: Stepper, config: TrainConfig, accelerator: Any) -> list[str]
         config: the settings.
         accelerator: accelerate's.
     """
-    trained = sum(p.numel() * p.element_size() for group in stepper.optimizer.param_groups for p in group["params"])
-    weights = sum(p.numel() * p.element_size() for p in stepper.model.parameters())
-    taken = weights * (2 if config.ema else 1) + 3 * trained
+    taken = _bytes_of(stepper.model.parameters()) + training_bytes(stepper.model, config)
     on_gpu = accelerator.device.type == "cuda"
     free = torch.cuda.mem_get_info(accelerator.device)[0] if on_gpu else free_memory()
     left = f"; {readable_bytes(free)} are free" if math.isfinite(free) else ""
@@ -45,3 +45,13 @@ def advise(stepper: Stepper, config: TrainConfig, accelerator: Any) -> list[str]
 def usual_rate(images: int) -> float:
     """Return the paper's learning rate for another number of images a step: AdamW's scales with the square root."""
     return _RATE * math.sqrt(images / _IMAGES)
+
+
+def training_bytes(model: nn.Module, config: TrainConfig) -> int:
+    """Return the bytes that come on top of the weights: gradients, both moments of AdamW, the moving average."""
+    trained = _bytes_of(p for p in model.parameters() if p.requires_grad)
+    return 3 * trained + (_bytes_of(model.parameters()) if config.ema else 0)
+
+
+def _bytes_of(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.nbytes for parameter in parameters)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ from conditional_detr.data.dataset import Sample
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.set_prediction.losses import SetLoss
 from conditional_detr.system.memory import free_memory, readable_bytes
+from conditional_detr.training.advice import training_bytes
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.loader import Batch, SampleDataset
 from conditional_detr.training.optimizer import training_forwards
@@ -76,7 +78,7 @@ def fit_batch_size(
         if accelerator.device.type in _SIGNALLING:
             size, how = _try_sizes(sizes, step)
         else:
-            size, how = _estimate(sizes, step, _fixed_bytes(model, config))
+            size, how = _estimate(sizes, step, training_bytes(model, config))
     fitted = replace(config, batch_size=size, accumulation=images // size)
     return FittedBatch(fitted, f"batch size {size} x accumulation {images // size}, for {height} x {width}: {how}")
 
@@ -84,6 +86,8 @@ def fit_batch_size(
 def _largest_sample(data: SampleDataset) -> tuple[int, int, dict[str, Any]]:
     """Return the largest height and width, and the longest target, of images that are evenly spaced in the dataset."""
     count = min(_SAMPLES, len(data))
+    if not count:
+        raise ValueError("data: expected at least one sample, got 0")
     samples: list[Sample] = []
     errors: list[Exception] = []
     for i in range(count):
@@ -135,18 +139,12 @@ def _estimate(sizes: Sequence[int], step: Callable[[int], None], fixed: float) -
         kept.append(sum(saved.values()))
     image = _BACKWARD * (kept[1] - kept[0])
     free = free_memory()
+    left = f", of {readable_bytes(free)} that are free" if math.isfinite(free) else "; the system tells no limit"
     size = max((size for size in sizes if fixed + image * size <= _USABLE * free), default=1)
     return size, (
         f"an estimate, as a CPU gives no signal when memory is used up: {readable_bytes(image)} an image and"
-        f" {readable_bytes(fixed)} for gradients and moments, of {readable_bytes(free)} that are free"
+        f" {readable_bytes(fixed)} for gradients and moments{left}"
     )
-
-
-def _fixed_bytes(model: DetectionTransformer, config: TrainConfig) -> float:
-    """Return the bytes of gradients, both moments of AdamW, and the moving average."""
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    every = sum(p.numel() * p.element_size() for p in model.parameters())
-    return 3.0 * trained + (every if config.ema else 0)
 
 
 @contextmanager

@@ -1,12 +1,18 @@
 """Hooks of a training run: what a caller adds to its steps, evaluations and epochs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import io
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.training.loader import SampleDataset
+
+_RESERVED = ("loss", "seconds", "waited", "images_per_second_loaded")  # which the log has, or tells its steps by
 
 
 class Callback:
@@ -65,11 +71,14 @@ class Callbacks:
         TypeError: one is no Callback.
     """
 
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        if isinstance(callbacks, Callback):
+            raise TypeError("callbacks: expected a sequence of Callbacks, got one; pass [callback]")
+        callbacks = tuple(callbacks)
         for i, callback in enumerate(callbacks):
             if not isinstance(callback, Callback):
                 raise TypeError(f"callbacks[{i}]: expected a Callback, got {type(callback).__name__}")
-        self._callbacks = tuple(callbacks)
+        self._callbacks = callbacks
 
     @property
     def names(self) -> list[str]:
@@ -83,6 +92,7 @@ class Callbacks:
             for callback in self._callbacks:
                 callback.begin(model, settings, folder)
                 stack.callback(callback.end)
+            self.state_dict()  # what it refuses is better known now than at the first checkpoint
             yield
 
     def step(self, entry: Mapping[str, Any]) -> None:
@@ -96,16 +106,18 @@ class Callbacks:
         """Return the numbers of all ``metrics``.
 
         Raises:
-            TypeError: a value is no number.
-            ValueError: a name that the entry has already.
+            TypeError: they are no dict of names and numbers.
+            ValueError: a name that the log has already.
         """
         found: dict[str, float] = {}
         for callback in self._callbacks:
-            for name, value in callback.metrics(model, data).items():
-                what = f"{type(callback).__name__}.metrics"
+            what, given = f"{type(callback).__name__}.metrics", callback.metrics(model, data)
+            if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+                raise TypeError(f"{what}: expected a dict of names and numbers, got {given!r}")
+            for name, value in given.items():
                 if isinstance(value, bool) or not isinstance(value, int | float):
                     raise TypeError(f"{what}: expected a number for {name!r}, got {value!r}")
-                if name in found or name in measured:
+                if name in found or name in measured or name in _RESERVED:
                     raise ValueError(f"{what}: expected names that are not in use, got {name!r}")
                 found[name] = float(value)
         return found
@@ -116,8 +128,23 @@ class Callbacks:
             callback.epoch(model, entry)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Return the state of each."""
-        return [callback.state_dict() for callback in self._callbacks]
+        """Return the state of each.
+
+        Raises:
+            TypeError: one that could not be read again.
+        """
+        states = [callback.state_dict() for callback in self._callbacks]
+        for name, state in zip(self.names, states, strict=True):
+            file = io.BytesIO()
+            try:
+                torch.save(state, file)
+                file.seek(0)
+                torch.load(file, weights_only=True)
+            except (pickle.PickleError, AttributeError, TypeError) as error:
+                raise TypeError(
+                    f"{name}.state_dict: expected tensors, numbers, strings, lists and dicts of them, got {state!r}"
+                ) from error
+        return states
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Restore the state of each."""

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conditional_detr.checkpoints.model_card import CardDetails
+from conditional_detr.checkpoints.model_card import CURVES, CardDetails
 from conditional_detr.training.checkpoints import BEST, LAST, read_training_state
 from conditional_detr.training.curves import read_log
-from conditional_detr.training.logging import CURVES, LOG
+from conditional_detr.training.logging import LOG
 
 _RECIPE = (
     *("images", "epochs", "batch_size", "accumulation", "processes", "lr", "backbone_lr", "weight_decay", "warmup"),
@@ -54,4 +54,5 @@ def _metrics(log: Path, name: str) -> dict[str, Any]:
     evaluated = [entry for entry in read_log(log) if "AP" in entry]
     if not evaluated:
         return {}
-    return max(evaluated, key=lambda entry: entry["AP"]) if name == BEST else evaluated[-1]
+    chosen = max(evaluated, key=lambda entry: entry["AP"]) if name == BEST else evaluated[-1]
+    return {**chosen, "per_class": {label: {"AP": ap} for label, ap in chosen.get("per_class", {}).items()}}

@@ -12,11 +12,15 @@ from typing import Any, NamedTuple
 
 from conditional_detr.deploy.summary import summarise
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
+from conditional_detr.training.checkpoints import read_training_state
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.loader import SampleDataset
 from conditional_detr.training.loop import train
 
-_SHARED = ("epochs", "batch_size", "accumulation", "schedule", "drop_at", "evaluate_every", "patience")
+_SHARED = (
+    *("epochs", "time_limit", "batch_size", "accumulation", "balanced"),
+    *("schedule", "drop_at", "evaluate_every", "patience"),
+)
 
 
 class Candidate(NamedTuple):
@@ -108,18 +112,22 @@ def compare(
     _check(candidates, seeds)
     histories: dict[str, list[Sequence[Mapping[str, Any]]]] = {name: [] for name in candidates}
     sizes: dict[str, tuple[int, int]] = {}
+    first_data, _ = open_data(seeds[0])
     for name, candidate in candidates.items():  # also to find what is wrong with a later one before the first trains
-        summary = summarise(candidate.create(seeds[0], open_data(seeds[0])[0]))
+        summary = summarise(candidate.create(seeds[0], first_data))
         sizes[name] = summary.total, summary.flops
     for seed in seeds:
         for name, candidate in candidates.items():
             progress(f"{name}, seed {seed}")
             train_data, val_data = open_data(seed)
             model = candidate.create(seed, train_data)
-            config = replace(candidate.config, seed=seed)
-            result = train(
-                model, train_data, val_data, config, folder=Path(folder) / name / f"seed-{seed}", resume=True
-            )
+            config, run = replace(candidate.config, seed=seed), Path(folder) / name / f"seed-{seed}"
+            before = read_training_state(run, mmap=True)
+            if before is not None and before.get("initial_weights") != model.weights_digest():
+                raise ValueError(
+                    f"{run}: expected no run, or one of this network with these initial weights, got another"
+                )
+            result = train(model, train_data, val_data, config, folder=run, resume=True)
             histories[name].append(result.history)
     return {name: _trained(found, *sizes[name]) for name, found in histories.items()}
 

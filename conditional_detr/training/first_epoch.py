@@ -91,7 +91,7 @@ def check_first_epoch(
 def _compare(model: DetectionTransformer, sample: Sample, matcher: Matcher) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return for one image the best IoU (T,), matched IoU (T',), whether the class is right (T',), top score ()."""
     target = sample[1]
-    logits, boxes = predict(model, [sample])  # (1, N, C), (1, N, 4)
+    logits, boxes = predict(model, sample)  # (1, N, C), (1, N, 4)
     joined = validate_targets([target], 1, model.config.num_classes)
     (queries,), (targets,), _ = matcher.match(logits[None], boxes[None], joined)
     iou = box_iou(*(box_convert(x.float(), "cxcywh", "xyxy") for x in (boxes[0], target["boxes"])))  # (N, T)

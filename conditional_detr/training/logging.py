@@ -6,13 +6,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from conditional_detr.checkpoints.model_card import CURVES
 from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.console import PlainConsole
 from conditional_detr.system.progress import progress_bar
 from conditional_detr.training.curves import plot_curves, read_log
 
 LOG = "log.jsonl"
-CURVES = "curves.png"
 
 
 class RunLogger:

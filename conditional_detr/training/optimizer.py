@@ -36,6 +36,8 @@ def create_optimizer(
     """
     if make is None:
         return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    if not callable(make):
+        raise TypeError(f"optimizer: expected a function of parameter groups, got {type(make).__name__}")
     wanted = {id(parameter) for group in groups for parameter in group["params"]}
     optimizer = make(groups)
     if not isinstance(optimizer, torch.optim.Optimizer):

@@ -70,6 +70,7 @@ class Run:
         self.progress = Progress()
         self.clock, self.saving = Clock(config.time_limit, 0 if val_data is None else len(val_data)), 0.0
         self.bad_images = BadImages(self.progress, config.max_bad_images, self._describe)
+        hooks = Callbacks(callbacks)
         self.settings = describe_run(
             model,
             train_data,
@@ -78,9 +79,9 @@ class Run:
             criterion,
             processes=self.accelerator.num_processes,
             optimizer=type(self.stepper.optimizer).__name__,
-            callbacks=Callbacks(callbacks).names,
+            callbacks=hooks.names,
         )
-        self.callbacks = Callbacks(callbacks if self.accelerator.is_main_process else ())
+        self.callbacks = hooks if self.accelerator.is_main_process else Callbacks(())
         self.initial_weights: str | None = None
         self.first_epoch: FirstEpochReport | None = None
         self.logger: RunLogger | None = None

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from conditional_detr.checkpoints.model_card import CURVES
 from conditional_detr.checkpoints.saving import files_of
 from conditional_detr.system.atomic_files import recover
 from conditional_detr.training.checkpoints import BEST, LAST, STATE
-from conditional_detr.training.logging import CURVES, LOG
+from conditional_detr.training.logging import LOG
 
 LOCK = ".conditional_detr.lock"
 _PATIENCE = 10.0  # seconds: data workers of a killed process end, and release its lock, within half of it

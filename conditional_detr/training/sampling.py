@@ -24,7 +24,10 @@ def balanced_probabilities(data: Any) -> np.ndarray:
 
     Raises:
         TypeError: the dataset, or a part of it, has no ``image_labels``.
+        ValueError: it is empty.
     """
+    if not len(data):
+        raise ValueError("data: expected at least one sample, got 0")
     classes = [set(map(int, labels)) for labels in _labels(data)]
     images_of = Counter(label for of_image in classes for label in of_image)
     empty = sum(not of_image for of_image in classes) / len(classes)

@@ -2,20 +2,23 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, distributed
 from torchvision.ops import box_convert
 
 from conditional_detr.data.dataset import Sample, batches, collate
-from conditional_detr.evaluation.coco import MAX_DETECTIONS, CocoResult, evaluate, evaluate_detections
+from conditional_detr.evaluation.coco import MAX_DETECTIONS, CocoResult, evaluate, evaluate_detections, process_rank
 from conditional_detr.inference.detector import Detector
 from conditional_detr.inference.postprocessing import Postprocessing, postprocess
 from conditional_detr.modeling.detection_transformer import DetectionTransformer, Output
 from conditional_detr.modeling.layers import evaluation_mode
 from conditional_detr.set_prediction.losses import Normalisers, SetLoss
 from conditional_detr.training.loader import SampleDataset
+
+IndexedSample: TypeAlias = tuple[int, Sample]
+"""A sample and its index in the dataset."""
 
 
 def measure(model: DetectionTransformer, data: SampleDataset, batch_size: int, criterion: SetLoss) -> dict[str, Any]:
@@ -39,63 +42,70 @@ def measure(model: DetectionTransformer, data: SampleDataset, batch_size: int, c
         ValueError: classes that the model does not have, or invalid targets.
     """
     annotations, images = getattr(data, "annotations", None), getattr(data, "images", None)
+    loss = _MeanLoss(model, criterion)
     if annotations is not None and images is not None:
         result = evaluate(Detector(model), annotations, images, batch_size=batch_size)
+        for samples in _batches_of_process(data, batch_size):  # the detector groups the images in another way
+            loss.add(_predict(model, samples), samples)
     else:
-        result = _evaluate_samples(model, data, batch_size)
+        result = _evaluate_samples(model, data, batch_size, loss)
     per_class = {name: of_class["AP"] for name, of_class in result.per_class.items()}
-    return {**result.metrics, "per_class": per_class, "val_loss": mean_loss(model, data, batch_size, criterion)}
+    return {**result.metrics, "per_class": per_class, "val_loss": loss.value()}
 
 
-def mean_loss(model: DetectionTransformer, data: SampleDataset, batch_size: int, criterion: SetLoss) -> float:
-    """Return the total loss of a dataset, as of one joined batch; under torch.distributed, every process gets it.
+class _MeanLoss:
+    """The total loss of a dataset, as of one joined batch.
 
     Args:
-        model: the model, in any mode.
-        data: the dataset.
-        batch_size: images a forward pass of one process.
+        model: the model.
         criterion: the loss.
     """
-    sums = replace(criterion, normalisers=Normalisers(1.0, 1.0))
-    added = torch.zeros(3, dtype=torch.float64, device=model.device)
-    counts: list[int] = []
-    for samples in _batches_of_process(data, batch_size):
+
+    def __init__(self, model: DetectionTransformer, criterion: SetLoss) -> None:
+        self._model, self._criterion = model, criterion
+        self._of_sums = replace(criterion, normalisers=Normalisers(1.0, 1.0))
+        self._sums = torch.zeros(3, dtype=torch.float64, device=model.device)
+        self._counts: list[int] = []
+
+    def add(self, output: Output, samples: Sequence[IndexedSample]) -> None:
+        """Add the predictions for some samples."""
         targets = [target for _, (_, target) in samples]
-        losses = sums(_predict(model, [sample for _, sample in samples]), targets)
-        added += torch.stack([losses[name].sum() for name in ("class", "l1", "giou")])
-        counts += [len(target["labels"]) for target in targets]
-    divisors = criterion.normalisers_of(counts, model.config.num_queries, model.device)
-    if _processes()[1] > 1:
-        distributed.all_reduce(added)
-        added /= _processes()[1]
-    of_classes, l1, giou = added.tolist()
-    boxes = criterion.l1_weight * l1 + criterion.giou_weight * giou
-    return criterion.class_weight * of_classes / float(divisors.of_classes) + boxes / float(divisors.boxes)
+        losses = self._of_sums(output, targets)
+        self._sums += torch.stack([losses[name].sum() for name in ("class", "l1", "giou")])
+        self._counts += [len(target["labels"]) for target in targets]
+
+    def value(self) -> float:
+        """Return the loss; under torch.distributed, every process gets that of the samples of all."""
+        criterion, sums = self._criterion, self._sums
+        divisors = criterion.normalisers_of(self._counts, self._model.config.num_queries, self._model.device)
+        if (processes := process_rank()[1]) > 1:
+            distributed.all_reduce(sums)
+            sums = sums / processes
+        of_classes, l1, giou = sums.tolist()
+        boxes = criterion.l1_weight * l1 + criterion.giou_weight * giou
+        return criterion.class_weight * of_classes / float(divisors.of_classes) + boxes / float(divisors.boxes)
 
 
-def _processes() -> tuple[int, int]:
-    """Return the rank of this process and the number of processes."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
-def _batches_of_process(data: SampleDataset, batch_size: int) -> Iterator[list[tuple[int, Sample]]]:
+def _batches_of_process(data: SampleDataset, batch_size: int) -> Iterator[list[IndexedSample]]:
     """Yield the batches of this process: samples with their indices, in the dataset's order."""
-    rank, processes = _processes()
+    rank, processes = process_rank()
     for indices in batches(data, batch_size, seed=0, epoch=0, shuffle=False, rank=rank, processes=processes):
         yield [(index, data[index]) for index in indices]
 
 
-def _evaluate_samples(model: DetectionTransformer, data: SampleDataset, batch_size: int) -> CocoResult:
-    """Evaluate a dataset on its samples."""
+def _evaluate_samples(
+    model: DetectionTransformer, data: SampleDataset, batch_size: int, loss: _MeanLoss
+) -> CocoResult:
+    """Evaluate a dataset on its samples, and add their predictions to the loss."""
     image_entries: dict[int, dict[str, Any]] = {}
     target_entries: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     rows = torch.arange(model.config.num_classes, device="cpu")
     postprocessing = Postprocessing(rows, 0.0, MAX_DETECTIONS, model.scores)
     for samples in _batches_of_process(data, batch_size):
-        logits, boxes = predict(model, [sample for _, sample in samples])
+        output = _predict(model, samples)
+        loss.add(output, samples)
+        logits, boxes = _last_layer(output)
         for i, (index, (pixels, target)) in enumerate(samples):
             height, width = pixels.shape[1:]
             image_entries[index] = {"id": index, "height": height, "width": width}
@@ -105,7 +115,7 @@ def _evaluate_samples(model: DetectionTransformer, data: SampleDataset, batch_si
             detected, scores, labels, _ = postprocess(logits[i], boxes[i], (height, width), postprocessing)
             results += _coco_entries(index, detected, labels, score=scores)
     shares: list[Any] = [(image_entries, target_entries)]
-    processes = _processes()[1]
+    processes = process_rank()[1]
     if processes > 1:
         shares = [None] * processes
         distributed.all_gather_object(shares, (image_entries, target_entries))
@@ -116,16 +126,20 @@ def _evaluate_samples(model: DetectionTransformer, data: SampleDataset, batch_si
     return replace(result, per_class={key.split(" ", 1)[1]: value for key, value in result.per_class.items()})
 
 
-def predict(model: DetectionTransformer, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Return the last layer's logits (B, N, C) and boxes (B, N, 4) on the CPU, computed in eval mode."""
-    output = _predict(model, samples)
+def predict(model: DetectionTransformer, sample: Sample) -> tuple[Tensor, Tensor]:
+    """Return the last layer's logits (1, N, C) and boxes (1, N, 4) on the CPU, computed in eval mode."""
+    return _last_layer(_predict(model, [(0, sample)]))
+
+
+def _last_layer(output: Output) -> tuple[Tensor, Tensor]:
+    """Return the last layer's logits (B, N, C) and boxes (B, N, 4) on the CPU."""
     return output.logits[-1].float().cpu(), output.boxes[-1].float().cpu()
 
 
 @torch.inference_mode()
-def _predict(model: DetectionTransformer, samples: Sequence[Sample]) -> Output:
+def _predict(model: DetectionTransformer, samples: Sequence[IndexedSample]) -> Output:
     """Return the predictions of all layers, computed in eval mode."""
-    pixels, padding, _ = collate(samples)
+    pixels, padding, _ = collate([sample for _, sample in samples])
     padding = None if padding is None else padding.to(model.device)
     with evaluation_mode(model):
         return model(pixels.to(model.device, model.dtype), padding)

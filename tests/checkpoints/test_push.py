@@ -11,9 +11,13 @@ from conditional_detr import from_pretrained
 from conditional_detr.checkpoints.hub import push_to_hub
 from conditional_detr.checkpoints.model_card import CardDetails
 from conditional_detr.cli import app
+from conditional_detr.training import TrainConfig, train
 from helpers.models import assert_same
+from helpers.training_runs import Rectangles, small_model
 
 TOKEN = "hf_writer"
+ROOT = Path(__file__).parent.parent.parent
+SHORT = TrainConfig(epochs=1, batch_size=2, workers=0)
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")  # of httpx, about huggingface_hub
 
 
@@ -124,12 +128,35 @@ def test_the_command_generates_a_card_or_takes_the_written_one(account, small, t
     assert "README.md: expected no card beside the weights with --licence, --data or --metrics" in refused.stderr
 
 
+def test_the_card_of_an_evaluated_run_and_that_of_shipped_weights(account, tmp_path, monkeypatch):
+    """A short name is that of the shipped weights, also in the folder of a run."""
+    result = train(small_model(), Rectangles(2), Rectangles(2), SHORT, folder=tmp_path, progress=False)
+    assert push(result.best, "someone/trained").exit_code == 0
+    text = account.uploaded["someone/trained", "main"]["README.md"].decode()
+    per_class = result.history[0]["per_class"]
+    for name, ap in per_class.items():
+        assert f"| {name} | - | {'-' if ap < 0 else f'{ap:.3f}'} | - | - | - |" in text
+    monkeypatch.chdir(result.best)
+    assert push("shapes", "someone/shapes").exit_code == 0
+    shipped = ROOT / "weights" / "shapes" / "README.md"
+    assert account.uploaded["someone/shapes", "main"]["README.md"] == shipped.read_bytes()
+
+
+def test_a_card_is_a_file_or_details(model, tmp_path):
+    (tmp_path / "mine.md").write_text("Mine.")
+    model.save_pretrained(tmp_path / "a", card=str(tmp_path / "mine.md"))
+    assert (tmp_path / "a" / "README.md").read_text() == "Mine."
+    with pytest.raises(TypeError, match="card: expected a bool, CardDetails or the file of a card, got 1"):
+        model.save_pretrained(tmp_path / "b", card=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("no hub id",), "repository: expected a hub id 'owner/name', got 'no hub id'"),
         (("a/b", "--card", "none.md"), "none.md: no such file"),
         (("a/b", "--card", "none.md", "--licence", "mit"), "--card: expected no --licence, --data or --metrics"),
+        (("a/b", "--metrics", "none.json"), "none.json: no such file"),
         (("a/b", "--metrics", "config.json"), "config.json: expected the JSON of 'conditional-detr evaluate --json'"),
     ],
 )

@@ -51,6 +51,23 @@ def test_report_of_results(folder):
     assert "data:image/jpeg" not in Path("new/report/report.html").read_text()
 
 
+def test_numbers_without_the_images(folder):
+    Path("images/2.png").unlink()
+    result = run("analyse", "--data", "known.json", "--results", "results.json")
+    assert result.exit_code == 0, result.output
+    assert "warning: no gallery: " in result.stderr
+    assert "2.png: no such file; 1 of the 7 images of known.json are missing" in result.stderr
+    assert "data:image/jpeg" not in Path("analysis/report.html").read_text()
+
+
+def test_scores_that_are_none(folder):
+    results = json.loads(Path("results.json").read_text())
+    Path("results.json").write_text(json.dumps([results[0], {**results[1], "score": 7}]))
+    refused = run("analyse", "--data", "known.json", "--results", "results.json")
+    assert refused.exit_code == 2
+    assert "results: [1]: expected a score of 0..1, got 7" in refused.stderr
+
+
 def test_detect_and_use_the_thresholds(tmp_path, small, monkeypatch):
     """From the weights to thresholds.json, which detect and evaluate take."""
     monkeypatch.chdir(tmp_path)
@@ -86,13 +103,9 @@ CASES = [
     ),
     (
         ["analyse", "--data", "known.json", "--results", "results.json", "--output", "known.json"],
-        "known.json: expected a folder for the report, got a file",
+        "known.json: expected a folder to write to, got the file known.json",
     ),
     (["analyse", "--data", "known.json", "--images", "none"], "none"),
-    (
-        ["analyse", "--data", "known.json", "--results", "results.json", "--images", "empty"],
-        "1.png: no such file; 7 of the 7 images of known.json are missing",
-    ),
     (
         ["detect", "images", "--weights", "shapes", "--thresholds", "t.json"],
         "t.json: expected class names of the model, got 'cat'; the names are disc, square",

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,16 +11,16 @@ import torch
 from torchvision.models import resnet18
 from typer.testing import CliRunner
 
-from conditional_detr import ConditionalDETR, Detector, Preprocessing
+from conditional_detr import ConditionalDETR, Detector, Metadata, Preprocessing
 from conditional_detr.cli import app
 from conditional_detr.cli.train_data import Augment, make_augmentation
 from conditional_detr.cli.train_model import with_dropout
-from conditional_detr.cli.train_run import read_duration
+from conditional_detr.cli.train_run import read_duration, weighted_criterion
 from conditional_detr.data import image_cache
 from conditional_detr.data.augmentation import Augmentation
 from conditional_detr.data.synthetic import CLASS_NAMES, write_shapes
 from conditional_detr.training.logging import RunLogger
-from helpers.models import assert_same
+from helpers.models import TINY_CONFIG, assert_same
 from helpers.training_runs import steps_of
 
 
@@ -326,13 +327,25 @@ def test_options_that_fit_the_machine_and_the_data(shapes, small, tmp_path, monk
     assert len(steps_of(tmp_path / "run")) == 2
 
 
+def test_weights_of_classes_whose_names_have_spaces():
+    model = ConditionalDETR(replace(TINY_CONFIG, num_classes=3), Metadata(("stop sign", "cat", "red cat")))
+    criterion = weighted_criterion(model, "stop sign=2, red cat=1e-1")
+    assert criterion.class_loss.class_weights == (2.0, 1.0, 0.1)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         (("--time-limit", "soon"), "--time-limit: expected a duration such as 2h, 1h30m, 45s or 3600, got 'soon'"),
+        (("--time-limit", "0s"), "--time-limit: expected more than 0 seconds, got '0s'"),
+        (("--class-weights", " , "), "--class-weights: expected class=number, each class once, got ' , '"),
+        (("--class-weights", "disc=2 disc=3"), "--class-weights: expected class=number, each class once"),
         (("--batch-size", "many"), "--batch-size: expected a number of images, or auto, got 'many'"),
         (("--batch-size", "0"), "batch_size: expected at least 1, got 0"),
         (("--class-weights", "cat=2"), "--class-weights: expected class=number with a class of disc"),
+        (("--class-weights", "disc=2 ring"), "got 'ring'"),
+        (("--class-weights", "disc=2, ring=much"), "got 'ring=much'"),
+        (("--class-weights", "=2"), "got '=2'"),
         (("--freeze", "neck"), "freeze: expected parts of the model, such as backbone,"),
     ],
 )

@@ -251,6 +251,19 @@ def test_one_counted_warning(tmp_path, files, message):
     assert str(tmp_path) in str(caught[0].message)
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (voc("<annotation>"), "a.xml: expected XML"),
+        (hugging_face('{"file_name": "a.png", "objects": {"bbox": [[1, 2, 3, 4]], "categories": [{}]}}'), "line 1"),
+    ],
+)
+def test_check_data_says_why_nothing_is_left(tmp_path, files, message):
+    write_files(tmp_path, files)
+    with pytest.raises(ValueError, match=message):
+        check_data(tmp_path)
+
+
 def test_an_unreadable_image_is_one_problem(tmp_path):
     """Of a YOLO dataset, whose boxes need its size."""
     write_files(tmp_path, yolo(**{"labels__b.txt": LABEL}))

@@ -234,6 +234,14 @@ def test_a_yolo_image_without_labels_has_no_objects(tmp_path):
 # ---- VOC's layouts
 
 
+def test_a_line_of_json_may_have_a_line_separator_in_a_string(tmp_path):
+    objects = '{"bbox": [[1, 2, 3, 4]], "categories": ["a\u2028b"]}'
+    write_files(tmp_path, {"a.png": ""})
+    text = f'{{"file_name": "a.png", "objects": {objects}}}\r\n'
+    (tmp_path / "metadata.jsonl").write_bytes(text.encode())
+    assert CocoData(tmp_path).class_names == ("a\u2028b",)
+
+
 @pytest.mark.parametrize("files", list(VOC_FORMS.values()), ids=list(VOC_FORMS))
 def test_voc_forms(tmp_path, files):
     write_files(tmp_path, files)

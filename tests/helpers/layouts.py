@@ -99,6 +99,7 @@ DEVKIT = "<source><database>The VOC2007 Database</database><annotation>PASCAL VO
 VOC_FORMS = {
     "one folder": {"a.xml": voc_text(), "a.png": ""},
     "Roboflow": {"train/a.xml": voc_text(), "train/a.png": "", "valid/b.xml": voc_text("b.png"), "valid/b.png": ""},
+    "a folder per split in Annotations": {"Annotations/train/a.xml": voc_text(), "JPEGImages/train/a.png": ""},
     "devkit": {
         "Annotations/a.xml": voc_text(first=1, source=DEVKIT),
         "JPEGImages/a.png": "",

@@ -16,7 +16,7 @@ from conditional_detr.set_prediction.class_losses import FocalLoss, SoftmaxLoss
 from conditional_detr.set_prediction.matcher import HungarianMatcher
 from conditional_detr.training import TrainConfig, train
 from conditional_detr.training.sampling import balanced_probabilities
-from conditional_detr.training.validation import mean_loss, measure
+from conditional_detr.training.validation import measure
 from helpers.training_runs import Rectangles, small_model, steps_of
 
 QUIET = {"progress": False}
@@ -150,8 +150,11 @@ def test_the_validation_loss_is_that_of_one_joined_batch(batch_size):
     pixels = torch.stack([pixels for pixels, _ in data.samples])
     with torch.no_grad():
         expected = SetLoss()(model(pixels), [target for _, target in data.samples])["total"].item()
-    assert mean_loss(model.train(), data, batch_size, SetLoss()) == pytest.approx(expected, rel=1e-5)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert measure(model.train(), data, batch_size, SetLoss())["val_loss"] == pytest.approx(expected, rel=1e-5)
     assert model.training
+    assert len(calls) == -(-5 // batch_size)  # AP and loss are of the same predictions
 
 
 def test_ap_of_each_class_has_its_name(monkeypatch):
@@ -160,14 +163,14 @@ def test_ap_of_each_class_has_its_name(monkeypatch):
     targets = [target for _, target in data.samples]
     assert {label for target in targets for label in target["labels"].tolist()} == {0, 1}
 
-    def perfect(model, samples):
+    def perfect(_, samples):
         logits, boxes = torch.full((len(samples), 10, 2), -20.0), torch.full((len(samples), 10, 4), 0.01)
-        for i, (_, target) in enumerate(samples):
+        for i, (_, (_, target)) in enumerate(samples):
             blue = target["boxes"][target["labels"] == 1]
             boxes[i, : len(blue)], logits[i, : len(blue), 1] = blue, 5.0
-        return logits, boxes
+        return Output(logits[None], boxes[None])
 
-    monkeypatch.setattr("conditional_detr.training.validation.predict", perfect)
+    monkeypatch.setattr("conditional_detr.training.validation._predict", perfect)
     found = measure(model, data, 4, SetLoss())
     assert found["per_class"]["blue"] == pytest.approx(1.0)
     assert found["per_class"]["red"] == 0.0
@@ -181,7 +184,7 @@ def test_log_and_tensorboard_have_both(tmp_path):
     (entry,) = result.history
     assert entry["per_class"].keys() == {"red", "blue"}
     assert entry["val_loss"] == pytest.approx(
-        mean_loss(ConditionalDETR.from_pretrained(result.last), Rectangles(3), 3, SetLoss()), rel=1e-4
+        measure(ConditionalDETR.from_pretrained(result.last), Rectangles(3), 3, SetLoss())["val_loss"], rel=1e-4
     )
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert board.Scalars("val/val_loss")[0].value == pytest.approx(entry["val_loss"], rel=1e-6)

@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,6 +141,11 @@ def test_sgd_takes_the_step_of_its_formula_and_is_resumed(tmp_path):
     ("make", "error", "message"),
     [
         (lambda groups: groups, TypeError, "optimizer: expected a function that returns a torch Optimizer, got"),
+        (
+            torch.optim.SGD([torch.zeros(1)]),
+            TypeError,
+            "optimizer: expected a function of parameter groups, got SGD",
+        ),
         (lambda groups: torch.optim.SGD(groups[:1]), ValueError, "expected one of all parameters of the groups"),
         (
             lambda groups: torch.optim.SGD([p for group in groups for p in group["params"]], lr=0.1),
@@ -205,6 +212,14 @@ def test_wrong_pairs_are_refused(pairs, message):
         SetLoss(matcher=Given(*pairs))(*one_layer())
 
 
+@pytest.mark.parametrize("kind", [tuple, lambda pairs: pairs._replace(queries=pairs.queries.float()), lambda _: None])
+def test_what_is_no_matches_is_refused(kind):
+    matcher = Given([[0, 1, 2]], [[0, 0, 1]], [0, 0, 0])
+    matcher.matches = kind(matcher.matches)
+    with pytest.raises(TypeError, match="matcher: expected Matches of int64 tensors on the CPU, got"):
+        SetLoss(matcher=matcher)(*one_layer())
+
+
 def test_a_run_with_another_matcher(tmp_path):
     """Each target with the query of the nearest centre, greedily; the check of the first epoch uses it, too."""
 
@@ -226,3 +241,52 @@ def test_a_run_with_another_matcher(tmp_path):
     result = train(small_model(), Rectangles(4), None, SHORT, folder=tmp_path, criterion=criterion, **QUIET)
     assert (result.steps, Nearest.calls) == (4, 4 + 4)  # four images are checked after the first epoch
     assert result.first_epoch.targets == sum(len(target["labels"]) for _, target in Rectangles(4).samples)
+
+
+# ---- what a callback must not return
+
+
+class _Given(Callback):
+    def __init__(self, metrics=None, state=None):
+        self.given, self.state = metrics, state or {}
+
+    def metrics(self, model, data):
+        return self.given or {}
+
+    def state_dict(self):
+        return self.state
+
+
+@pytest.mark.parametrize("state", [{"a": np.arange(3)}, {"a": Path("b")}, {"a": object}])
+def test_a_state_that_could_not_be_read_again_is_refused_before_the_first_step(tmp_path, state):
+    with pytest.raises(TypeError, match=r"^_Given\.state_dict: expected tensors, numbers"):
+        train(small_model(), Rectangles(2), None, SHORT, folder=tmp_path, callbacks=[_Given(state=state)], **QUIET)
+    assert steps_of(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("metrics", "error", "message"),
+    [
+        ({"loss": 0.5}, ValueError, "expected names that are not in use, got 'loss'"),
+        ({"waited": 0.5}, ValueError, "expected names that are not in use, got 'waited'"),
+        ({3: 0.5}, TypeError, "expected a dict of names and numbers"),
+        ([0.5], TypeError, "expected a dict of names and numbers"),
+    ],
+)
+def test_metrics_that_the_log_could_not_tell_from_its_own(tmp_path, metrics, error, message):
+    callbacks = [_Given(metrics)]
+    with pytest.raises(error, match=message):
+        train(small_model(), Rectangles(2), Rectangles(2), SHORT, folder=tmp_path, callbacks=callbacks, **QUIET)
+
+
+def test_callbacks_may_come_from_an_iterator_but_not_alone(tmp_path):
+    seen = []
+
+    class Sees(Callback):
+        def step(self, entry):
+            seen.append(entry["step"])
+
+    train(small_model(), Rectangles(2), None, SHORT, folder=tmp_path / "a", callbacks=iter([Sees()]), **QUIET)
+    assert seen
+    with pytest.raises(TypeError, match=r"expected a sequence of Callbacks, got one; pass \[callback\]"):
+        train(small_model(), Rectangles(2), None, SHORT, folder=tmp_path / "b", callbacks=Sees(), **QUIET)

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conditional_detr import DETR, Metadata
+from conditional_detr import DETR, Metadata, from_pretrained
 from conditional_detr.training import comparison
 from conditional_detr.training.comparison import Candidate, Point, Speedup, Trained, compare, epochs_to_reach, speedups
 from conditional_detr.training.comparison_report import FILES, check_folder, to_dict, to_markdown, write
 from conditional_detr.training.config import TrainConfig
+from helpers.models import assert_same
 from helpers.training_runs import SMALL, Rectangles, small_model
 
 CONFIG = TrainConfig(epochs=2, batch_size=2, lr=1e-3, workers=0)
@@ -69,7 +70,7 @@ def test_a_comparison_is_reported_and_continued(candidates, tmp_path, monkeypatc
 
     with pytest.raises(KeyboardInterrupt):
         compare(candidates, open_data, folder=tmp_path, seeds=(0, 1), progress=stop)
-    first = (tmp_path / "detr" / "seed-0" / "last" / "model.safetensors").read_bytes()
+    first = from_pretrained(tmp_path / "detr" / "seed-0" / "last")
     begun = []
     plain = comparison.train
     monkeypatch.setattr(
@@ -77,7 +78,7 @@ def test_a_comparison_is_reported_and_continued(candidates, tmp_path, monkeypatc
     )
     trained = compare(candidates, open_data, folder=tmp_path, seeds=(0, 1))
     assert begun == [tmp_path / name / f"seed-{seed}" for seed in (0, 1) for name in candidates]
-    assert (tmp_path / "detr" / "seed-0" / "last" / "model.safetensors").read_bytes() == first
+    assert_same(from_pretrained(tmp_path / "detr" / "seed-0" / "last"), first)
     assert [[point.epochs for point in curve] for curve in trained["detr"].curves] == [[1, 2], [1, 2]]
     for seed in (0, 1):  # the losses of the log are those of the same images in the same order
         logs = [
@@ -95,11 +96,21 @@ def test_a_comparison_is_reported_and_continued(candidates, tmp_path, monkeypatc
     assert json.loads((tmp_path / FILES[0]).read_text()) == json.loads(json.dumps(to_dict(trained, (0, 1), settings)))
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_run_that_began_with_other_weights_is_not_continued(candidates, tmp_path):
+    data = Rectangles(2), Rectangles(2)
+    compare(candidates, lambda _: data, folder=tmp_path, seeds=(0,))
+    other = {**candidates, "conditional": Candidate(lambda seed, _: small_model(seed + 1), CONFIG)}
+    with pytest.raises(ValueError, match=r"conditional/seed-0: expected no run, or one of this network with these"):
+        compare(other, lambda _: data, folder=tmp_path, seeds=(0, 1))
+
+
 @pytest.mark.parametrize(
     ("change", "seeds", "message"),
     [
         ({"epochs": 3}, (0,), "detr: expected epochs=2, as conditional has, got 3"),
         ({"batch_size": 1}, (0,), "detr: expected batch_size=2"),
+        ({"time_limit": 9.0}, (0,), "detr: expected time_limit=0.0, as conditional has, got 9.0"),
         ({}, (), "seeds: expected different ones"),
         ({}, (1, 1), "seeds: expected different ones"),
     ],

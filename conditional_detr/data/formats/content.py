@@ -148,8 +148,10 @@ class Collector:
         """Return what was collected.
 
         Raises:
-            ValueError: no images were.
+            ValueError: no images or no categories were.
         """
+        if self._errors and not (self._images and self._categories):
+            raise ValueError(self._errors[0])  # which says why
         if not self._images:
             raise ValueError(f"{name}: expected at least one image, got none")
         content = {"images": self._images, "annotations": self._annotations, "categories": self._categories}

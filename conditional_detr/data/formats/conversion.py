@@ -9,8 +9,8 @@ from conditional_detr.data.coco import Annotations, image_paths, read_annotation
 from conditional_detr.data.formats.content import WHOLE
 from conditional_detr.data.formats.reading import Format, find_splits, image_folder_of
 from conditional_detr.data.formats.splitting import parse_fractions, split_data
-from conditional_detr.system.atomic_files import write_atomically
-from conditional_detr.system.outputs import check_output, is_same_file
+from conditional_detr.system.atomic_files import encode_text, write_atomically
+from conditional_detr.system.outputs import check_output, check_output_folder, is_same_file
 
 
 class Written(NamedTuple):
@@ -60,6 +60,7 @@ def convert_data(
     if shares is not None and WHOLE not in splits:
         raise ValueError(f"split: expected a dataset without splits, got {source} with {', '.join(splits)}")
     folder = Path(output)
+    check_output_folder(folder)
     if is_same_file(folder, source):
         raise ValueError(f"{folder}: expected another folder to write to than that of the dataset")
     targets = {name: folder / f"instances_{name}.json" for name in shares or splits}
@@ -77,12 +78,11 @@ def convert_data(
             texts[targets[part]] = json.dumps(_content(found.content, annotations), ensure_ascii=False)
             written.append(Written(targets[part], folder_of, annotations))
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically({path: _writer(text) for path, text in texts.items()})
+    write_atomically({path: _writer(encode_text(text)) for path, text in texts.items()})
     return written
 
 
-def _writer(text: str) -> Any:
-    content = text.encode("utf-8", "backslashreplace")  # which is also JSON's escape of a lone surrogate
+def _writer(content: bytes) -> Any:
     return lambda path: path.write_bytes(content)
 
 

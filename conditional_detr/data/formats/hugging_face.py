@@ -69,7 +69,7 @@ def find_splits(path: Path) -> Splits:
 def _read_lines(file: Path) -> _Lines:
     """Return the entries of a file, each after its position for messages."""
     entries = []
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if line.strip():
             where = f"{file}: line {number}"
             try:

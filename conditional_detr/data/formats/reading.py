@@ -82,9 +82,16 @@ def read_split(
     errors: Errors = None,
 ) -> tuple[Annotations, Path | None]:
     """Read one split of a dataset like :func:`open_data`; the folder of the images is None if it was not found."""
+    _check_format(format)
     if not isinstance(source, str | Path):
         return read_annotations(source, errors=errors), None if images is None else Path(images)
-    splits = find_splits(source, images, format=format)
+    return read_found(find_splits(source, images, format=format), source, split=split, errors=errors)
+
+
+def read_found(
+    splits: Splits, source: str | Path, *, split: str, errors: Errors = None
+) -> tuple[Annotations, Path | None]:
+    """Read one of the splits of :func:`find_splits` like :func:`read_split`."""
     name = WHOLE if WHOLE in splits else split
     if name not in splits:
         raise ValueError(f"{source}: expected the split {name}, got {shorten_list(splits)}")
@@ -105,8 +112,7 @@ def find_splits(source: str | Path, images: str | Path | None = None, *, format:
         ValueError: the format is unknown or not recognised, or images are given where the format says where they are.
     """
     path, folder = Path(source), None if images is None else Path(images)
-    if format is not None and format not in get_args(Format):
-        raise ValueError(f"format: expected {', '.join(get_args(Format))}, got {format!r}")
+    _check_format(format)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if folder is not None:
@@ -119,6 +125,12 @@ def find_splits(source: str | Path, images: str | Path | None = None, *, format:
     if folder is not None:
         raise ValueError(f"{path}: expected no image folder, because {chosen} says where images are, got {folder}")
     return (yolo if chosen == "yolo" else hugging_face).find_splits(path)
+
+
+def _check_format(format: Format | None) -> None:
+    """Raise ValueError unless a format is known."""
+    if format is not None and format not in get_args(Format):
+        raise ValueError(f"format: expected {', '.join(get_args(Format))}, got {format!r}")
 
 
 def recognise(path: Path) -> Format:
@@ -143,6 +155,6 @@ def recognise(path: Path) -> Format:
         raise ValueError(f"{path}: expected a dataset in one format, got {got}; give the format to use")
     children = shorten_list(sorted(child.name for child in path.iterdir()), 5) or "an empty folder"
     raise ValueError(
-        f"{path}: expected annotations: COCO JSON, {coco_folder.ROBOFLOW}, data.yaml, Pascal VOC's XML or"
-        f" {hugging_face.METADATA}; got {children}"
+        f"{path}: expected annotations: COCO JSON, {coco_folder.ROBOFLOW}, data.yaml with names and train, Pascal"
+        f" VOC's XML or {hugging_face.METADATA}; got {children}"
     )

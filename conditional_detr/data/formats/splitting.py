@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from conditional_detr.data.coco import Annotations, image_paths
 from conditional_detr.data.json_values import Id
 from conditional_detr.inference.images import open_image, to_pil
 
 NAMES = ("train", "val", "test")
-NEAR = 32  # of the 256 bits of a fingerprint: compressed, resized or brighter copies differ in less, others in 60
+NEAR = 32  # of the 256 bits of a fingerprint: compressed, resized or brighter copies differ in less
 _BLOCK = 1024  # fingerprints that are compared with all at once
 _SIDE = 16  # pixels of the smallest image that is compared
 _THREADS = 8
@@ -28,7 +30,7 @@ def parse_fractions(text: str) -> dict[str, float]:
         ValueError: they are not two or three positive numbers with the sum 1.
     """
     try:
-        shares = [float(part) for part in text.split("/")]
+        shares = [float(part) for part in str(text).split("/")]
     except ValueError:
         shares = []
     if not (2 <= len(shares) <= len(NAMES) and all(share > 0 for share in shares) and math.isclose(sum(shares), 1)):
@@ -102,22 +104,17 @@ def fingerprint(path: Path) -> np.ndarray:
 def near_duplicates(fingerprints: Sequence[np.ndarray]) -> list[list[int]]:
     """Group fingerprints that differ in at most ``NEAR`` bits, directly or through others."""
     signs = np.array(fingerprints, dtype=np.float32).reshape(len(fingerprints), -1) * 2 - 1
-    group_of = list(range(len(signs)))
-
-    def root(i: int) -> int:
-        while group_of[i] != i:
-            group_of[i] = group_of[group_of[i]]
-            i = group_of[i]
-        return i
-
+    own = group_of = np.arange(len(signs))
     for start in range(0, len(signs), _BLOCK):
         distances = (signs.shape[1] - signs[start : start + _BLOCK] @ signs.T) / 2
-        for i, j in zip(*np.nonzero(distances <= NEAR), strict=True):
-            low, high = sorted((root(start + int(i)), root(int(j))))
-            group_of[high] = low
+        i, j = np.nonzero(distances <= NEAR)
+        rows, columns = np.append(start + i, own), np.append(j, group_of)
+        links = coo_array((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(len(own), len(own)))
+        labels = connected_components(links, directed=False)[1]
+        group_of = np.unique(labels, return_index=True)[1][labels]  # the first of each group
     groups = defaultdict(list)
-    for i in range(len(signs)):
-        groups[root(i)].append(i)
+    for index, group in enumerate(group_of.tolist()):
+        groups[group].append(index)
     return list(groups.values())
 
 

@@ -53,10 +53,7 @@ class _File(NamedTuple):
 
 def find_file(folder: Path) -> Path | None:
     """Return an XML file of a dataset in a folder; None if there is none."""
-    for place in (folder, folder / "Annotations", *split_folders(folder).values()):
-        if found := next(_xml_files(place), None):
-            return found
-    return None
+    return next((file for files in _files_by_split(folder).values() for file in files), None)
 
 
 def find_splits(folder: Path, images: Path | None, *, devkit: bool = False) -> Splits:
