@@ -1,8 +1,11 @@
-"""Hold the newest item of a source that is faster than its consumer, and drop the others."""
+"""Hold the newest item of a source that is faster than its consumer, and drop the others; play files like cameras."""
 
 import threading
+import time
 from collections.abc import Generator, Iterator
 from typing import Generic, TypeVar
+
+from conditional_detr.video.reading import Frame
 
 Item = TypeVar("Item")
 
@@ -65,3 +68,12 @@ class NewestItem(Generic[Item]):
         with self._changed:
             self._failure, self._ended = failure, True
             self._changed.notify()
+
+
+def paced(frames: Generator[Frame, None, None]) -> Generator[Frame, None, None]:
+    """Yield the frames of a file at their times, as a camera would."""
+    begin: float | None = None
+    for frame in frames:
+        begin = time.monotonic() - frame.time if begin is None else begin
+        time.sleep(max(begin + frame.time - time.monotonic(), 0))
+        yield frame

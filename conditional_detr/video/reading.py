@@ -2,7 +2,6 @@
 
 import re
 import sys
-import time
 import warnings
 from collections.abc import Generator
 from contextlib import closing
@@ -160,7 +159,7 @@ class Video:
         except av.error.InvalidDataError as error:
             raise ValueError(f"{self.name}: expected a video, got a file that is damaged or no video") from error
         except (av.FFmpegError, OSError) as error:
-            raise OSError(f"{self.name}: the video cannot be opened: {error.strerror or error}") from error
+            raise OSError(f"{self.name}: the video cannot be opened: {_reason(error)}") from error
 
     def __enter__(self) -> "Video":
         return self
@@ -183,7 +182,8 @@ class Video:
             times: takes the time of decoding each frame.
 
         Raises:
-            OSError, ValueError: an image of a folder that cannot be read, or a video without a single frame.
+            OSError: a stream that ends before its first frame, or an image of a folder that cannot be read.
+            ValueError: a damaged image of a folder, or a video without a single frame.
         """
         decoded = self._images(times) if self._folder is not None else self._decode(times)
         last_slot = index = -1
@@ -218,9 +218,9 @@ class Video:
         av = import_av()
         time_base = self._stream.time_base
         step = max(int(1 / (self.rate * time_base)), 1)
-        index, last, packets_read = 0, -step, 0
+        index, last, packets_read, problem = 0, -step, 0, ""
         packets = self._container.demux(self._stream)
-        while True:
+        while not problem:
             try:
                 packet = next(packets)
             except StopIteration:
@@ -228,11 +228,12 @@ class Video:
                     self._warn(index - 1, f"the file states {stated} frames, and has {packets_read}")
                 return
             except (av.FFmpegError, OSError) as error:
-                self._warn(index - 1, f"reading stopped: {error.strerror or error}")
-                return
+                problem = f"reading stopped: {_reason(error)}"
+                packet = av.Packet()  # an empty one gives the frames that wait in the decoder, as at the end of a file
+                packet.stream = self._stream
             if not packets_read and packet.size and not packet.is_keyframe and not self.is_live:
                 self._warn(-1, "no key frame at the beginning; frames until the first one are missing or damaged")
-            packets_read += bool(packet.size)  # the last one is empty
+            packets_read += bool(packet.size)
             try:
                 with times.measure("decode"):
                     frames = packet.decode()
@@ -249,6 +250,9 @@ class Video:
                     pts = last + step
                 yield pts, time_base, frame
                 index, last = index + 1, pts
+        if not index:
+            raise OSError(f"{self.name}: before the first frame: {problem}")
+        self._warn(index - 1, problem)
 
     def _stated_packets(self) -> int:
         """Return how many packets the file states; those of MP4 that its edit list leaves out are not read."""
@@ -258,15 +262,6 @@ class Video:
     def _warn(self, index: int, problem: str) -> None:
         place = f"frame {index}" if index >= 0 else "before the first frame"
         warnings.warn(f"{self.name}: {place}: {problem}", stacklevel=3)
-
-
-def paced(frames: Generator[Frame, None, None]) -> Generator[Frame, None, None]:
-    """Yield the frames of a file at their times, as a camera would."""
-    begin: float | None = None
-    for frame in frames:
-        begin = time.monotonic() - frame.time if begin is None else begin
-        time.sleep(max(begin + frame.time - time.monotonic(), 0))
-        yield frame
 
 
 def camera_input(text: str) -> tuple[str, str]:
@@ -288,6 +283,15 @@ def import_av() -> Any:
     except ImportError as error:
         raise ImportError("videos need av, which is not installed: pip install 'conditional-detr[video]'") from error
     return av
+
+
+def _reason(error: Any) -> str:
+    """Return what FFmpeg says, but for a time-out, of which it says that the caller wanted to stop."""
+    return (
+        f"no data for {_TIMEOUT:g} s"
+        if isinstance(error, import_av().error.ExitError)
+        else str(error.strerror or error)
+    )
 
 
 def exact(number: float) -> Fraction:

@@ -1,5 +1,6 @@
 """Films of shapes that move over a textured background, with the box of each shape in each frame."""
 
+import json
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -129,3 +130,8 @@ def audio_of(path: Path) -> list[tuple[Fraction, bytes]]:
     """Return time and bytes of the audio packets."""
     with av.open(str(path)) as film:
         return [(packet.pts * packet.time_base, bytes(packet)) for packet in film.demux(audio=0) if packet.size]
+
+
+def lines_of(folder: Path) -> list[dict]:
+    """Return the lines of a folder of results."""
+    return [json.loads(line) for line in (folder / "detections.jsonl").read_text().splitlines()]

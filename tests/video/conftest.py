@@ -1,7 +1,11 @@
+import warnings
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from conditional_detr import ConditionalDETR, Detector, Metadata, Preprocessing
+from conditional_detr.cli import app
 from helpers.models import LEAST_CONFIG
 
 
@@ -19,3 +23,16 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="session")
 def detector(weights):
     return Detector.from_pretrained(weights, device="cpu")
+
+
+@pytest.fixture
+def run(weights, tmp_path):
+    """Function that runs the command on a film and returns its result, with warnings as a user sees them."""
+
+    def run(film, *options, output=tmp_path / "out"):
+        arguments = ["video", str(film), "--weights", str(weights), "--device", "cpu", "--threshold", "0"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            return CliRunner().invoke(app, [*arguments, "--top-k", "2", "--output", str(output), *options])
+
+    return run

@@ -8,35 +8,15 @@ import struct
 import subprocess
 import sys
 import time
-import warnings
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from conditional_detr.cli import app
 from conditional_detr.video.engines import available_engines
-from helpers.films import audio_of, draw_frame, images_of, times_of, write_film
-
-
-@pytest.fixture
-def run(weights, tmp_path):
-    """Function that runs the command on a film and returns its result, with warnings as a user sees them."""
-
-    def run(film, *options, output=tmp_path / "out"):
-        arguments = ["video", str(film), "--weights", str(weights), "--device", "cpu", "--threshold", "0"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("default")
-            return CliRunner().invoke(app, [*arguments, "--top-k", "2", "--output", str(output), *options])
-
-    return run
-
-
-def lines_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "detections.jsonl").read_text().splitlines()]
+from helpers.films import audio_of, draw_frame, images_of, lines_of, times_of, write_film
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
