@@ -226,6 +226,8 @@ class Video:
             except StopIteration:
                 if packets_read < (stated := self._stated_packets()):
                     self._warn(index - 1, f"the file states {stated} frames, and has {packets_read}")
+                if self.is_live:
+                    self._warn(index - 1, "the stream has ended")
                 return
             except (av.FFmpegError, OSError) as error:
                 problem = f"reading stopped: {_reason(error)}"

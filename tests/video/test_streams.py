@@ -1,4 +1,4 @@
-"""Films over HTTP, UDP and TCP from servers of this computer: whole, stopped in the middle, and silent."""
+"""Films over HTTP, RTSP, UDP and TCP from servers of this computer: whole, stopped in the middle, and silent."""
 
 import contextlib
 import io
@@ -17,6 +17,7 @@ from conditional_detr.video import detect_video
 from conditional_detr.video.reading import Selection, Video
 from conditional_detr.video.timing import StageTimes
 from helpers.films import images_of, lines_of, times_of, write_film
+from helpers.rtsp import Camera
 
 DATAGRAM = 7 * 188  # bytes: whole packets of MPEG-TS
 
@@ -220,3 +221,16 @@ def test_frames_of_tcp(tmp_path):
         frames, messages = read(f"tcp://127.0.0.1:{server.getsockname()[1]}")
         sender.join()
     assert ([frame.pts * frame.time_base for frame in frames], messages) == (times_of(film), [])
+
+
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("transport", ["tcp", "udp"])
+def test_frames_of_rtsp(tmp_path, transport, silent):
+    """All but what FFmpeg needs the next frame for; the end of a camera is reported, too."""
+    film = write_film(tmp_path / "film.ts", 60, audio=None, b_frames=0)
+    with contextlib.closing(Camera(film.read_bytes(), seconds=1.5, transport=transport, silent=silent)) as camera:
+        frames, messages = read(camera.url)
+    assert len(frames) >= 58
+    assert [frame.pts * frame.time_base for frame in frames] == times_of(film)[: len(frames)]
+    reason = "reading stopped: no data for 2 s" if silent else "the stream has ended"
+    assert messages == [f"{camera.url}: frame {len(frames) - 1}: {reason}"]
