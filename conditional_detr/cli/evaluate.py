@@ -96,8 +96,8 @@ def evaluate(
                 find_splits(data, images, format=dataset["format"])  # before the model is loaded
                 opened: dict[str, Any] = {"fast_preprocessing": fast_preprocessing, "thresholds": thresholds}
                 detector = open_detector(weights or PUBLISHED, device, **opened)
-                options = {**dataset, "batch_size": batch_size, "shown": rank == 0}
-                result = _detect_and_evaluate(detector, data, images, **options)
+                options = {**dataset, "batch_size": batch_size, "apply_thresholds": thresholds is not None}
+                result = _detect_and_evaluate(detector, data, images, shown=rank == 0, **options)
         if rank == 0 and json_file is not None:
             text = json.dumps(result.to_dict(), indent=2) + "\n"
             write_atomically({json_file: lambda path: path.write_text(text, encoding="utf-8")})

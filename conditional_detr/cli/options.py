@@ -17,6 +17,7 @@ TOP_K = "Include post-processing that keeps this many detections per image."
 BATCH_SIZE = "Run at most this many images of one shape together."
 BATCH_SIZE_DEFAULT = "8, on a CPU fewer large ones"
 THRESHOLDS = "JSON file with a threshold for each class, as analyse writes it."
+STORED_THRESHOLDS = "JSON file with a threshold for each class, to store for detect, video and serve."
 OVERWRITE = "Replace existing files."
 FAST_PREPROCESSING = (
     "Resize by torchvision: faster, pixels differ by rounding; large JPEG files are reduced while decoded."
