@@ -131,8 +131,9 @@ def evaluate_detections(
 
     Args:
         annotations: as in :func:`evaluate`; the images are not needed.
-        results: a JSON file in COCO's results format, or its content. Under torch.distributed, the results of this
-            process; if several processes have results of one image, those of the lowest rank are used.
+        results: a JSON file in COCO's results format, or its content; or a folder or ``.jsonl`` file of
+            ``conditional-detr detect``. Under torch.distributed, the results of this process; if several processes
+            have results of one image, those of the lowest rank are used.
         split: as in :func:`evaluate`.
         format: as in :func:`evaluate`.
         rotated: as in :func:`evaluate`.
