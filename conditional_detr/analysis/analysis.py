@@ -175,7 +175,7 @@ def analyse(
 
     The arguments and errors are those of :func:`conditional_detr.evaluation.coco.evaluate`.
     """
-    detector = Detector(detector.model if isinstance(detector, Detector) else detector)  # without thresholds
+    detector = detector if isinstance(detector, Detector) else Detector(detector)
     data, found = read_data(annotations, images, split=split, format=format, rotated=rotated)
     check_classes(detector, data)
     folder = image_folder_of(data, found)

@@ -16,6 +16,7 @@ from conditional_detr.cli.options import (
     FORMAT,
     IMAGES,
     OVERWRITE,
+    RESULTS,
     ROTATED,
     SPLIT_NAME,
     THRESHOLDS,
@@ -58,7 +59,7 @@ def evaluate(
     ] = None,
     split_name: Annotated[str, typer.Option(help=SPLIT_NAME)] = "val",
     weights: Annotated[str | None, typer.Option(help=WEIGHTS, show_default=PUBLISHED, rich_help_panel="Model")] = None,
-    results: Annotated[Path | None, typer.Option(help="COCO results file, to measure instead of detecting.")] = None,
+    results: Annotated[Path | None, typer.Option(help=RESULTS)] = None,
     thresholds: Annotated[Path | None, typer.Option(help=f"{THRESHOLDS} Detections below do not count.")] = None,
     rotated: Annotated[RotatedBoxes, typer.Option(help=ROTATED)] = RotatedBoxes.BOX,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics to this file.")] = None,
@@ -96,8 +97,8 @@ def evaluate(
                 find_splits(data, images, format=dataset["format"])  # before the model is loaded
                 opened: dict[str, Any] = {"fast_preprocessing": fast_preprocessing, "thresholds": thresholds}
                 detector = open_detector(weights or PUBLISHED, device, **opened)
-                options = {**dataset, "batch_size": batch_size, "shown": rank == 0}
-                result = _detect_and_evaluate(detector, data, images, **options)
+                options = {**dataset, "batch_size": batch_size, "apply_thresholds": thresholds is not None}
+                result = _detect_and_evaluate(detector, data, images, shown=rank == 0, **options)
         if rank == 0 and json_file is not None:
             text = json.dumps(result.to_dict(), indent=2) + "\n"
             write_atomically({json_file: lambda path: path.write_text(text, encoding="utf-8")})

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from conditional_detr.cli.console import err, megabytes, one_line_errors, out, print_line
-from conditional_detr.cli.options import OVERWRITE, REVISION, SOURCE, TOP_K
+from conditional_detr.cli.options import OVERWRITE, REVISION, SOURCE, STORED_THRESHOLDS, TOP_K
 
 if TYPE_CHECKING:
     from conditional_detr.inference.exported import Description
@@ -17,6 +17,7 @@ def export(
     target: Annotated[Path, typer.Argument(help="File to write: .onnx, .xml (OpenVINO) or .pt2 (torch.export).")],
     half: Annotated[bool, typer.Option("--half", help="Export in float16, for GPUs.")] = False,
     top_k: Annotated[int | None, typer.Option(min=1, help=TOP_K)] = None,
+    thresholds: Annotated[Path | None, typer.Option(help=STORED_THRESHOLDS)] = None,
     image: Annotated[
         str | None, typer.Option(help="Image to compare the two models on.", show_default="a generated pattern")
     ] = None,
@@ -42,12 +43,16 @@ def export(
         from conditional_detr.checkpoints.loading import from_pretrained
         from conditional_detr.deploy.export import check_free, checked_target
         from conditional_detr.deploy.export import export as write
+        from conditional_detr.inference.thresholds import read_thresholds
 
-        check_free(checked_target(target), source, overwrite=overwrite)
+        inputs = [path for path in (source, thresholds) if path is not None]
+        check_free(checked_target(target), *inputs, overwrite=overwrite)
+        of_classes = None if thresholds is None else read_thresholds(thresholds)
         model = from_pretrained(source, revision=revision)
         dtype = torch.float16 if half else torch.float32
-        options: dict[str, Any] = {"image": image, "tolerance": tolerance, "overwrite": overwrite}
-        description = write(model, target, dtype=dtype, top_k=top_k, progress=status.update, **options)
+        checked: dict[str, Any] = {"image": image, "tolerance": tolerance, "overwrite": overwrite}
+        options: dict[str, Any] = {"dtype": dtype, "top_k": top_k, "thresholds": of_classes, **checked}
+        description = write(model, target, progress=status.update, **options)
     report(target, description)
 
 

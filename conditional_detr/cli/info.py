@@ -120,6 +120,8 @@ def _rows_of_exported(path: Path, description: "Description") -> Iterator[tuple[
     yield "written by", ", ".join(f"{package} {version}" for package, version in description.versions.items())
     yield "network", ARCHITECTURES[description.architecture].__name__
     yield from _rows_of_network(description.config, description.metadata)
+    if description.thresholds is not None:
+        yield "thresholds", ", ".join(f"{name} {value:g}" for name, value in description.thresholds.items())
     for one in description.parity:
         size = f"{one.height} x {one.width}"
         yield size, f"logits differ by at most {one.logits:.1e} from the model, boxes by {one.boxes:.1e}"

@@ -17,6 +17,7 @@ TOP_K = "Include post-processing that keeps this many detections per image."
 BATCH_SIZE = "Run at most this many images of one shape together."
 BATCH_SIZE_DEFAULT = "8, on a CPU fewer large ones"
 THRESHOLDS = "JSON file with a threshold for each class, as analyse writes it."
+STORED_THRESHOLDS = "JSON file with a threshold for each class, to store for detect, video and serve."
 OVERWRITE = "Replace existing files."
 FAST_PREPROCESSING = (
     "Resize by torchvision: faster, pixels differ by rounding; large JPEG files are reduced while decoded."
@@ -29,6 +30,7 @@ CACHE = "Decode each training image once: 'ram' keeps all in memory, 'disk' in ~
 DATA = "Dataset: COCO, YOLO, Pascal VOC or Hugging Face, as a folder or its JSON or YAML file."
 IMAGES = "Image folder, where --data does not lead to it."
 FORMAT = "Format of --data: coco, yolo, voc, voc-devkit (pixels count from 1) or huggingface."
+RESULTS = "COCO results file, or what detect wrote: a folder or .jsonl file. Nothing is detected then."
 SPLIT_NAME = "Split of --data to use, if it has several."
 SHARES = "Split --data at random into train, val and test: 0.8/0.1/0.1."
 

@@ -10,7 +10,7 @@ import typer
 
 from conditional_detr.cli.console import FAILED, err, one_line_errors, out, print_line
 from conditional_detr.cli.export import report
-from conditional_detr.cli.options import OVERWRITE, REVISION, SOURCE, TOP_K
+from conditional_detr.cli.options import OVERWRITE, REVISION, SOURCE, STORED_THRESHOLDS, TOP_K
 from conditional_detr.inference.listing import list_images
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def quantize(
         typer.Option(help="Part to keep in float32: backbone, encoder or decoder; repeatable. No other is tried."),
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help=TOP_K)] = None,
+    thresholds: Annotated[Path | None, typer.Option(help=STORED_THRESHOLDS)] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the calibration images.")] = 0,
     revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
@@ -60,18 +61,21 @@ def quantize(
         from conditional_detr.checkpoints.loading import from_pretrained
         from conditional_detr.deploy.export import check_free
         from conditional_detr.deploy.quantize import Quantizer, check_request
+        from conditional_detr.inference.thresholds import read_thresholds
 
-        inputs = [path for path in (source, data, images) if path is not None]
+        inputs = [path for path in (source, data, images, thresholds) if path is not None]
         check_free(check_request(target, keep or ()), *inputs, overwrite=overwrite)  # before AP is measured
         if (data is None) != (images is None):
             raise ValueError("expected both --data and --images, to measure AP, or neither")
         chosen = [listed.image for listed in list_images(calibration, output=target).images]
         chosen = random.Random(seed).sample(chosen, min(samples, len(chosen)))
+        of_classes = None if thresholds is None else read_thresholds(thresholds)
         model = from_pretrained(source, revision=revision)
         check = None if data is None or images is None else _AccuracyCheck(model, data, images, max_loss, status)
         attempts = _FALLBACKS if keep is None and check else (tuple(keep or ()),)
         options: dict[str, Any] = {"measure": check} if check else {}
-        quantizer = Quantizer(model, target, chosen, top_k=top_k, overwrite=overwrite, progress=status.update)
+        stored: dict[str, Any] = {"top_k": top_k, "thresholds": of_classes}
+        quantizer = Quantizer(model, target, chosen, **stored, overwrite=overwrite, progress=status.update)
         description = None
         for kept in attempts:
             with contextlib.suppress(_AccuracyError):

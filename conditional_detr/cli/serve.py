@@ -133,7 +133,7 @@ def serve(
             urls=UrlGuard(*(allow_urls or ())),
             rate_limit=rate_limit,
             rate_storage=rate_storage,
-            threshold=0.5 if threshold is None else threshold,
+            threshold=threshold,
             top_k=top_k,
         )
         create = _Application(

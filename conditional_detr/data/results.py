@@ -1,4 +1,4 @@
-"""Read and check detections in COCO's results format."""
+"""Read and check detections in COCO's results format, or as ``conditional-detr detect`` writes them."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from conditional_detr.data.coco import MAX_COORDINATE, Annotations, check_fields, read_json
+from conditional_detr.data.detect_results import is_from_detect, read_detect_results
 from conditional_detr.data.json_values import Id, describe_content, get_value, to_id, to_number
 
 
@@ -31,6 +32,9 @@ class Results(NamedTuple):
 def read_results(source: str | Path | Sequence[Mapping[str, Any]], data: Annotations) -> Results:
     """Read detections in COCO's results format: a list of image_id, category_id, bbox [x0, y0, w, h] and score.
 
+    A folder or a ``.jsonl`` file is read as results of ``conditional-detr detect``: see
+    :func:`conditional_detr.data.detect_results.read_detect_results`.
+
     Detections of categories that are left out are skipped with a warning: without annotations they do not count.
 
     Raises:
@@ -38,7 +42,11 @@ def read_results(source: str | Path | Sequence[Mapping[str, Any]], data: Annotat
         ValueError: it is not JSON, or not in this format, or has an image or category that the annotations lack; the
             message has the file and the position in it.
     """
-    name, content = read_json(source, "results")
+    if is_from_detect(source):
+        path = Path(source)  # type: ignore[arg-type]
+        name, content = str(path), read_detect_results(path, data)
+    else:
+        name, content = read_json(source, "results")
     if isinstance(content, Mapping | str) or not isinstance(content, Sequence):
         raise ValueError(f"{name}: expected a list of detections, got {describe_content(content)}")
     results = _read_columns(content, data)

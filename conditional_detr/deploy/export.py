@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -19,7 +19,13 @@ from conditional_detr.deploy.optimize import OptimizedDETR, check_dtype, check_m
 from conditional_detr.deploy.parity import TOLERANCES, check_parity, compare, parity_pixels, tolerances_of
 from conditional_detr.inference.checksums import append_checksum, files_of
 from conditional_detr.inference.exported import Description, ExportedModel
-from conditional_detr.inference.postprocessing import check_count, check_head, named_rows, top_k_detections
+from conditional_detr.inference.postprocessing import (
+    check_count,
+    check_head,
+    make_postprocessing,
+    named_rows,
+    top_k_detections,
+)
 from conditional_detr.inference.runtimes import BOXES, DETECTIONS, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
 from conditional_detr.inference.sources import ImageSource, source_name
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
@@ -44,6 +50,7 @@ def export(
     *,
     dtype: torch.dtype = torch.float32,
     top_k: int | None = None,
+    thresholds: Mapping[str, float] | None = None,
     image: ImageSource | None = None,
     tolerance: float | None = None,
     overwrite: bool = False,
@@ -68,6 +75,8 @@ def export(
         dtype: dtype of the computation: float32; or float16, for GPUs, where softmax, sines, reference points and box
             arithmetic stay in float32.
         top_k: largest number of detections per image, to include post-processing; None: no post-processing.
+        thresholds: thresholds by class name, to store for ``Detector.from_file``; None: none. The outputs are not
+            changed.
         image: image to compare the outputs on; None: a generated pattern.
         tolerance: largest allowed difference of the boxes, which are in [0, 1]; of the logits ten times as much.
             Default: 1e-5 in float32 and 0.02 in float16; or three times what float32 itself rounds on the image.
@@ -95,10 +104,10 @@ def export(
     if tolerance is not None and not 0 < tolerance <= 1:
         raise ValueError(f"tolerance: expected 0 < tolerance <= 1, got {tolerance}")
     images = parity_pixels(image, model.metadata.preprocessing)  # before tracing, to report an unreadable image early
+    suffix, precision = target.suffix.lower(), str(dtype).removeprefix("torch.")
+    description = describe(model, suffix, precision=precision, top_k=top_k, thresholds=thresholds)
     progress("tracing")
-    suffix = target.suffix.lower()
     write = make_writer(model, suffix, dtype=dtype, top_k=top_k)
-    description = describe(model, suffix, precision=str(dtype).removeprefix("torch."), top_k=top_k)
     image_name = "drawn" if image is None else source_name(image, "given")
     with unfinished_folder(target.parent) as folder:
         draft = draft_of(target, folder)
@@ -288,12 +297,25 @@ def missing_packages(target: Path, packages: Sequence[str], extra: str) -> Modul
     return ModuleNotFoundError(f"{target}: {needs}")
 
 
-def describe(model: DetectionTransformer, suffix: str, *, precision: str, top_k: int | None) -> Description:
-    """Return the description to store in an exported model, without its parity and other measurements."""
+def describe(
+    model: DetectionTransformer,
+    suffix: str,
+    *,
+    precision: str,
+    top_k: int | None,
+    thresholds: Mapping[str, float] | None,
+) -> Description:
+    """Return the description to store in an exported model, without its parity and other measurements.
+
+    Raises:
+        TypeError, ValueError: thresholds that a detector with this model could not use.
+    """
+    if thresholds is not None:
+        make_postprocessing(model.metadata.class_names, threshold=thresholds, top_k=1, classes=None)
     packages = ("conditional-detr", "torch", *PACKAGES[suffix][0])
     versions = {package: version_of(package) for package in packages}
     return Description(
-        model.config, model.metadata, precision, top_k, (), "", versions, {}, architecture=model.architecture
+        model.config, model.metadata, precision, top_k, (), "", versions, {}, model.architecture, thresholds
     )
 
 

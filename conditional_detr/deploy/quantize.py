@@ -54,6 +54,7 @@ def quantize(
     *,
     keep: Sequence[str] = (),
     top_k: int | None = None,
+    thresholds: Mapping[str, float] | None = None,
     overwrite: bool = False,
     measure: Callable[[ExportedModel], Mapping[str, Any]] = lambda _: {},
     progress: Callable[[str], None] = lambda _: None,
@@ -74,6 +75,7 @@ def quantize(
         images: calibration images, about a hundred; each is opened when it is needed.
         keep: parts to keep in float32: "backbone", "encoder", "decoder".
         top_k: largest number of detections per image, to include post-processing; None: no post-processing.
+        thresholds: thresholds by class name, to store for ``Detector.from_file``; None: none.
         overwrite: replace existing files.
         measure: returns further measurements of the exported model to store in it, such as AP, by name. If it raises,
             nothing is written.
@@ -91,7 +93,8 @@ def quantize(
             cannot be traced, or whose class head does not match its class names; outputs that are not finite.
     """
     check_request(target, keep)
-    quantizer = Quantizer(model, target, images, top_k=top_k, overwrite=overwrite, progress=progress)
+    stored: dict[str, Any] = {"top_k": top_k, "thresholds": thresholds}
+    quantizer = Quantizer(model, target, images, **stored, overwrite=overwrite, progress=progress)
     return quantizer.write(keep=keep, measure=measure)
 
 
@@ -109,6 +112,7 @@ class Quantizer:
         images: Sequence[ImageSource],
         *,
         top_k: int | None = None,
+        thresholds: Mapping[str, float] | None = None,
         overwrite: bool = False,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -120,7 +124,8 @@ class Quantizer:
         _check_list("images", images)
         if not images:
             raise ValueError("images: expected at least one, got none")
-        self.model, self.images, self.top_k, self.progress = model, images, top_k, progress
+        self.model, self.images, self.progress = model, images, progress
+        self.description = describe(model, ".xml", precision="int8", top_k=top_k, thresholds=thresholds)
         self.compared = parity_pixels(images[0], model.metadata.preprocessing)  # before tracing, as an early check
         progress("tracing")
         self.traced = trace(model, dtype=torch.float32, top_k=top_k)
@@ -137,11 +142,10 @@ class Quantizer:
         check_request(self.target, keep)
         model, target, images = self.model, self.target, self.images
         network = _quantized(self.network, self.traced, images, model.metadata.preprocessing, keep, self.progress)
-        description = describe(model, ".xml", precision="int8", top_k=self.top_k)
-        versions = {**description.versions, "nncf": version_of("nncf")}
+        versions = {**self.description.versions, "nncf": version_of("nncf")}
         measured: dict[str, Any] = {"calibration": {"images": len(images), "also in float": sorted(keep)}}
         image_name = source_name(images[0], "given")
-        description = replace(description, versions=versions, image=image_name, measured=measured)
+        description = replace(self.description, versions=versions, image=image_name, measured=measured)
         with unfinished_folder(target.parent) as folder:
             draft = draft_of(target, folder)
             write_openvino(network, draft, description)

@@ -74,6 +74,7 @@ def evaluate(
     *,
     split: str = "val",
     format: Format | None = None,
+    apply_thresholds: bool = False,
     batch_size: int | None = None,
     rotated: Rotated = "box",
     progress: Callable[[int, int], None] | None = None,
@@ -82,13 +83,14 @@ def evaluate(
 
     Args:
         detector: the detector, or a model. Classes are matched by name: the detector must have all categories of the
-            dataset, and only these are detected. If it has thresholds, the detections above them are measured, else
-            all.
+            dataset, and only these are detected.
         annotations: a file or folder in any format; the content of a COCO JSON file; or annotations that are already
             read.
         images: the folder of the images; default: where the format has them.
         split: the split of a dataset that has several.
         format: the format; default: recognised by the content.
+        apply_thresholds: whether only detections above the detector's thresholds count. Default: all count, as AP is
+            defined.
         batch_size: the maximum number of images that run together; default: that of the detector.
         rotated: which box to use of an annotation whose attributes rotate its box, as CVAT writes them: "box", its box
             before the rotation, with a warning; or "hull", the smallest upright box around the rotated one.
@@ -112,7 +114,7 @@ def evaluate(
 
     def detect() -> ImageDetections:
         chosen = {image_id: paths[image_id] for image_id in image_ids}
-        return detect_all(detector, data, chosen, batch_size, progress)
+        return detect_all(detector, data, chosen, batch_size, progress, apply_thresholds=apply_thresholds)
 
     return _gather(detect, lambda parts: _compute_metrics(data, parts))
 
@@ -129,8 +131,9 @@ def evaluate_detections(
 
     Args:
         annotations: as in :func:`evaluate`; the images are not needed.
-        results: a JSON file in COCO's results format, or its content. Under torch.distributed, the results of this
-            process; if several processes have results of one image, those of the lowest rank are used.
+        results: a JSON file in COCO's results format, or its content; or a folder or ``.jsonl`` file of
+            ``conditional-detr detect``. Under torch.distributed, the results of this process; if several processes
+            have results of one image, those of the lowest rank are used.
         split: as in :func:`evaluate`.
         format: as in :func:`evaluate`.
         rotated: as in :func:`evaluate`.
@@ -194,13 +197,15 @@ def detect_all(
     paths: Mapping[Id, Path],
     batch_size: int | None,
     progress: Callable[[int, int], None] | None,
+    *,
+    apply_thresholds: bool = False,
 ) -> ImageDetections:
     """Return the detections of each image."""
     indices = {name: index for index, name in enumerate(data.categories.values())}
     # The detector batches images of one size, so they must follow each other.
     order = sorted(paths, key=lambda image_id: [str(data.images[image_id].get(side)) for side in ("height", "width")])
     images = iter([paths[image_id] for image_id in order])
-    threshold = 0.0 if detector.thresholds is None else None
+    threshold = None if apply_thresholds else 0.0
     results = detector(images, threshold=threshold, top_k=MAX_DETECTIONS, classes=list(indices), batch_size=batch_size)
     by_image: ImageDetections = {}
     for image_id, detections in zip(order, results, strict=True):

@@ -90,8 +90,12 @@ class Detector:
 
     @classmethod
     def from_file(cls, path: str | Path, **options: Any) -> "Detector":
-        """Open an exported model: see :class:`conditional_detr.inference.exported.ExportedModel`."""
-        return cls(ExportedModel(path, **options))
+        """Open an exported model, with the thresholds that it contains.
+
+        See :class:`conditional_detr.inference.exported.ExportedModel`.
+        """
+        model = ExportedModel(path, **options)
+        return cls(model, thresholds=model.description.thresholds)
 
     @overload  # a string is also a sequence of strings: the first match, one image, is meant
     def __call__(  # type: ignore[overload-overlap]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from conditional_detr.inference.checksums import files_of
 from conditional_detr.inference.postprocessing import check_count
 from conditional_detr.inference.runtimes import SUFFIXES, LoadedFile, open_file
+from conditional_detr.inference.thresholds import check_thresholds
 from conditional_detr.modeling.architectures import ARCHITECTURES
 from conditional_detr.modeling.conditional_detr import ConditionalDETR
 from conditional_detr.modeling.config import Config
@@ -20,7 +21,7 @@ from conditional_detr.modeling.detection_transformer import AttentionMaps, Outpu
 from conditional_detr.modeling.metadata import Metadata, Preprocessing
 from conditional_detr.modeling.scores import ClassScores
 
-FORMAT = 3  # of a description; format 2 has no architecture, and format 1 calls the image "picture"
+FORMAT = 4  # of a description; 3 has no thresholds, 2 also no architecture, and 1 calls the image "picture"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Description:
         versions: versions of the packages that wrote the file.
         measured: other measurements, such as AP, by name.
         architecture: name of the architecture, "conditional_detr" or "detr".
+        thresholds: by class name, the thresholds to use by default; None: 0.5 for all classes.
     """
 
     config: Config
@@ -66,6 +68,7 @@ class Description:
     versions: Mapping[str, str]
     measured: Mapping[str, Any]
     architecture: str = ConditionalDETR.architecture
+    thresholds: Mapping[str, float] | None = None
 
     def to_json(self) -> str:
         """Return the description as the JSON text that is stored in the file."""
@@ -89,7 +92,9 @@ class Description:
         if written == 1 and "picture" in content:
             content["image"], written = content.pop("picture"), 2
         if written == 2:
-            content["architecture"], written = ConditionalDETR.architecture, FORMAT
+            content["architecture"], written = ConditionalDETR.architecture, 3
+        if written == 3:
+            content["thresholds"], written = None, FORMAT
         if written != FORMAT:
             versions = content.get("versions")
             by = versions.get("conditional-detr", "?") if isinstance(versions, dict) else "?"
@@ -109,6 +114,8 @@ class Description:
             if content["architecture"] not in ARCHITECTURES:
                 raise ValueError(f"architecture {content['architecture']!r}")
             metadata = Metadata(names, ids, Preprocessing(**preprocessing))
+            if content["thresholds"] is not None:
+                content["thresholds"] = check_thresholds(content["thresholds"], class_names=names)
             return cls(config=config, metadata=metadata, parity=parity, **content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"its description is damaged: {error}") from error

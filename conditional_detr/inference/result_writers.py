@@ -1,5 +1,7 @@
 """Writers of detections: one JSON file per image, JSON Lines, or CSV; ``results.open_results`` chooses one.
 
+:func:`read_written` reads what they wrote.
+
 An image is done when its name is in its JSON file, or in any of the JSON Lines files. Results record the settings they
 were made with, so that results of different settings are not mixed.
 """
@@ -268,11 +270,40 @@ def is_table(path: Path) -> bool:
         return file.readline().rstrip("\r\n") == ",".join(_COLUMNS)
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the results in a JSON Lines file; skip a last line that another process is still writing."""
+def read_written(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the results of each image in a JSON Lines file, or in the files of either kind in a folder.
+
+    Returns:
+        An iterator of (file and line, for messages; the results).
+
+    Raises:
+        OSError: a file does not exist or cannot be read.
+        ValueError: a file of another form or that ends within a line; a folder without results or with both kinds.
+    """
+    lines = line_files(path) if path.is_dir() else [path]
+    files = sorted(path.rglob("*.json"))
+    if bool(lines) == bool(files):
+        both = "both kinds" if files else "neither"
+        raise ValueError(f"{path}: expected results of detect, JSON files or {_LINES}.jsonl, got {both}")
+    for part in lines:
+        for number, content in enumerate(_read_lines(part, finished=True), 1):
+            yield f"{part}, line {number}", content
+    for file in files:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            _check_form(content)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file}: expected the detections of one image as JSON") from error
+        yield str(file), content
+
+
+def _read_lines(path: Path, *, finished: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the results in a JSON Lines file; unless it is finished, another process may be writing the last line."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):
+                if finished:
+                    raise ValueError(f"{path}, line {number}: expected a whole line; detect --resume finishes it")
                 return
             try:
                 content = json.loads(line)

@@ -217,8 +217,7 @@ class DetectionService:
 
     def _postprocessing(self, model: ServedModel, options: Options) -> Postprocessing:
         """Return the validated options of a request."""
-        default = self.settings.threshold if model.detector.thresholds is None else None  # the detector's own
-        threshold = default if options.threshold is None else options.threshold
+        threshold = self.settings.threshold if options.threshold is None else options.threshold
         top_k = self.settings.top_k if options.top_k is None else options.top_k
         try:
             return model.detector.postprocessing(threshold=threshold, top_k=top_k, classes=options.classes)

@@ -30,8 +30,8 @@ class ServiceSettings:
         rate_limit: requests per key, such as "60/minute", in the notation of the package limits; None: no limit.
         rate_storage: where requests are counted, as a URI of the package limits: "memory://" counts in each process,
             "redis://..." across processes and machines.
-        threshold: reported are detections with a higher score, unless a request or the detector's thresholds say
-            otherwise.
+        threshold: reported are detections with a higher score, unless a request says otherwise; None: that of the
+            detector.
         top_k: maximum number of detections per image, unless a request says otherwise.
 
     Raises:
@@ -52,7 +52,7 @@ class ServiceSettings:
     url_seconds: float = 10.0
     rate_limit: str | None = None
     rate_storage: str = "memory://"
-    threshold: float = 0.5
+    threshold: float | None = None
     top_k: int = 100
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class ServiceSettings:
             raise ValueError(f"max_bodies: expected at least max_body, {self.max_body}, got {self.max_bodies}")
         if not 0 <= self.max_wait <= 1:
             raise ValueError(f"max_wait: expected 0 to 1 seconds, got {self.max_wait}")
-        if not 0 <= self.threshold <= 1:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold: expected 0..1, got {self.threshold}")
         if self.rate_limit is not None:
             try:

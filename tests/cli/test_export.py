@@ -100,6 +100,56 @@ def test_evaluate_takes_the_file(shapes_onnx, tmp_path):
     assert numbers["AP"] > 0.3
 
 
+def test_thresholds_of_the_file(least, photograph, tmp_path, monkeypatch):
+    """The default of detect, from which options differ; AP is measured without them unless they are asked for."""
+    monkeypatch.chdir(tmp_path)
+    model = Detector.from_pretrained(least)
+    names = [name for name in model.model.metadata.class_names if name is not None]
+    scores = model(photograph, threshold=0, top_k=5).scores.tolist()
+    label = model(photograph, threshold=0, top_k=1).names[0]
+    stored = {**dict.fromkeys(names, 1.0), label: (scores[0] + scores[1]) / 2}
+    Path("t.json").write_text(json.dumps(stored))
+    done = run("export", least, "small.pt2", "--thresholds", "t.json", "--image", photograph)
+    assert done.exit_code == 0, done.output
+    detector = Detector.from_file("small.pt2")
+    assert detector.thresholds == stored
+    assert detector(photograph).names == (label,)
+    told = run("info", "small.pt2")
+    assert f"{label} {stored[label]:g}" in " ".join(told.stdout.split())
+    for options, count in (((), 1), (("--threshold", 0.0, "--top-k", 3), 3)):
+        run("detect", photograph, "--weights", "small.pt2", "--output", "o", "--no-draw", "--overwrite", *options)
+        assert len(json.loads(Path("o/photograph.json").read_text())["detections"]) == count
+    other = next(name for name in names if name != label)
+    found = model(photograph, threshold=0, classes=[other], top_k=1)
+    x0, y0, x1, y1 = found.boxes[0].tolist()
+    box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0}
+    image = {"id": 1, "file_name": photograph.name, "height": found.size[0], "width": found.size[1]}
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, **box}
+    data = {"images": [image], "annotations": [annotation], "categories": [{"id": 1, "name": other}]}
+    Path("data.json").write_text(json.dumps(data))
+    recalls = {False: 1.0, True: 0.0}  # the one annotation is a detection of a class with the threshold 1
+    for applied, recall in recalls.items():
+        measured = evaluate(detector, "data.json", photograph.parent, apply_thresholds=applied)
+        assert measured.metrics["AR100"] == recall
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"cat": 0.5}, "thresholds: expected class names of the model, got 'cat'"),
+        ({"LABEL_0": 0.5}, "thresholds: expected one for each class that is reported, got none for LABEL_1"),
+        ({"LABEL_0": 2}, "t.json: LABEL_0: expected a threshold of 0..1, got 2"),
+    ],
+)
+def test_thresholds_that_cannot_be_stored(least, tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    Path("t.json").write_text(json.dumps(content))
+    refused = run("export", least, "small.pt2", "--thresholds", "t.json")
+    assert refused.exit_code == 2
+    assert message in refused.stderr
+    assert [path.name for path in Path.cwd().iterdir()] == ["t.json"]
+
+
 def test_info_tells_what_stands_in_the_file(written, tmp_path):
     path, _ = written
     told = run("info", path)

@@ -563,9 +563,9 @@ def test_foreign_files_and_damaged_descriptions(suffix, tmp_path, exports):
     write_one_operation(target)
     with pytest.raises(ValueError, match=rf"other\{suffix}: expected a model exported by `conditional-detr export`"):
         ExportedModel(target)
-    newer = '{"format": 4, "versions": {"conditional-detr": "9.1"}}'
+    newer = '{"format": 5, "versions": {"conditional-detr": "9.1"}}'
     write_one_operation(target, newer)
-    message = rf"other\{suffix}: expected a description of format 3, got 4, written by conditional-detr 9\.1; exp"
+    message = rf"other\{suffix}: expected a description of format 4, got 5, written by conditional-detr 9\.1; exp"
     with pytest.raises(ValueError, match=message):
         ExportedModel(target)
     write_one_operation(target, '{"format": 2, "config": {}')
@@ -584,7 +584,7 @@ def test_damaged_descriptions(exports):
         with pytest.raises(ValueError, match="its description is damaged"):
             Description.from_json(json.dumps(one))
     for versions in ([], None, {}):
-        with pytest.raises(ValueError, match=r"format 3, got 0, written by conditional-detr \?; export"):
+        with pytest.raises(ValueError, match=r"format 4, got 0, written by conditional-detr \?; export"):
             Description.from_json(json.dumps({**content, "format": 0, "versions": versions}))
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import conditional_detr.deploy.quantize as module
 from conditional_detr import ConditionalDETR, Detector, Metadata, Preprocessing, optimize
 from conditional_detr.cli import app
-from conditional_detr.data.synthetic import draw_image, image_index, write_shapes
+from conditional_detr.data.synthetic import CLASS_NAMES, draw_image, image_index, write_shapes
 from conditional_detr.deploy.export import openvino_network
 from conditional_detr.deploy.quantize import quantize
 from conditional_detr.evaluation.coco import evaluate
@@ -22,6 +22,8 @@ from conditional_detr.inference.exported import ExportedModel
 from conditional_detr.inference.runtimes import openvino_core
 from helpers.exports import OneTrace
 from helpers.models import TINY_CONFIG, card_metric
+
+THRESHOLDS = dict.fromkeys(CLASS_NAMES, 0.25)
 
 
 def run(*arguments):
@@ -61,7 +63,13 @@ def quantised(shapes, tmp_path_factory):
     path = tmp_path_factory.mktemp("int8") / "shapes.xml"
     steps = []
     described = quantize(
-        shapes, path, drawn(12), top_k=20, measure=lambda _: {"AP": np.float32(0.5)}, progress=steps.append
+        shapes,
+        path,
+        drawn(12),
+        top_k=20,
+        thresholds=THRESHOLDS,
+        measure=lambda _: {"AP": np.float32(0.5)},
+        progress=steps.append,
     )
     return path, described, steps
 
@@ -79,6 +87,11 @@ def _source(node):
         node = node.input_value(0).get_node()
         if node.get_type_name() not in ("Reshape", "Transpose", "Multiply", "MaxPool"):
             return node.get_type_name()
+
+
+def test_thresholds_are_stored(quantised):
+    path, described, _ = quantised
+    assert Detector.from_file(path).thresholds == described.thresholds == THRESHOLDS
 
 
 def test_quantised_operations(quantised):
