@@ -15,6 +15,7 @@ Rectangle: TypeAlias = tuple[int, int, int, int]  # x0 y0 x1 y1 in whole pixels;
 
 MIN_FONT_SIZE = 11  # pixels: the smallest size that is easy to read
 _MOST_CELLS = 256  # along the longer side of the image
+_LARGEST_HIDDEN_SHARE = 0.5  # of any box, by one label
 
 
 def arrange_labels(
@@ -23,7 +24,10 @@ def arrange_labels(
     image: tuple[int, int],
     font_at: Callable[[int], ImageFont.FreeTypeFont],
 ) -> list[tuple[str, int, Rectangle]]:
-    """Return the text, font size and rectangle of each label; if labels overlap, use a smaller font size for all.
+    """Return the text, font size and rectangle of each label.
+
+    Where labels would hide each other or objects, all get a smaller font. A label for which that is not enough loses
+    its score, then its whole text: on a small or crowded image, the objects stay visible.
 
     Args:
         frames: K boxes, the best first.
@@ -40,13 +44,19 @@ def arrange_labels(
 
     largest = max(round(math.sqrt(image[0] * image[1]) / 44), MIN_FONT_SIZE + 1)
     for size in (max(round(share * largest), MIN_FONT_SIZE) for share in (1, 0.85, 0.7)):
-        labels = [fit_label(name, score, image[0], size, width) for name, score in scored_names]
-        labels = [(text if height(fitted) <= image[1] else "", fitted) for text, fitted in labels]
-        sizes = [(width(text, fitted), height(fitted)) if text else (0, 0) for text, fitted in labels]
-        rectangles, overlap = place_labels(frames, sizes, image)
-        if not overlap:
+        labels = [
+            [fit_label(name, shown, image[0], size, width) for shown in ([score, None] if name and score else [score])]
+            for name, score in scored_names
+        ]
+        labels = [[(text if height(fitted) <= image[1] else "", fitted) for text, fitted in one] for one in labels]
+        sizes = [[(width(text, fitted), height(fitted)) if text else (0, 0) for text, fitted in one] for one in labels]
+        placed = place_labels(frames, sizes, image)
+        if all(chosen == 0 for chosen, _ in placed):
             break
-    return [(text, fitted, rectangle) for (text, fitted), rectangle in zip(labels, rectangles, strict=True)]
+    return [
+        (*(("", size) if chosen is None else one[chosen]), rectangle)
+        for one, (chosen, rectangle) in zip(labels, placed, strict=True)
+    ]
 
 
 def fit_label(
@@ -73,38 +83,48 @@ def fit_label(
 
 
 def place_labels(
-    boxes: Sequence[Rectangle], sizes: Sequence[tuple[int, int]], image: tuple[int, int]
-) -> tuple[list[Rectangle], int]:
-    """Return a rectangle for the label of each box, and the area in which labels overlap; the first are placed first.
+    boxes: Sequence[Rectangle], sizes: Sequence[Sequence[tuple[int, int]]], image: tuple[int, int]
+) -> list[tuple[int | None, Rectangle]]:
+    """Return a place for the label of each box; the first are placed first.
 
-    Each rectangle is next to or inside its box, and inside the image. Of the candidates, those that cover the least
-    area of earlier labels remain; of these, the one that covers the smallest shares of all boxes is used.
+    Each rectangle is next to or inside its box, and inside the image. A candidate must not cover an earlier label, and
+    not more than half of any box. Of the candidates, the one that covers the smallest shares of all boxes is used.
 
     Args:
         boxes: K boxes inside the image.
-        sizes: K label sizes (width, height).
+        sizes: K times the sizes (width, height) that the label may have, the best first.
         image: (width, height) of the image.
+
+    Returns:
+        K times the index of the first size that has a place, and the rectangle; None and an empty one if none has.
     """
-    count, overlap = len(boxes), 0
+    count = len(boxes)
     taken = np.array([*boxes, *boxes]).reshape(-1, 4)  # the boxes, then the labels that are placed
     areas = (taken[:count, 2:] - taken[:count, :2]).prod(1).clip(min=1)
-    lengths = np.sqrt(areas).sum() + sum(math.sqrt(width * height) for width, height in sizes)
+    lengths = np.sqrt(areas).sum() + sum(math.sqrt(width * height) for (width, height), *_ in sizes)
     grid = _Grid(max(round(lengths / max(2 * count, 1)), max(image) // _MOST_CELLS, 1))
     for i, box in enumerate(boxes):
         grid.add(i, box)
-    for i, (box, size) in enumerate(zip(boxes, sizes, strict=True)):
-        candidates = _candidates(box, size, image)
-        near = grid.near(candidates.tolist())
-        near_boxes = int(np.searchsorted(near, count))
-        shared = _overlap(candidates, taken[near])
-        covered = shared[:, near_boxes:].sum(1)
-        # shares, not pixels: a label easily hides a small object; later candidates have a small penalty
-        hidden = (shared[:, :near_boxes] / areas[near[:near_boxes]]).sum(1) + 0.05 * np.arange(len(candidates))
-        chosen = np.lexsort((hidden, covered))[0]
-        taken[count + i] = candidates[chosen]
-        overlap += int(covered[chosen])
-        grid.add(count + i, candidates[chosen].tolist())
-    return [(x0, y0, x1, y1) for x0, y0, x1, y1 in taken[count:].tolist()], overlap
+    placed: list[tuple[int | None, Rectangle]] = []
+    for i, (box, allowed) in enumerate(zip(boxes, sizes, strict=True)):
+        placed.append((None, (*box[:2], *box[:2])))
+        for number, size in enumerate(allowed):
+            candidates = _candidates(box, size, image)
+            near = grid.near(candidates.tolist())
+            near_boxes = int(np.searchsorted(near, count))
+            shared = _overlap(candidates, taken[near])
+            # shares, not pixels: a label easily hides a small object; later candidates have a small penalty
+            shares = shared[:, :near_boxes] / areas[near[:near_boxes]]
+            hidden = shares.sum(1) + 0.05 * np.arange(len(candidates))
+            hidden[shared[:, near_boxes:].any(1) | (shares > _LARGEST_HIDDEN_SHARE).any(1)] = math.inf
+            best = int(hidden.argmin())
+            if hidden[best] < math.inf:
+                taken[count + i] = candidates[best]
+                grid.add(count + i, candidates[best].tolist())
+                x0, y0, x1, y1 = candidates[best].tolist()
+                placed[-1] = number, (x0, y0, x1, y1)
+                break
+    return placed
 
 
 class _Grid:

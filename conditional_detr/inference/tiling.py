@@ -1,7 +1,7 @@
 """Detect objects on views of an image: on overlapping tiles of a large one, and mirrored or at another scale."""
 
 import math
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -117,9 +117,23 @@ def views_of(size: tuple[int, int], tiling: Tiling, preprocessing: Preprocessing
         for y in _starts(height, tile_height, tiling.overlap)
         for x in _starts(width, tile_width, tiling.overlap)
     ]
-    scales = [1.0] if not tiling.augment or preprocessing.resizing != "edges" else [1.0, _SCALE]
-    mirrored = [False, True] if tiling.augment else [False]
-    return [[View(box, flag, scale) for box in boxes] for scale in scales for flag in mirrored]
+    return [[View(box, *shown) for box in boxes] for shown in _rounds(tiling, preprocessing)]
+
+
+def count_views(size: tuple[int, int], tiling: Tiling, preprocessing: Preprocessing) -> int:
+    """Return the number of views that :func:`views_of` gives."""
+    height, width = (
+        len(_starts(length, side, tiling.overlap)) for length, side in zip(size, tiling.tile or size, strict=True)
+    )
+    return height * width * len(_rounds(tiling, preprocessing))
+
+
+def _rounds(tiling: Tiling, preprocessing: Preprocessing) -> list[tuple[bool, float]]:
+    """Return the ways to show the model the whole image: whether it is mirrored, and its scale."""
+    if not tiling.augment:
+        return [(False, 1.0)]
+    scales = [1.0] if preprocessing.resizing != "edges" else [1.0, _SCALE]
+    return [(mirrored, scale) for scale in scales for mirrored in (False, True)]
 
 
 def _starts(length: int, tile: int, overlap: float) -> list[int]:
@@ -199,48 +213,68 @@ def detect_on_views(
     Returns:
         The detections, whose queries are -1, or the error of the first view that has one.
     """
-    rounds = views_of(image.size, tiling, model.metadata.preprocessing)
-    views = [view for views in rounds for view in views]
-    # the merged score is the mean over the rounds: an object above the threshold may be below it in some of them
-    options = postprocessing._replace(threshold=postprocessing.threshold / len(rounds))
-    show = partial(_show, image, preprocessing=model.metadata.preprocessing)
+    views = ImageViews(image, postprocessing, tiling, model.metadata.preprocessing)
     depth = WORKERS + (batch_size or 0)
-    with closing(map_in_threads(show, views, workers=WORKERS, depth=depth)) as shown:
-        outcomes = _on_image(views, run_batches(model, shown, options, batch_size=batch_size))
-        parts: list[Detections] = []
-        for outcome in outcomes:
+    parts: list[Detections] = []
+    with closing(map_in_threads(views.prepare, views.views, workers=WORKERS, depth=depth)) as prepared:
+        for outcome in run_batches(model, prepared, views.postprocessing, batch_size=batch_size):
             if isinstance(outcome, Exception):
                 return outcome
             parts.append(outcome)
-    numbers = [index for index, views in enumerate(rounds) for _ in views]
-    merged = merge_views(parts, [view.box for view in views], numbers, image.size)
-    best = merged[postprocessing.keeps(merged.scores, merged.labels)][: postprocessing.top_k]
-    return replace(best, source=image.source, state=image.state)
+    return views.merge(parts)
 
 
-def _show(image: PreparedImage, view: View, preprocessing: Preprocessing) -> PreparedImage:
-    """Cut a view out of an opened image, and mirror and resize it."""
-    x0, y0, x1, y1 = view.box
-    values = image.values[:, y0:y1, x0:x1]
-    values = values.flip(-1) if view.mirrored else values
-    exact = preprocessing.backend == "pil" and values.dtype == torch.uint8
-    opened = to_pil(values) if exact else values
-    if view.scale != 1:
-        shortest, longest = (
-            max(round(view.scale * edge), 1) for edge in (preprocessing.shortest_edge, preprocessing.longest_edge)
-        )
-        preprocessing = replace(preprocessing, shortest_edge=shortest, longest_edge=longest)
-    return PreparedImage(image.name, None, None, size_of(opened), resize(opened, preprocessing))
+class ImageViews:
+    """The views of an opened image: each of them prepared for the model, and what it found on all of them merged.
+
+    Args:
+        image: the image, from :func:`open_whole`.
+        postprocessing: what to report.
+        tiling: which views.
+        preprocessing: of the model.
+
+    Attributes:
+        views: the views.
+        postprocessing: of each view.
+    """
+
+    def __init__(
+        self, image: PreparedImage, postprocessing: Postprocessing, tiling: Tiling, preprocessing: Preprocessing
+    ) -> None:
+        self._image, self._preprocessing, self._merged = image, preprocessing, postprocessing
+        rounds = views_of(image.size, tiling, preprocessing)
+        self.views = [view for views in rounds for view in views]
+        self._rounds = [index for index, views in enumerate(rounds) for _ in views]
+        # the merged score is the mean over the rounds: an object above the threshold may be below it in some of them
+        self.postprocessing = postprocessing._replace(threshold=postprocessing.threshold / len(rounds))
+
+    def prepare(self, view: View) -> PreparedImage:
+        """Cut a view out of the image, and mirror and resize it."""
+        image, preprocessing = self._image, self._preprocessing
+        x0, y0, x1, y1 = view.box
+        values = image.values[:, y0:y1, x0:x1]
+        values = values.flip(-1) if view.mirrored else values
+        exact = preprocessing.backend == "pil" and values.dtype == torch.uint8
+        opened = to_pil(values) if exact else values
+        if view.scale != 1:
+            shortest, longest = (
+                max(round(view.scale * edge), 1) for edge in (preprocessing.shortest_edge, preprocessing.longest_edge)
+            )
+            preprocessing = replace(preprocessing, shortest_edge=shortest, longest_edge=longest)
+        return PreparedImage(image.name, None, None, size_of(opened), resize(opened, preprocessing))
+
+    def merge(self, parts: Sequence[Detections]) -> Detections:
+        """Merge the detections on each view, in the order of :attr:`views`; their queries are -1."""
+        on_image = [_on_image(view, part) for view, part in zip(self.views, parts, strict=True)]
+        merged = merge_views(on_image, [view.box for view in self.views], self._rounds, self._image.size)
+        best = merged[self._merged.keeps(merged.scores, merged.labels)][: self._merged.top_k]
+        return replace(best, source=self._image.source, state=self._image.state)
 
 
-def _on_image(views: Iterable[View], outcomes: Iterable[Detections | Exception]) -> Iterator[Detections | Exception]:
-    """Yield the detections on each view with their boxes in pixels of the image."""
-    for view, outcome in zip(views, outcomes, strict=True):
-        if isinstance(outcome, Exception):
-            yield outcome
-            continue
-        boxes = outcome.boxes
-        x0, y0, x1, _ = view.box
-        if view.mirrored:
-            boxes = torch.stack([x1 - x0 - boxes[:, 2], boxes[:, 1], x1 - x0 - boxes[:, 0], boxes[:, 3]], dim=1)
-        yield replace(outcome, boxes=boxes + torch.tensor([x0, y0, x0, y0], dtype=boxes.dtype, device="cpu"))
+def _on_image(view: View, found: Detections) -> Detections:
+    """Return the detections on a view with their boxes in pixels of the image."""
+    boxes = found.boxes
+    x0, y0, x1, _ = view.box
+    if view.mirrored:
+        boxes = torch.stack([x1 - x0 - boxes[:, 2], boxes[:, 1], x1 - x0 - boxes[:, 0], boxes[:, 3]], dim=1)
+    return replace(found, boxes=boxes + torch.tensor([x0, y0, x0, y0], dtype=boxes.dtype, device="cpu"))

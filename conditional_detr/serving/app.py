@@ -23,7 +23,8 @@ from conditional_detr.serving.errors import ApiError, ErrorAnswer, http_error, i
 from conditional_detr.serving.gate import Gate
 from conditional_detr.serving.keys import ApiKeys
 from conditional_detr.serving.metrics import CONTENT_TYPE
-from conditional_detr.serving.service import DetectionService, Options, ServedModel
+from conditional_detr.serving.served_model import Options, ServedModel
+from conditional_detr.serving.service import DetectionService
 from conditional_detr.serving.settings import ServiceSettings
 
 _PAGE = Path(__file__).parent / "page"
@@ -146,15 +147,14 @@ async def infer(body: schemas.InferRequest, request: Request, service: Service) 
     if body.model_extra:
         raise ApiError(400, f"expected no {sorted(body.model_extra)[0][:_SHOWN]!r}", code="bad_option")
     images = [part.url for part in body.input]
-    options = Options(body.threshold, body.top_k, body.classes)
-    found = await _detect(request, service, service.model(body.model), images, options)
+    found = await _detect(request, service, service.model(body.model), images, body.options())
     return schemas.nim_answer(found, sum(map(len, images)) * 3 / 4 / 2**20)
 
 
 @router.post(
     "/v1/detect",
     response_model=list[schemas.Detected],
-    dependencies=[_known_query(("model", "threshold", "top_k", "classes", "format"))],
+    dependencies=[_known_query(("model", *Options._fields, "format"))],
     openapi_extra={
         "requestBody": {
             "content": {
@@ -172,10 +172,15 @@ async def detect(
     threshold: float | None = None,
     top_k: int | None = None,
     classes: Annotated[list[str] | None, Query()] = None,
+    tile: Annotated[list[int] | None, Query()] = None,
+    overlap: float | None = None,
+    augment: bool | None = None,
     format: Literal["json", "image"] = "json",
 ) -> Any:
     """Detect objects on one image: its bytes, a file of a form, or base64 in JSON; ``format=image`` draws them."""
-    image, options, named = await _one_image(request, Options(threshold, top_k, classes))
+    side = tile[0] if tile is not None and len(tile) == 1 else tile
+    asked = Options(threshold, top_k, classes, side, overlap, augment)
+    image, options, named = await _one_image(request, asked)
     served = service.model(model or named)
     (found,) = await _detect(request, service, served, [image], options, keep=format == "image")
     if format == "json":
@@ -280,9 +285,8 @@ async def _one_image(request: Request, options: Options) -> tuple[str | bytes, O
         if parameters.model_extra:
             got = sorted(parameters.model_extra)[0][:_SHOWN]
             raise ApiError(400, f"parameters: expected no {got!r}", code="bad_option", param="parameters")
-        given = {name: getattr(parameters, name) for name in Options._fields}
         query = {name: value for name, value in options._asdict().items() if value is not None}
-        return body.inputs, Options(**{**given, **query}), body.model
+        return body.inputs, parameters.options()._replace(**query), body.model
     if kind == "multipart/form-data":
         async with request.form(max_files=2, max_fields=2) as form:
             files = [value for value in form.values() if isinstance(value, UploadFile)]

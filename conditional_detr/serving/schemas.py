@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from conditional_detr.inference.detections import Detections
 from conditional_detr.serving.errors import ApiError
-from conditional_detr.serving.service import Options
+from conditional_detr.serving.served_model import Options
 
 _MAX_WARNINGS = 20
 _WITHOUT_EFFECT = ("stream_options", "response_format", "text", "store", "user", "metadata")  # and no warning
@@ -26,6 +26,13 @@ class OptionFields(BaseModel):
     threshold: Number | None = Field(None, description="Report detections with a higher score, in [0, 1].")
     top_k: Count | None = Field(None, description="Report at most this many detections per image.")
     classes: list[str | Count] | None = Field(None, description="Class names or rows to report; default: all.")
+    tile: Count | list[Count] | None = Field(None, description="Side of tiles in pixels, or height and width.")
+    overlap: Number | None = Field(None, description="Least overlap of tiles, as a fraction; default: 0.25.")
+    augment: bool | None = Field(None, description="Detect also on mirrored and smaller images.")
+
+    def options(self) -> Options:
+        """Return the options."""
+        return Options(**{name: getattr(self, name) for name in Options._fields})
 
 
 class _Request(OptionFields):
@@ -98,20 +105,21 @@ class Detected(BaseModel):
 
 
 class Collected:
-    """Images, options and warnings of a request, collected from its parts in order."""
+    """Images, options and warnings of a request, collected from its parts in order.
+
+    Attributes:
+        images: bytes, data URIs, base64 or URLs.
+        warnings: what was ignored.
+        options: the options of the request.
+    """
 
     def __init__(self, body: _Request) -> None:
         self.images: list[str] = []
         self.warnings: list[str] = []
-        self._options = {name: getattr(body, name) for name in OptionFields.model_fields}
+        self.options = body.options()
         unused = [name for name in (body.model_extra or {}) if name not in _WITHOUT_EFFECT]
         if unused:
             self.warn(f"ignored: {', '.join(sorted(unused)[:_MAX_WARNINGS])}")
-
-    @property
-    def options(self) -> Options:
-        """The options of the request."""
-        return Options(**self._options)
 
     def warn(self, text: str) -> None:
         """Add a warning to the answer."""
@@ -132,14 +140,15 @@ class Collected:
             if text.strip():
                 self.warn(f"{where}: ignored: text is read only if it is a JSON object with options")
             return
-        options = OptionFields.model_validate(found)
-        for name in OptionFields.model_fields:
-            value, before = getattr(options, name), self._options[name]
-            if value is not None and before not in (None, value):
+        body = OptionFields.model_validate(found)
+        given = {name: value for name, value in body.options()._asdict().items() if value is not None}
+        for name, value in given.items():
+            before = getattr(self.options, name)
+            if before not in (None, value):
                 raise ApiError(400, f"{name}: got {before} and, in {where}, {value}", code="bad_option", param=name)
-            self._options[name] = before if value is None else value
-        if options.model_extra:
-            self.warn(f"{where}: ignored: {', '.join(sorted(options.model_extra)[:_MAX_WARNINGS])}")
+        self.options = self.options._replace(**given)
+        if body.model_extra:
+            self.warn(f"{where}: ignored: {', '.join(sorted(body.model_extra)[:_MAX_WARNINGS])}")
 
     def add_image(self, image: Any, where: str) -> None:
         """Add an image.

@@ -3,11 +3,11 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -16,68 +16,22 @@ from conditional_detr.inference.detector import Detector
 from conditional_detr.inference.downloads import Limits
 from conditional_detr.inference.postprocessing import Postprocessing
 from conditional_detr.inference.preparation import PreparedImage
-from conditional_detr.inference.preprocessing import PixelBuffer, resized_size
-from conditional_detr.modeling.detection_transformer import DetectionTransformer
+from conditional_detr.inference.preprocessing import resized_size
+from conditional_detr.inference.tiling import ImageViews, Tiling, View, count_views, open_whole
 from conditional_detr.serving.batching import Batcher
 from conditional_detr.serving.errors import ApiError
 from conditional_detr.serving.metrics import Metrics
+from conditional_detr.serving.served_model import Options, ServedModel, tiling_of
 from conditional_detr.serving.settings import ServiceSettings
 from conditional_detr.serving.sources import check_header, decode, download, is_url
 
 LOG = logging.getLogger("conditional_detr.serving")
 
 _DOWNLOADS = 16  # at a time
+_WHOLE_IMAGES = 4  # in memory at their full size
 _WARM_UP_SIZE = (480, 640)
 
 Result = TypeVar("Result")
-
-
-class Options(NamedTuple):
-    """Options of a request.
-
-    Attributes:
-        threshold: None: the service's.
-        top_k: None: the service's.
-        classes: names or class head rows; None: all.
-    """
-
-    threshold: float | None = None
-    top_k: int | None = None
-    classes: Sequence[str | int] | None = None
-
-
-@dataclass
-class ServedModel:
-    """A model of the service.
-
-    Attributes:
-        name: in requests.
-        detector: the detector.
-        batcher: of the model's device.
-        licence: of the weights, if it is known.
-        created: Unix time.
-    """
-
-    name: str
-    detector: Detector
-    batcher: Batcher
-    licence: str | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
-    buffer: PixelBuffer = field(default_factory=PixelBuffer)
-
-    def describe(self) -> dict[str, Any]:
-        """Return OpenAI's model object, with class names, preprocessing and licence in further fields."""
-        metadata = self.detector.model.metadata
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "conditional_detr",
-            "class_names": list(metadata.class_names),
-            "preprocessing": asdict(metadata.preprocessing),
-            "licence": self.licence,
-            "attention": isinstance(self.detector.model, DetectionTransformer),
-        }
 
 
 class DetectionService:
@@ -102,6 +56,7 @@ class DetectionService:
         self.ready = False
         self._limits = Limits(settings.url_seconds, settings.max_body, settings.urls)
         self._slots = asyncio.Semaphore(settings.max_queue)  # images that are opened
+        self._whole_images = asyncio.Semaphore(_WHOLE_IMAGES)
         self._opening = ThreadPoolExecutor(settings.threads, thread_name_prefix="conditional_detr_open")
         self._downloads = asyncio.Semaphore(_DOWNLOADS)
         self._downloading = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="conditional_detr_download")
@@ -136,8 +91,9 @@ class DetectionService:
         for model in self.models.values():
             size = resized_size(*_WARM_UP_SIZE, model.detector.model.metadata.preprocessing)
             image = Image.new("RGB", size[::-1])
+            postprocessing = model.postprocessing(Options(), self.settings)
             try:
-                await self._detect_one(model, image, "image", self._postprocessing(model, Options()), keep=False)
+                await self._detect_one(model, image, "image", postprocessing, keep=False)
             except ApiError:  # an exported model of a fixed size
                 continue
             except Exception:
@@ -176,17 +132,12 @@ class DetectionService:
                 f"expected at most {self.settings.max_images} images in a request, got {len(images)}",
                 code="too_many_images",
             )
-        postprocessing = self._postprocessing(model, options)
+        postprocessing, tiling = model.postprocessing(options, self.settings), tiling_of(options)
         names = [f"images[{i}]" if len(images) > 1 else "image" for i in range(len(images))]
-        tasks = [
-            asyncio.ensure_future(self._detect_any(model, image, name, postprocessing, keep=keep))
+        return await _gather(
+            self._detect_any(model, image, name, postprocessing, tiling, keep=keep)
             for image, name in zip(images, names, strict=True)
-        ]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:  # those of a request with an image that is wrong
-                task.cancel()
+        )
 
     async def draw_attention(self, model: ServedModel, image: bytes, options: Options, index: int) -> Image.Image:
         """Detect objects on an image and draw the attention maps of one of them.
@@ -215,29 +166,32 @@ class DetectionService:
         """Run a function in the threads that open images."""
         return await asyncio.get_running_loop().run_in_executor(self._opening, function)
 
-    def _postprocessing(self, model: ServedModel, options: Options) -> Postprocessing:
-        """Return the validated options of a request."""
-        threshold = self.settings.threshold if options.threshold is None else options.threshold
-        top_k = self.settings.top_k if options.top_k is None else options.top_k
-        try:
-            return model.detector.postprocessing(threshold=threshold, top_k=top_k, classes=options.classes)
-        except (TypeError, ValueError) as error:
-            raise ApiError(400, str(error), code="bad_option", param=str(error).partition(":")[0]) from error
-
     async def _detect_any(
-        self, model: ServedModel, image: str | bytes, name: str, postprocessing: Postprocessing, *, keep: bool
+        self,
+        model: ServedModel,
+        image: str | bytes,
+        name: str,
+        postprocessing: Postprocessing,
+        tiling: Tiling | None,
+        *,
+        keep: bool,
     ) -> Detections:
-        """Download an image if it is a URL, and detect objects on it.
+        """Download an image if it is a URL, and detect objects on it or its views.
 
         Raises:
             ApiError: as :meth:`detect`.
         """
-        if not (isinstance(image, str) and is_url(image)):
-            return await self._detect_one(model, image, name, postprocessing, keep=keep)
-        async with self._downloads:  # and no slot before the image is here: a slow server delays no other request
-            loop = asyncio.get_running_loop()
-            content = await loop.run_in_executor(self._downloading, download, image, name, self._limits)
-            return await self._detect_one(model, content, name, postprocessing, keep=keep)
+        async with AsyncExitStack() as held:
+            if isinstance(image, str) and is_url(image):  # no slot before it is here: a slow server delays no other
+                await held.enter_async_context(self._downloads)
+                loop = asyncio.get_running_loop()
+                image = await loop.run_in_executor(self._downloading, download, image, name, self._limits)
+            if tiling is None:
+                found = await self._detect_one(model, image, name, postprocessing, keep=keep)
+            else:
+                found = await self._detect_views(model, image, name, postprocessing, tiling, keep=keep)
+        self.metrics.images.labels(model.name).inc()
+        return found
 
     async def _detect_one(
         self,
@@ -254,21 +208,71 @@ class DetectionService:
             ApiError: as :meth:`detect`.
         """
         async with self._slots:
-            with model.batcher.announced():
-                prepared = await self.in_thread(partial(self._prepare, model, image, name, keep=keep))
-                values = prepared.values
-                limit = min(self.settings.max_batch, model.detector.default_batch_size(*values.shape[1:]))
-                key = (model.name, values.shape, values.dtype)
-                detections = model.batcher.submit(key, (prepared, postprocessing), partial(self._run, model), limit)
-            try:
-                return await detections
-            except ValueError as error:  # the model cannot process an image of this size, or its output is not finite
-                raise ApiError(422, str(error), code="not_processable", param=name) from error
+            prepare = partial(model.detector.prepare, name=name, keep=keep)
+            return await self._run_one(model, name, postprocessing, partial(self._open, image, name, prepare))
 
-    def _prepare(
-        self, model: ServedModel, image: str | bytes | Image.Image, name: str, *, keep: bool
+    async def _detect_views(
+        self,
+        model: ServedModel,
+        image: str | bytes,
+        name: str,
+        postprocessing: Postprocessing,
+        tiling: Tiling,
+        *,
+        keep: bool,
+    ) -> Detections:
+        """Open an image at its full size, detect objects on its views, with others in batches, and merge them.
+
+        Raises:
+            ApiError: as :meth:`detect`; 413 for too many views.
+        """
+        preprocessing = model.detector.model.metadata.preprocessing
+        open_one = partial(open_whole, preprocessing=preprocessing, limits=self._limits, keep=keep)
+        async with self._whole_images, self._slots:
+            opened = await self.in_thread(partial(self._open, image, name, lambda local: open_one((local, name))))
+            if (count := count_views(opened.size, tiling, preprocessing)) > self.settings.max_tiles:
+                message = f"{name}: expected at most {self.settings.max_tiles} tiles and other views, got {count}"
+                raise ApiError(413, message, code="too_many_tiles", param="tile")
+            views = ImageViews(opened, postprocessing, tiling, preprocessing)
+            ahead = asyncio.Semaphore(2 * self.settings.max_batch)
+
+            async def run(view: View) -> Detections:
+                async with ahead:  # few of them are in memory, however many there are
+                    return await self._run_one(model, name, views.postprocessing, partial(views.prepare, view))
+
+            parts = await _gather(run(view) for view in views.views)
+            return await self.in_thread(partial(views.merge, parts))
+
+    async def _run_one(
+        self,
+        model: ServedModel,
+        name: str,
+        postprocessing: Postprocessing,
+        prepare: Callable[[], PreparedImage],
+    ) -> Detections:
+        """Prepare an image or a part of it in a thread, and run the model on it together with others.
+
+        Raises:
+            ApiError: that of ``prepare``; 422 for an image that the model cannot process.
+        """
+        with model.batcher.announced():
+            prepared = await self.in_thread(prepare)
+            values = prepared.values
+            limit = min(self.settings.max_batch, model.detector.default_batch_size(*values.shape[1:]))
+            key = (model.name, values.shape, values.dtype)
+            detections = model.batcher.submit(key, (prepared, postprocessing), partial(self._run, model), limit)
+        try:
+            return await detections
+        except ValueError as error:  # the model cannot process an image of this size, or its output is not finite
+            raise ApiError(422, str(error), code="not_processable", param=name) from error
+
+    def _open(
+        self,
+        image: str | bytes | Image.Image,
+        name: str,
+        prepare: Callable[[bytes | Image.Image], PreparedImage | Exception],
     ) -> PreparedImage:
-        """Open and resize an image; runs in a thread.
+        """Decode base64, check the size of an image and prepare it; runs in a thread.
 
         Raises:
             ApiError: 400 or 413.
@@ -277,7 +281,7 @@ class DetectionService:
             image = decode(image, name)
         if isinstance(image, bytes):
             check_header(image, name, self.settings.max_pixels)
-        prepared = model.detector.prepare(image, name, keep=keep)
+        prepared = prepare(image)
         if isinstance(prepared, Exception):
             raise ApiError(400, str(prepared), code="invalid_image", param=name) from prepared
         return prepared
@@ -291,5 +295,14 @@ class DetectionService:
         results = model.detector.run_batch(group, postprocessings, model.buffer)
         self.metrics.model_seconds.labels(model.name).observe(time.perf_counter() - began)
         self.metrics.batch_size.labels(model.name).observe(len(batch))
-        self.metrics.images.labels(model.name).inc(len(batch))
         return results
+
+
+async def _gather(coroutines: Iterable[Coroutine[Any, Any, Detections]]) -> list[Detections]:
+    """Run coroutines together and return their results; cancel the others if one fails."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

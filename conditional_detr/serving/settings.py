@@ -19,6 +19,7 @@ class ServiceSettings:
         max_wait: seconds that the model waits at most for images that are being opened, to run them together.
         max_queue: requests in the service at a time; further ones are refused with 503.
         max_images: images per request.
+        max_tiles: tiles and other views of an image that is divided.
         max_body: bytes of a request's body.
         max_bodies: bytes of all bodies in the service at a time; further ones are refused with 503.
         max_pixels: pixels of an image, checked before it is decoded.
@@ -42,6 +43,7 @@ class ServiceSettings:
     max_wait: float = 0.005
     max_queue: int = 64
     max_images: int = 16
+    max_tiles: int = 64
     max_body: int = 32 * 2**20
     max_bodies: int = 512 * 2**20
     max_pixels: int = 64_000_000
@@ -56,7 +58,8 @@ class ServiceSettings:
     top_k: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_queue", "max_images", "max_body", "max_pixels", "threads", "top_k"):
+        counts = ("max_batch", "max_queue", "max_images", "max_tiles", "max_body", "max_pixels", "threads", "top_k")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("body_seconds", "header_seconds", "url_seconds"):

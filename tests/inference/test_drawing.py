@@ -82,9 +82,10 @@ SIZE = (60, 14)
     ],
 )
 def test_labels_are_inside_the_image_and_do_not_overlap(boxes):
-    positions, overlap = place_labels(boxes, [SIZE] * len(boxes), (400, 300))
-    assert overlap == 0
-    assert len(positions) == len(boxes)
+    placed = place_labels(boxes, [[SIZE]] * len(boxes), (400, 300))
+    assert len(placed) == len(boxes)
+    assert {chosen for chosen, _ in placed} == {0}
+    positions = [position for _, position in placed]
     for i, (x0, y0, x1, y1) in enumerate(positions):
         assert (x1 - x0, y1 - y0) == SIZE
         assert x0 >= 0
@@ -96,40 +97,46 @@ def test_labels_are_inside_the_image_and_do_not_overlap(boxes):
         assert shared_area(positions[i], grown) == 60 * 14  # at its own box
 
 
-def test_first_labels_are_placed_first_and_later_ones_overlap_least():
+def test_first_labels_are_placed_first_and_later_ones_give_way():
+    """All 15 places at a box are used, none twice; the others have nothing, or the smaller size that finds a place."""
     boxes = [(100, 100, 300, 180)] * 60
-    positions, overlap = place_labels(boxes, [SIZE] * 60, (400, 300))
-    assert overlap == sum(shared_area(a, b) for i, a in enumerate(positions) for b in positions[:i])
-    assert positions[0] == (100, 86, 160, 100)
-    assert place_labels(boxes[:1], [SIZE], (400, 300)) == (positions[:1], 0)
-    assert len(set(positions)) == 15  # all positions are used before any is used twice
+    placed = place_labels(boxes, [[SIZE]] * 60, (400, 300))
+    assert placed[0] == (0, (100, 86, 160, 100))
+    assert place_labels(boxes[:1], [[SIZE]], (400, 300)) == placed[:1]
+    used = [position for chosen, position in placed if chosen == 0]
+    assert len(used) == len(set(used)) == 15
+    assert not any(shared_area(a, b) for i, a in enumerate(used) for b in used[:i])
+    assert {(chosen, position) for chosen, position in placed if position not in used} == {
+        (None, (100, 100, 100, 100))
+    }
+    # inside, a wide label hides 12 of the box's 20 rows; a narrow one fits once beside it and once inside
+    smaller = place_labels([(5, 5, 35, 25)] * 3, [[(60, 12), (20, 12)]] * 3, (60, 26))
+    assert smaller == [(1, (35, 5, 55, 17)), (1, (5, 5, 25, 17)), (None, (5, 5, 5, 5))]
 
 
 def test_labels_do_not_hide_small_boxes():
     large, small = (100, 100, 220, 180), (110, 88, 120, 98)
-    assert place_labels([large], [SIZE], (400, 300)) == ([(100, 86, 160, 100)], 0)
-    (position, _), _ = place_labels([large, small], [SIZE, SIZE], (400, 300))
+    assert place_labels([large], [[SIZE]], (400, 300)) == [(0, (100, 86, 160, 100))]
+    (_, position), _ = place_labels([large, small], [[SIZE], [SIZE]], (400, 300))
     assert shared_area(position, small) == 0
 
 
 def test_placing_equals_a_comparison_of_all_with_all():
-    """By the definition: the least area of earlier labels first, then the smallest shares of boxes."""
+    """By the definition: no area of earlier labels and at most half of a box, then the smallest shares of boxes."""
     random = np.random.default_rng(1)
     corners = random.integers((0, 0), (380, 280), (80, 2))
     boxes = [(x, y, min(x + w, 400), min(y + h, 300)) for x, y, w, h in np.hstack([corners, corners[::-1] // 4 + 1])]
     sizes = [(int(w), 14) for w in random.integers(1, 90, 80)]
     placed: list = []
     for box, size in zip(boxes, sizes, strict=True):
-        ratings = [
-            (
-                sum(shared_area(candidate, label) for label in placed),
-                sum(shared_area(candidate, b) / max((b[2] - b[0]) * (b[3] - b[1]), 1) for b in boxes) + 0.05 * i,
-                tuple(candidate),
-            )
-            for i, candidate in enumerate(_candidates(box, size, (400, 300)).tolist())
-        ]
-        placed.append(min(ratings)[2])
-    assert place_labels(boxes, sizes, (400, 300))[0] == placed
+        ratings = []
+        for i, candidate in enumerate(_candidates(box, size, (400, 300)).tolist()):
+            shares = [shared_area(candidate, b) / max((b[2] - b[0]) * (b[3] - b[1]), 1) for b in boxes]
+            if max(shares) <= 0.5 and not any(shared_area(candidate, label) for _, label in placed):
+                ratings.append((sum(shares) + 0.05 * i, tuple(candidate)))
+        placed.append((0, min(ratings)[1]) if ratings else (None, (*box[:2], *box[:2])))
+    assert place_labels(boxes, [[size] for size in sizes], (400, 300)) == placed
+    assert 0 < sum(chosen is None for chosen, _ in placed) < 40
 
 
 def test_time_of_placing_is_proportional_to_the_number_of_boxes():
@@ -141,7 +148,7 @@ def test_time_of_placing_is_proportional_to_the_number_of_boxes():
         best = math.inf
         for _ in range(3):
             start = time.process_time()
-            place_labels(boxes, [(50, 12)] * count, (side, side))
+            place_labels(boxes, [[(50, 12)]] * count, (side, side))
             best = min(best, time.process_time() - start)
         return best
 

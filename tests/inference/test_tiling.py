@@ -148,7 +148,7 @@ def test_few_views_are_in_memory(tiny_detector, monkeypatch):
     """Of several hundred: those of a few batches."""
     alive: weakref.WeakSet = weakref.WeakSet()
     most, shown = 0, 0
-    original = tiling._show
+    original = tiling.ImageViews.prepare
 
     def show(*arguments, **options):
         nonlocal most, shown
@@ -157,7 +157,7 @@ def test_few_views_are_in_memory(tiny_detector, monkeypatch):
         most, shown = max(most, len(alive)), shown + 1
         return view
 
-    monkeypatch.setattr(tiling, "_show", show)
+    monkeypatch.setattr(tiling.ImageViews, "prepare", show)
     tiny_detector(np.zeros((400, 600, 3), np.uint8), tile=40)
     assert shown > 250
     assert most < 40

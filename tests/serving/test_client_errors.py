@@ -263,7 +263,7 @@ def test_detect_has_the_same_errors(guarded):
     encoded = base64_of(drawn(1, (96, 120)))
     key = {"authorization": f"Bearer {KEY}"}
     for query, code, message in (
-        ("theshold=1", "bad_option", "expected the query parameters classes, format, model, threshold, top_k"),
+        ("theshold=1", "bad_option", "expected the query parameters augment, classes, format, model, overlap"),
         ("threshold=nan", "bad_option", "threshold: expected 0..1, got nan"),
         ("threshold=x", "invalid_request", "threshold: Input should be a valid number"),
         ("format=xml", "invalid_request", "format: Input should be 'json' or 'image', got 'xml'"),
