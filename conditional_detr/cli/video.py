@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,8 +14,10 @@ from conditional_detr.cli.options import (
     BATCH_SIZE_DEFAULT,
     DEVICE,
     FAST_PREPROCESSING,
+    THRESHOLDS,
     WEIGHTS,
     EngineChoice,
+    check_one_threshold,
     open_detector,
 )
 from conditional_detr.modeling.metadata import PUBLISHED
@@ -55,8 +57,10 @@ def video(
         ),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(help="Report detections with a higher score, 0 to 1.", rich_help_panel=_WHAT)
-    ] = 0.5,
+        float | None,
+        typer.Option(help="Report detections with a higher score, 0 to 1.", show_default="0.5", rich_help_panel=_WHAT),
+    ] = None,
+    thresholds: Annotated[Path | None, typer.Option(help=THRESHOLDS, rich_help_panel=_WHAT)] = None,
     top_k: Annotated[int, typer.Option(help="Report at most this many per frame.", rich_help_panel=_WHAT)] = 100,
     classes: Annotated[
         list[str] | None,
@@ -134,6 +138,7 @@ def video(
     Exit codes: 0 success; 1 stopped by an error, what was done is kept; 2 usage or setup error; 130 interrupted.
     """
     with one_line_errors(), ExitStack() as stack:
+        check_one_threshold(threshold, thresholds)
         if resume and overwrite:
             raise ValueError("expected --resume or --overwrite, got both")
         if (line or zone or mot) and not track:
@@ -156,7 +161,8 @@ def video(
         if write_video:
             check_encoder(encoder)
         tracker = Tracker(float(opened.rate), lines=[(*a, *b) for a, b in lines], zones=zones) if track else None
-        detector = open_detector(weights or PUBLISHED, device, fast_preprocessing=fast_preprocessing)
+        opening: dict[str, Any] = {"fast_preprocessing": fast_preprocessing, "thresholds": thresholds}
+        detector = open_detector(weights or PUBLISHED, device, **opening)
         if size is not None:
             _resize_to(detector, size)
         postprocessing = detector.postprocessing(threshold=threshold, top_k=top_k, classes=classes)

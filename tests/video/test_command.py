@@ -14,7 +14,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from conditional_detr.cli import app
 from conditional_detr.video.engines import available_engines
 from helpers.films import audio_of, draw_frame, images_of, lines_of, times_of, write_film
 
@@ -48,6 +50,25 @@ def test_the_annotated_film_shows_the_drawn_detections_upright(run, tmp_path, we
         assert written.shape == upright.shape
         assert np.abs(written.astype(int) - drawn).mean() < 6 < np.abs(written.astype(int) - image.mean()).mean()
         assert np.abs((written.astype(int) - drawn).mean((0, 1))).max() < 2  # no shift of colours
+
+
+def test_thresholds_of_classes(weights, tmp_path, detector):
+    """Those of a file are those of the detector, and of an option none besides."""
+    film = write_film(tmp_path / "film.mp4", 1)
+    shown = detector(images_of(film)[0], threshold=0, top_k=300)
+    of_one = {**dict.fromkeys("abcdefg", 1.0), shown.names[0]: 0.0}
+    (tmp_path / "t.json").write_text(json.dumps(of_one))
+    arguments = ["video", str(film), "--weights", str(weights), "--device", "cpu", "--output", str(tmp_path / "out")]
+    arguments += ["--no-video", "--thresholds", str(tmp_path / "t.json")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    (line,) = lines_of(tmp_path / "out")
+    assert len(line["detections"]) == min(shown.names.count(shown.names[0]), 100)
+    assert {one["name"] for one in line["detections"]} == {shown.names[0]}
+    assert line["settings"]["threshold"] == of_one
+    refused = CliRunner().invoke(app, [*arguments, "--overwrite", "--threshold", "0.5"])
+    assert refused.exit_code == 2
+    assert "expected --threshold or --thresholds, got both" in refused.stderr
 
 
 def test_odd_sizes(run, tmp_path):
