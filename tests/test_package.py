@@ -28,9 +28,9 @@ ALLOWED = {
     "evaluation": {"modeling", "inference", "data"},
     "analysis": {"modeling", "system", "inference", "data", "evaluation"},
     "training": {"modeling", "system", "set_prediction", "inference", "checkpoints", "data", "deploy", "evaluation"},
-    "benchmark": {"modeling", "set_prediction", "inference", "deploy", "training"},
     "serving": {"modeling", "inference"},
     "video": {"modeling", "system", "inference", "deploy"},
+    "benchmark": {"modeling", "set_prediction", "inference", "deploy", "evaluation", "training", "video"},
     "distributed": set(),
     "cli": {
         *("modeling", "system", "inference", "checkpoints", "data", "deploy", "evaluation", "training", "benchmark"),

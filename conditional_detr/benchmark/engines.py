@@ -183,7 +183,7 @@ def _exported(
 
 def _write_int8(model: DetectionTransformer, folder: Path, example: Tensor) -> None:
     """Quantise a model, unless the file exists. It is calibrated on noise, which does not change its speed."""
-    path = folder / _INT8
+    path = folder / INT8_FILE
     if not path.exists():
         generator = np.random.default_rng(0)
         quantize(model, path, [generator.integers(0, 256, (*example.shape[2:], 3), dtype=np.uint8) for _ in range(2)])
@@ -205,7 +205,9 @@ def _transformers_exported(
 
 
 WEIGHTS = "weights"
-_INT8 = "int8.xml"
+INT8_FILE = "int8.xml"
+ONNX_FILE = "model.onnx"
+OPENVINO_FILE = "model.xml"
 _ONNX = ("onnx", "onnxscript")
 REFERENCE = "transformers"
 ENGINES = {
@@ -226,10 +228,12 @@ ENGINES = {
         Engine("optimised bf16 compiled", _optimised_in(torch.bfloat16, compile=True)),
         _exported("torch.export", "model.pt2", devices=("cpu", "cuda")),
         _exported("torch.export fp16", "half.pt2", devices=("cuda",), dtype=torch.float16),
-        _exported("ONNX Runtime", "model.onnx", (*_ONNX, "onnxruntime")),
-        _exported("OpenVINO", "model.xml", ("openvino",)),
-        _exported("OpenVINO bf16", "model.xml", ("openvino",), computed=torch.bfloat16),
-        Engine("OpenVINO int8", partial(_file, name=_INT8, dtype=None), ("openvino", "nncf"), ("cpu",), _write_int8),
+        _exported("ONNX Runtime", ONNX_FILE, (*_ONNX, "onnxruntime")),
+        _exported("OpenVINO", OPENVINO_FILE, ("openvino",)),
+        _exported("OpenVINO bf16", OPENVINO_FILE, ("openvino",), computed=torch.bfloat16),
+        Engine(
+            "OpenVINO int8", partial(_file, name=INT8_FILE, dtype=None), ("openvino", "nncf"), ("cpu",), _write_int8
+        ),
     )
 }
 """Engines by name. An engine computes in float32 unless its name gives another dtype."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from conditional_detr.benchmark.measure import Measurement
 from conditional_detr.benchmark.pipeline import PipelineMeasurement
+from conditional_detr.benchmark.realtime import VideoMeasurement
 from conditional_detr.benchmark.stages import Stages
 from conditional_detr.benchmark.timing import Timing
 from conditional_detr.benchmark.training import TrainingMeasurement
@@ -13,6 +14,7 @@ from conditional_detr.benchmark.training import TrainingMeasurement
 _TIMES = ("ms", "speedup", "speedup range", "peak MB")
 HEAD = ("engine", *_TIMES, "logits diff", "boxes diff")
 TRAINING_HEAD = ("training", *_TIMES, "loss")
+VIDEO_HEAD = ("engine", "shorter side", "frames/s", "of model", "speedup", "speedup range", "peak MB", "AP")
 PIPELINE_HEAD = ("engine", "images/s", "speedup", "speedup range", "of model", "peak MB", "objects")
 
 
@@ -48,6 +50,7 @@ class Report:
         training: the training step and the criterion.
         pipeline: the engines from image files to detections.
         stages: the stages of an image, by backend of the preprocessing.
+        videos: the engines from a film to the annotated film, by size of the model's input.
     """
 
     title: str
@@ -57,13 +60,15 @@ class Report:
     training: Sequence[TrainingMeasurement] = ()
     pipeline: Sequence[PipelineMeasurement] = ()
     stages: Sequence[Stages] = ()
+    videos: Sequence[VideoMeasurement] = ()
 
     def tables(self) -> list[Table]:
         """Return the table of the engines, and those of training, the pipeline and its stages if measured."""
         tables = [table(self.measurements, self.title)]
         tables += [training_table(self.training)] if self.training else []
         tables += [pipeline_table(self.pipeline)] if self.pipeline else []
-        return tables + ([stages_table(self.stages)] if self.stages else [])
+        tables += [stages_table(self.stages)] if self.stages else []
+        return tables + ([video_table(self.videos)] if self.videos else [])
 
     def markdown(self) -> str:
         """Return the tables in Markdown, each below its title."""
@@ -77,6 +82,7 @@ class Report:
             "training": self.training,
             "pipeline": self.pipeline,
             "stages": self.stages,
+            "videos": self.videos,
         }
         numbers = {name: [one.to_dict() for one in part] for name, part in parts.items()}
         return {"machine": self.title, "GFLOP/s": dict(self.rates), **numbers}
@@ -104,6 +110,16 @@ def pipeline_table(measurements: Sequence[PipelineMeasurement]) -> Table:
         rows.append((one.engine, f"{one.rate:.2f}", *times, f"{one.share:.0%}", peak, f"{one.objects}"))
     height, width = first.size
     return Table(f"From files to detections: {first.images} images, most {height} x {width}", PIPELINE_HEAD, rows)
+
+
+def video_table(measurements: Sequence[VideoMeasurement]) -> Table:
+    """Return the table of the engines from a film to the annotated film."""
+    rows = []
+    for one in measurements:
+        _, *times, peak = _times(one)
+        ap = "" if one.ap is None else f"{one.ap:.3f}"
+        rows.append((one.engine, f"{min(one.size)}", f"{one.rate:.1f}", f"{one.share:.0%}", *times, peak, ap))
+    return Table(f"From a film to the annotated film: {measurements[0].images} frames", VIDEO_HEAD, rows)
 
 
 def stages_table(stages: Sequence[Stages]) -> Table:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from conditional_detr.cli.console import AUTO, err, one_line_errors, out, pick_device, print_line
-from conditional_detr.cli.options import OVERWRITE
+from conditional_detr.cli.options import DATA, IMAGES, OVERWRITE
 from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.outputs import check_output
 
@@ -65,6 +65,22 @@ def benchmark(
             show_default=False,
         ),
     ] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(help="Also time the first frames of this film to the annotated film.", show_default=False),
+    ] = None,
+    video_size: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Shorter side in pixels of frames for the model; repeatable.",
+            min=32,
+            show_default="that of the weights",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help=f"With --video, measure AP at each size. {DATA}", show_default=False)
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help=IMAGES, show_default=False)] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for benchmark.md, benchmark.json and benchmark.png.")
     ] = None,
@@ -88,8 +104,11 @@ def benchmark(
     With --pipeline, every engine opens the same files, and the column "of model" is its rate as a share of that of its
     model alone, on one image at a time of the most common size. "Fast" is the preprocessing of torchvision. "Objects"
     are the detections above 0.5 on all images. The stages are those of the optimised model.
+
+    With --video, every engine decodes the film, detects, draws and encodes. "Of model" is the rate as a share of that
+    of its model alone on the frames. int8 is calibrated on the film.
     """
-    images: dict[str, Any] = {"size": (height, width), "batch": batch_size}
+    case: dict[str, Any] = {"size": (height, width), "batch": batch_size}
     step: dict[str, Any] = {"size": (training_size, training_size), "batch": training_batch_size}
     with one_line_errors():
         import torch
@@ -97,6 +116,7 @@ def benchmark(
         from conditional_detr.benchmark.engines import REFERENCE
         from conditional_detr.benchmark.measure import check, measure
         from conditional_detr.benchmark.pipeline import common_size, measure_pipeline
+        from conditional_detr.benchmark.realtime import check_video, measure_realtime
         from conditional_detr.benchmark.report import Report
         from conditional_detr.benchmark.scaling import measure_scaling
         from conditional_detr.benchmark.stages import measure_stages
@@ -104,6 +124,8 @@ def benchmark(
         from conditional_detr.benchmark.training import measure_training, step_peak_memory
         from conditional_detr.checkpoints.loading import checked_device, from_pretrained
 
+        if video is None and (video_size or data is not None):
+            raise ValueError("--video-size and --data: expected --video with them")
         files = _listed(pipeline, output) if pipeline else []
         torch_device = checked_device(pick_device(device))
         if threads is not None:
@@ -120,23 +142,27 @@ def benchmark(
             raise ValueError(f"--scaling: expected one of {expected} among the engines, got {', '.join(names)}")
         if training:
             check(REFERENCE, torch_device.type)
+        if video is not None:
+            check_video(model, video, video_size or [None])
         if files:
             common_size(files, model.metadata.preprocessing)  # an image that cannot be read ends it before it begins
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
-            inputs = [*([weights] if weights else []), *files]
+            inputs = [path for path in (weights, video, data, images, *files) if path is not None]
             for name in _FILES:
                 check_output(output / name, inputs=inputs, overwrite=overwrite)
     with one_line_errors(), err.status("") as status:
         options: dict[str, Any] = {"rounds": rounds, "progress": status.update}
+        timed: dict[str, Any] = {**options, "on_failure": _warn_skipped}
         report = Report(
             f"{height} x {width}, batch size {batch_size}, {_machine_name(torch_device)}",
             {str(dtype)[6:]: product_rate(dtype, torch_device) for dtype in (torch.float32, torch.bfloat16)},
-            measure(model, names, **images, **options, on_failure=_warn_skipped),
-            measure_scaling(model, scaling_names, **options, on_failure=_warn_skipped) if scaling else (),
+            measure(model, names, **case, **timed),
+            measure_scaling(model, scaling_names, **timed) if scaling else (),
             measure_training(model, **step, **options) if training else (),
-            measure_pipeline(model, files, **options, on_failure=_warn_skipped) if files else (),
+            measure_pipeline(model, files, **timed) if files else (),
             measure_stages(model, files, progress=status.update) if files else (),
+            measure_realtime(model, video, video_size or [None], data=data, images=images, **timed) if video else (),
         )
         if training and torch_device.type == "cpu" and Path("/proc/self/status").exists():
             arguments = ["--device", torch_device, *_option("--weights", weights), *_option("--threads", threads)]

@@ -201,14 +201,11 @@ def _points(option: str, text: str, least: int, most: int | None) -> list[tuple[
 def _resize_to(detector: "Detector", size: int) -> None:
     """Change the size that frames are resized to, with the longest side in proportion."""
     metadata = detector.model.metadata
-    preprocessing = metadata.preprocessing
-    if preprocessing.resizing != "edges":
-        raise ValueError(
-            f"--size: expected weights whose images keep their aspect ratio, got {preprocessing.resizing}"
-        )
-    longest = round(size * preprocessing.longest_edge / preprocessing.shortest_edge)
-    changed = replace(preprocessing, shortest_edge=size, longest_edge=longest)
-    detector.model.metadata = replace(metadata, preprocessing=changed)
+    try:
+        preprocessing = metadata.preprocessing.with_shortest_edge(size)
+    except ValueError as error:
+        raise ValueError(f"--size: {error}") from error
+    detector.model.metadata = replace(metadata, preprocessing=preprocessing)
 
 
 def _by_engine(

@@ -257,10 +257,7 @@ class ImageViews:
         exact = preprocessing.backend == "pil" and values.dtype == torch.uint8
         opened = to_pil(values) if exact else values
         if view.scale != 1:
-            shortest, longest = (
-                max(round(view.scale * edge), 1) for edge in (preprocessing.shortest_edge, preprocessing.longest_edge)
-            )
-            preprocessing = replace(preprocessing, shortest_edge=shortest, longest_edge=longest)
+            preprocessing = preprocessing.with_shortest_edge(max(round(view.scale * preprocessing.shortest_edge), 1))
         return PreparedImage(image.name, None, None, size_of(opened), resize(opened, preprocessing))
 
     def merge(self, parts: Sequence[Detections]) -> Detections:

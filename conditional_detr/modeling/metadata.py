@@ -78,6 +78,16 @@ class Preprocessing:
             return Preprocessing().largest_size
         return self.size or (min(self.shortest_edge, self.longest_edge), self.longest_edge)
 
+    def with_shortest_edge(self, edge: int) -> "Preprocessing":
+        """Return the preprocessing to another size, whose longest edge is in proportion.
+
+        Raises:
+            ValueError: the resizing is not "edges", or a size out of range.
+        """
+        if self.resizing != "edges":
+            raise ValueError(f"expected weights whose images keep their aspect ratio, got resizing {self.resizing!r}")
+        return replace(self, shortest_edge=edge, longest_edge=round(edge * self.longest_edge / self.shortest_edge))
+
     def halved(self) -> "Preprocessing":
         """Return the preprocessing to about half the size; for "none", to half the default's size."""
         if self.resizing == "none":
