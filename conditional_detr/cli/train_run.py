@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,7 @@ def run_training(
     output: Path,
     resume: bool,
     check: bool,
+    trackers: Sequence[str],
 ) -> "TrainResult | None":
     """Train; return the result in the first process, None in the others."""
     from torch import distributed
@@ -112,9 +114,8 @@ def run_training(
     from conditional_detr.training.loop import train
 
     try:
-        result = train(
-            model, train_data, val_data, config, folder=output, criterion=criterion, resume=resume, check=check
-        )
+        options: dict[str, Any] = {"criterion": criterion, "resume": resume, "check": check, "trackers": trackers}
+        result = train(model, train_data, val_data, config, folder=output, **options)
         first = not distributed.is_initialized() or distributed.get_rank() == 0
         return result if first else None
     except KeyboardInterrupt:

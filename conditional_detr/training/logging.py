@@ -11,6 +11,7 @@ from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.console import PlainConsole
 from conditional_detr.system.progress import progress_bar
 from conditional_detr.training.curves import plot_curves, read_log
+from conditional_detr.training.trackers import Trackers
 
 LOG = "log.jsonl"
 
@@ -26,13 +27,16 @@ class RunLogger:
         step: number of completed steps; log entries of later steps, which a killed process left, are removed.
         epoch: number of completed epochs.
         total: number of steps of the whole run; None: unknown.
+        trackers: get the same numbers while they run.
         shown: whether to write to stderr; the bar is shown on a terminal only.
     """
 
-    def __init__(self, folder: Path, *, step: int, epoch: int, total: int | None, shown: bool) -> None:
+    def __init__(
+        self, folder: Path, *, step: int, epoch: int, total: int | None, trackers: Trackers, shown: bool
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder = folder
+        self.folder, self._trackers = folder, trackers
         folder.mkdir(parents=True, exist_ok=True)
         _truncate(folder / LOG, step, epoch)
         self._log = (folder / LOG).open("a", encoding="utf-8")
@@ -77,7 +81,7 @@ class RunLogger:
             self._console.print(line)
 
     def _write(self, entry: Mapping[str, Any], kind: str) -> None:
-        """Append an entry to the log and to TensorBoard."""
+        """Append an entry to the log, to TensorBoard and to the trackers."""
         self._log.write(json.dumps(entry) + "\n")
         self._log.flush()
         for name, value in entry.items():
@@ -86,6 +90,7 @@ class RunLogger:
                     self._board.add_scalar(f"{kind}/{name}/{part}", of_part, entry["step"])
             elif name not in ("step", "epoch"):
                 self._board.add_scalar(f"{kind}/{name}", value, entry["step"])
+        self._trackers.log(entry, kind)
 
 
 def _truncate(log: Path, step: int, epoch: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,7 +42,11 @@ from conditional_detr.training.sampling import balanced_probabilities
 from conditional_detr.training.steps import Stepper
 from conditional_detr.training.surroundings import in_first_process, make_accelerator
 from conditional_detr.training.time_limit import Clock
+from conditional_detr.training.trackers import Trackers
 from conditional_detr.training.validation import measure
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 _UNSAVED = 60.0  # seconds since the last checkpoint after which one is written before an evaluation
 
@@ -60,8 +64,9 @@ class Run:
         criterion: SetLoss,
         callbacks: Sequence[Callback],
         make_optimizer: MakeOptimizer | None,
+        trackers: "Sequence[str | GeneralTracker]",
     ) -> None:
-        self.accelerator = make_accelerator()
+        self.accelerator, self.trackers = make_accelerator(), Trackers(trackers)
         self.train_data, self.val_data, self.config, self.folder = train_data, val_data, config, folder
         self.probabilities = balanced_probabilities(train_data) if config.balanced else None
         self.steps_per_epoch = math.ceil(len(self._batches(0)) / config.accumulation)
@@ -124,7 +129,11 @@ class Run:
             return
         total = None if self.config.time_limit else self.steps_per_epoch * self.config.epochs
         done = {"step": self.progress.step, "epoch": self.progress.epoch}
-        with RunLogger(self.folder, **done, total=total, shown=shown) as self.logger:
+        logged: dict[str, Any] = {"total": total, "trackers": self.trackers, "shown": shown}
+        with (
+            self.trackers.running(self.settings, self.folder),
+            RunLogger(self.folder, **done, **logged) as self.logger,
+        ):
             for part in parts_of(self.train_data):
                 if isinstance(cache := getattr(part, "cache", None), ImageCache):
                     self._report(str(cache))
@@ -205,6 +214,7 @@ class Run:
             self.clock.before = self.progress.seconds
             if self.accelerator.is_main_process:
                 self.callbacks.load_state_dict(state.get("callbacks", []))
+                self.trackers.ids = dict(state.get("trackers", {}))
             self.progress.check(count, self.config.accumulation)
             known = {field.name: before[field.name] for field in fields(TrainConfig) if field.name in before}
             old = fit_warmup(TrainConfig(**known), self.steps_per_epoch * before["epochs"])
@@ -338,7 +348,7 @@ class Run:
         if self.accelerator.is_main_process:
             state = self.stepper.state_dict() | self.progress.state_dict()
             state |= {"settings": self.settings, "initial_weights": self.initial_weights}
-            state["callbacks"] = self.callbacks.state_dict()
+            state |= {"callbacks": self.callbacks.state_dict(), "trackers": self.trackers.ids}
             state["category_ids"] = list(self.stepper.model.metadata.category_ids)
             save_checkpoint(self.stepper.eval_model, self.folder / LAST, state)
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
