@@ -1,10 +1,13 @@
 """Logs of a training run: progress bar and lines on stderr, a JSON Lines file, TensorBoard, curves."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from conditional_detr.checkpoints.model_card import CURVES
 from conditional_detr.system.atomic_files import write_atomically
@@ -74,6 +77,11 @@ class RunLogger:
             f"epoch {entry['epoch'] + 1}{of}  step {entry['step']}  mean loss {entry['mean_loss']:.3f}{loss}{ap}"
             f"  {entry['seconds']:.0f} s, {entry['waited']:.0f} s of it waiting for images"
         )
+
+    def log_images(self, images: Sequence[Image.Image], step: int) -> None:
+        """Show images in TensorBoard, as val/images/0 and so on."""
+        for i, image in enumerate(images):
+            self._board.add_image(f"val/images/{i}", np.asarray(image), step, dataformats="HWC")
 
     def report(self, text: str) -> None:
         """Print text above the progress bar."""

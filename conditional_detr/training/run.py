@@ -44,6 +44,7 @@ from conditional_detr.training.surroundings import in_first_process, make_accele
 from conditional_detr.training.time_limit import Clock
 from conditional_detr.training.trackers import Trackers
 from conditional_detr.training.validation import measure
+from conditional_detr.training.validation_images import draw_validation
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -332,6 +333,8 @@ class Run:
             speed = {"images_per_second_loaded": self.input.rate(self.config.workers), "waited": self.input.waiting}
             epochs = None if self.config.time_limit else self.config.epochs
             self.logger.log_epoch({**entry, **speed}, epochs=epochs, best=progress.best)
+            if better and self.val_data is not None:
+                self.logger.log_images(draw_validation(self.stepper.eval_model, self.val_data), progress.step)
             self.callbacks.epoch(self.stepper.eval_model, entry)
         if not ended:
             progress.epoch, progress.batch, progress.losses = number + 1, 0, []
