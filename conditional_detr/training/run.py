@@ -96,12 +96,12 @@ class Run:
         self.input, self.warned = InputTimes(), False
 
     def prepare(self, resume: bool, check: bool, stack: contextlib.ExitStack) -> None:
-        """Lock the folder, load the state of a resumed run, check the images and prepare distributed training.
+        """Lock the folder, load the state of a resumed run, check the images, join the processes, start the trackers.
 
         Args:
             resume: whether to resume from a checkpoint in the folder.
             check: whether to check the images.
-            stack: releases the lock.
+            stack: finishes the trackers and releases the lock.
         """
 
         def open_folder() -> None:
@@ -121,6 +121,8 @@ class Run:
             limit = self.config.max_bad_images
             in_first_process(self.accelerator, lambda: check_images(self.train_data, self.val_data, limit))
         self.stepper.join_processes()
+        tracking = self.trackers.running(self.settings, self.folder)
+        in_first_process(self.accelerator, lambda: stack.enter_context(tracking))
 
     @contextlib.contextmanager
     def logging(self, shown: bool) -> Iterator[None]:
@@ -130,11 +132,7 @@ class Run:
             return
         total = None if self.config.time_limit else self.steps_per_epoch * self.config.epochs
         done = {"step": self.progress.step, "epoch": self.progress.epoch}
-        logged: dict[str, Any] = {"total": total, "trackers": self.trackers, "shown": shown}
-        with (
-            self.trackers.running(self.settings, self.folder),
-            RunLogger(self.folder, **done, **logged) as self.logger,
-        ):
+        with RunLogger(self.folder, **done, total=total, trackers=self.trackers, shown=shown) as self.logger:
             for part in parts_of(self.train_data):
                 if isinstance(cache := getattr(part, "cache", None), ImageCache):
                     self._report(str(cache))

@@ -4,10 +4,11 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from conditional_detr.training.surroundings import check_packages
 
@@ -17,26 +18,9 @@ if TYPE_CHECKING:
 PROJECT = "conditional-detr"
 _PLACES = {"wandb": "WANDB_PROJECT", "comet_ml": "COMET_PROJECT_NAME"}
 """Variables that name the project; accelerate itself reads MLflow's."""
+_CONTINUED = {"wandb": ("id", "id"), "mlflow": ("info.run_id", "run_id"), "comet_ml": ("id", "experiment_key")}
+"""Of trackers that continue a run: the attribute of their run that has its id, and the argument that takes it."""
 _FORBIDDEN = re.compile(r"^\.|[^\w .-]")  # in a part of a metric's name: MLflow refuses the metric
-
-
-class _Continued(NamedTuple):
-    """How a tracker continues a run.
-
-    Attributes:
-        read: returns the id of a tracker's run.
-        arguments: returns the tracker's arguments for a run of this id.
-    """
-
-    read: Callable[[Any], str]
-    arguments: Callable[[str], dict[str, Any]]
-
-
-_CONTINUED = {
-    "wandb": _Continued(lambda run: run.id, lambda key: {"id": key, "resume": "allow"}),
-    "mlflow": _Continued(lambda run: run.info.run_id, lambda key: {"run_id": key}),
-    "comet_ml": _Continued(lambda run: run.get_key(), lambda key: {"experiment_key": key}),
-}
 
 
 class Trackers:
@@ -63,12 +47,14 @@ class Trackers:
         self.ids: dict[str, str] = {}
         self._trackers = tuple(trackers)
         self._active: dict[str, GeneralTracker] = {}
+        self._failed: dict[str, str] = {}
 
     @contextmanager
     def running(self, settings: Mapping[str, Any], folder: Path) -> Iterator[None]:
         """Start all trackers, and finish them, also after an error.
 
-        A tracker that has an id in ``ids`` continues that run; all others get the settings.
+        A tracker that has an id in ``ids`` continues that run; all others get the settings. At the end, a warning
+        repeats which trackers miss numbers.
 
         Args:
             settings: all that decides the numbers of the run, by name.
@@ -78,11 +64,13 @@ class Trackers:
             OSError: a tracker cannot start.
         """
         with ExitStack() as stack:
+            stack.callback(self._report_failed)
             for i, tracker in enumerate(self._trackers):
                 key = tracker if isinstance(tracker, str) else f"{tracker.name} {i}"
                 try:
-                    self._active[key] = self._start(tracker, settings, folder, stack)
-                except (Exception, SystemExit) as error:  # of any service
+                    with _same_environment():
+                        self._active[key] = self._start(key, tracker, settings, folder, stack)
+                except Exception as error:  # of any service
                     raise OSError(f"tracker {key}: expected it to start, got {_text(error)}") from error
             yield
 
@@ -103,27 +91,53 @@ class Trackers:
                 tracker.log(values, step=entry["step"])
             except Exception as error:  # noqa: PERF203  # each on its own
                 del self._active[key]
-                warnings.warn(
-                    f"tracker {key}: expected it to take the numbers of step {entry['step']}, got {_text(error)}; it"
-                    " is left out from here on, log.jsonl has all numbers",
-                    stacklevel=2,
-                )
+                self._failed[key] = f"it failed at step {entry['step']} ({_text(error)}) and has no numbers since"
+                warnings.warn(f"tracker {key}: {self._failed[key]}; the training goes on", stacklevel=2)
 
     def _start(
-        self, tracker: "str | GeneralTracker", settings: Mapping[str, Any], folder: Path, stack: ExitStack
+        self,
+        key: str,
+        tracker: "str | GeneralTracker",
+        settings: Mapping[str, Any],
+        folder: Path,
+        stack: ExitStack,
     ) -> "GeneralTracker":
         """Start a tracker; the stack finishes it."""
-        continued = isinstance(tracker, str) and tracker in self.ids
+        continued = key in self.ids
         started = _make(tracker, folder, self.ids.get(tracker)) if isinstance(tracker, str) else tracker
         start = getattr(started, "start", None)  # trackers of older versions of accelerate start when they are made
         if start is not None:
             start()
-        stack.callback(_finish, started)
-        if tracker in _CONTINUED:
-            self.ids[str(tracker)] = _CONTINUED[str(tracker)].read(started.tracker)
+        stack.callback(self._finish, key, started)
+        if key in _CONTINUED:
+            self.ids[key] = attrgetter(_CONTINUED[key][0])(started.tracker)
         if not continued:
             started.store_init_configuration({"folder": folder.absolute().name, **_flat(settings)})
         return started
+
+    def _finish(self, key: str, tracker: "GeneralTracker") -> None:
+        """Finish a tracker; its failure is a warning, so that the error of the training stays."""
+        try:
+            tracker.finish()
+        except Exception as error:
+            warnings.warn(f"tracker {key}: expected it to finish, got {_text(error)}", stacklevel=2)
+
+    def _report_failed(self) -> None:
+        """Repeat, at the end of a run of hours, which trackers miss numbers."""
+        for key, why in self._failed.items():
+            warnings.warn(f"tracker {key}: {why}; log.jsonl has all numbers", stacklevel=2)
+
+
+@contextmanager
+def _same_environment() -> Iterator[None]:
+    """Restore the environment variables afterwards: W&B leaves one that other programs would inherit."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _check(what: str, tracker: Any) -> None:
@@ -143,26 +157,19 @@ def _check(what: str, tracker: Any) -> None:
         raise ModuleNotFoundError(f"{what}: {tracker} needs {package}, which is not installed: pip install {package}")
 
 
-def _make(name: str, folder: Path, key: str | None) -> "GeneralTracker":
+def _make(name: str, folder: Path, run_id: str | None) -> "GeneralTracker":
     """Return one of accelerate's trackers, for a new run or for that of an id."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     kind: Any = LOGGER_TYPE_TO_CLASS[name]
-    project = os.environ.get(_PLACES.get(name, ""), PROJECT)
-    options: dict[str, Any] = {} if key is None else _CONTINUED[name].arguments(key)
-    if key is None and name in ("wandb", "mlflow"):
-        options |= {"name" if name == "wandb" else "run_name": folder.absolute().name}
-    if kind.requires_logging_directory:
-        options |= {"logging_dir": str(folder)}
-    return kind(project, **options)
-
-
-def _finish(tracker: "GeneralTracker") -> None:
-    """Finish a tracker; its failure is a warning, so that the error of the training stays."""
-    try:
-        tracker.finish()
-    except Exception as error:
-        warnings.warn(f"tracker {tracker.name}: expected it to finish, got {_text(error)}", stacklevel=2)
+    options = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
+    if run_id is not None:
+        options[_CONTINUED[name][1]] = run_id
+    elif name in ("wandb", "mlflow"):
+        options["name" if name == "wandb" else "run_name"] = folder.absolute().name
+    if name == "wandb":
+        options["resume"] = "allow"
+    return kind(os.environ.get(_PLACES.get(name, ""), PROJECT), **options)
 
 
 def _numbers(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

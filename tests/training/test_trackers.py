@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import re
+import shutil
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -9,7 +13,7 @@ from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 
 from conditional_detr import Metadata
-from conditional_detr.training import TrainConfig, train
+from conditional_detr.training import Callback, TrainConfig, train
 from helpers.training_runs import Rectangles, small_model, steps_of
 
 QUIET = {"progress": False}
@@ -98,13 +102,19 @@ def test_trackers_finish_after_an_error_of_the_training(tmp_path, recwarn):
         train(small_model(), data, None, SHORT, folder=tmp_path, trackers=[first, second], **QUIET)
     assert first.names[-1] == second.names[-1] == "finish"
     messages = [str(warning.message) for warning in recwarn]
-    assert "tracker recorder: expected it to finish, got RuntimeError: no connection" in messages
+    assert "tracker recorder 0: expected it to finish, got RuntimeError: no connection" in messages
 
 
 def test_a_tracker_that_fails_is_left_out_and_the_training_goes_on(tmp_path):
+    """A warning says so at once, and another one at the end, which nobody has to scroll back for."""
     failing, other = Recorder(fails="log"), Recorder()
-    with pytest.warns(UserWarning, match="tracker recorder 0: .*numbers of step 1, got RuntimeError: no connection;"):
+    why = r"tracker recorder 0: it failed at step 1 \(RuntimeError: no connection\) and has no numbers since; "
+    with pytest.warns(UserWarning) as warned:
         result = train(small_model(), Rectangles(4), None, SHORT, folder=tmp_path, trackers=[failing, other], **QUIET)
+    messages = [str(w.message) for w in warned if str(w.message).startswith("tracker")]
+    assert [bool(re.match(why, message)) for message in messages] == [True, True]
+    assert messages[0].endswith("; the training goes on")
+    assert messages[1].endswith("; log.jsonl has all numbers")
     assert (result.steps, failing.names.count("log"), other.names.count("log")) == (4, 1, 6)
     assert failing.names[-1] == "finish"
 
@@ -196,10 +206,12 @@ def test_wandb_offline_has_the_numbers_and_a_resumed_run_continues_its_run(tmp_p
     monkeypatch.chdir(tmp_path)
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_PROJECT": "mine"}.items():
         monkeypatch.setenv(name, value)
+    environment = dict(os.environ)
     for epochs, resume in ((1, False), (2, True)):
         config = replace(SHORT, epochs=epochs)
         options = {"folder": "run", "resume": resume, "trackers": ["wandb"], **QUIET}
         train(small_model(), Rectangles(4), Rectangles(2, seed=1), config, **options)
+    assert dict(os.environ) == environment
     losses, runs = {}, set()
     for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
         for record in map(Record.FromString, records_of(path.read_bytes())):
@@ -211,3 +223,52 @@ def test_wandb_offline_has_the_numbers_and_a_resumed_run_continues_its_run(tmp_p
     assert losses == {entry["step"]: entry["loss"] for entry in log_of(tmp_path / "run") if "loss" in entry}
     assert len({run[2] for run in runs}) == 1
     assert ("mine", "run") in {run[:2] for run in runs}
+
+
+class Remover(Callback):
+    """Removes a folder after a step."""
+
+    def __init__(self, folder, *, after):
+        self.folder, self.after = folder, after
+
+    def step(self, entry):
+        if entry["step"] == self.after:
+            shutil.rmtree(self.folder)
+
+
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_a_store_of_mlflow_that_is_lost_does_not_end_the_training(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow", reason="MLflow is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    options = {"trackers": ["mlflow"], "callbacks": [Remover(tmp_path / "store", after=2)], **QUIET}
+    with pytest.warns(UserWarning, match=r"tracker mlflow: it failed at step 3 .*; the training goes on"):
+        result = train(small_model(), Rectangles(8), None, SHORT, folder=tmp_path / "run", **options)
+    assert result.steps == 8
+
+
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_comet_offline_has_the_numbers_and_a_resumed_run_continues_its_run(tmp_path, monkeypatch):
+    pytest.importorskip("comet_ml", reason="Comet is not installed")
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"COMET_START_ONLINE": "0", "COMET_OFFLINE_DIRECTORY": str(tmp_path / "sent")}.items():
+        monkeypatch.setenv(name, value)
+    environment = dict(os.environ)
+    for epochs, resume in ((1, False), (2, True)):
+        config = replace(SHORT, epochs=epochs)
+        options = {"folder": "run", "resume": resume, "trackers": ["comet_ml"], **QUIET}
+        train(small_model(), Rectangles(4), Rectangles(2, seed=1), config, **options)
+    assert dict(os.environ) == environment
+    experiments, messages = [], []
+    for path in (tmp_path / "sent").glob("*.zip"):
+        with zipfile.ZipFile(path) as file:
+            experiments.append(json.loads(file.read("experiment.json")))
+            messages += map(json.loads, file.read("messages.json").splitlines())
+    first, second = sorted(experiments, key=lambda experiment: experiment["start_time"])
+    assert first["offline_id"] == second["offline_id"]
+    assert {first["project_name"], second["project_name"]} == {"conditional-detr"}
+    metrics = [message["payload"]["metric"] for message in messages if message["type"] == "metric_msg"]
+    logged = log_of(tmp_path / "run")
+    for name, key in (("train/loss", "loss"), ("val/AP", "AP")):
+        sent = {(metric["step"], metric["metricValue"]) for metric in metrics if metric["metricName"] == name}
+        assert sent == {(entry["step"], entry[key]) for entry in logged if key in entry}
