@@ -109,7 +109,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_training_goes_on(tmp_path):
     """A warning says so at once, and another one at the end, which nobody has to scroll back for."""
     failing, other = Recorder(fails="log"), Recorder()
     why = r"tracker recorder 0: it failed at step 1 \(RuntimeError: no connection\) and has no numbers since; "
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="tracker") as warned:
         result = train(small_model(), Rectangles(4), None, SHORT, folder=tmp_path, trackers=[failing, other], **QUIET)
     messages = [str(w.message) for w in warned if str(w.message).startswith("tracker")]
     assert [bool(re.match(why, message)) for message in messages] == [True, True]
