@@ -260,10 +260,10 @@ def train(
 
     Class head rows are kept where the weights have a class of the same name; all others are initialised anew.
 
-    --output receives the checkpoints "best" and "last", log.jsonl, curves.png and tensorboard. To continue a stopped
-    run, repeat the command with --resume. Options of the model and the data must then be the same, or left out; only
-    --epochs, --workers, --cache, --patience, --evaluate-every, --save-every, --max-bad-images, --tracker and
-    --gradient-checkpointing may differ.
+    --output receives the checkpoints "best" and "last", log.jsonl, curves.png, tensorboard, and at the end README.md,
+    a model card; one of your own stays. To continue a stopped run, repeat the command with --resume. Options of the
+    model and the data must then be the same, or left out; only --epochs, --workers, --cache, --patience,
+    --evaluate-every, --save-every, --max-bad-images, --tracker and --gradient-checkpointing may differ.
 
     Several processes train together under torchrun --nproc-per-node 2 --no-python conditional-detr train ..., or
     under accelerate launch --no_python.
@@ -302,5 +302,5 @@ def train(
         if batch_size == AUTO:
             config = with_batch_size(model, datasets[0], config, criterion, output if resume else None)
         result = run_training(model, *datasets, config, criterion, output, resume, not no_check, tracker or ())
-    if result is not None:
-        show_result(result)
+        if result is not None:
+            show_result(model, result)

@@ -132,11 +132,18 @@ def run_training(
             distributed.destroy_process_group()
 
 
-def show_result(result: "TrainResult") -> None:
-    """Print the results and their files."""
+def show_result(model: "DetectionTransformer", result: "TrainResult") -> None:
+    """Write the model card of the run; print the results and their files."""
+    from conditional_detr.training.card import write_card
+
+    card = write_card(model, result)
     if result.stopped_early:
         out.print("stopped early: AP has not improved within the patience", markup=False)
     if result.best is not None:
         out.print(f"best AP {result.best_ap:.3f}: {result.best}", markup=False, soft_wrap=True)
     out.print(f"after {result.steps} steps: {result.last}", markup=False, soft_wrap=True)
     out.print(f"curves: {result.folder / 'curves.png'}", markup=False, soft_wrap=True)
+    if card is not None:
+        out.print(f"model card: {card}", markup=False, soft_wrap=True)
+    else:
+        print_line(f"{result.folder / 'README.md'} stays as it is: it is no generated model card")
