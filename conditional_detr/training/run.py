@@ -68,13 +68,14 @@ class Run:
         trackers: "Sequence[str | GeneralTracker]",
     ) -> None:
         self.accelerator, self.trackers = make_accelerator(), Trackers(trackers)
+        val_images, processes = 0 if val_data is None else len(val_data), self.accelerator.num_processes
+        self.clock, self.saving = Clock(config.time_limit, val_images, processes), 0.0
         self.train_data, self.val_data, self.config, self.folder = train_data, val_data, config, folder
         self.probabilities = balanced_probabilities(train_data) if config.balanced else None
         self.steps_per_epoch = math.ceil(len(self._batches(0)) / config.accumulation)
         fitted = fit_warmup(config, self.steps_per_epoch * config.epochs)
         self.stepper = Stepper(model, fitted, criterion, self.accelerator, self._describe, make_optimizer)
         self.progress = Progress()
-        self.clock, self.saving = Clock(config.time_limit, 0 if val_data is None else len(val_data)), 0.0
         self.bad_images = BadImages(self.progress, config.max_bad_images, self._describe)
         hooks = Callbacks(callbacks)
         self.settings = describe_run(
@@ -83,7 +84,7 @@ class Run:
             val_data,
             config,
             criterion,
-            processes=self.accelerator.num_processes,
+            processes=processes,
             optimizer=type(self.stepper.optimizer).__name__,
             callbacks=hooks.names,
         )
