@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from conditional_detr.checkpoints.model_card import CardDetails
 
 _CARD = "Model card"
+_STATED = "--licence, --data, --metrics or --thresholds"
 
 
 def push(
@@ -29,11 +30,17 @@ def push(
         Path | None,
         typer.Option(help="Metrics, written by 'conditional-detr evaluate --json'.", rich_help_panel=_CARD),
     ] = None,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option(
+            help="Best threshold of each class, written by 'conditional-detr analyse'.", rich_help_panel=_CARD
+        ),
+    ] = None,
     card: Annotated[
         Path | None,
         typer.Option(
             help="Your own card, instead of a generated one.",
-            show_default="the README.md beside the weights, unless it was generated",
+            show_default="the README.md beside the weights or of the run, unless it was generated",
             rich_help_panel=_CARD,
         ),
     ] = None,
@@ -44,7 +51,7 @@ def push(
     """Upload a checkpoint with a model card to the hub.
 
     The generated card has the classes, the network, the usage, what you state, and for the folders best and last of a
-    training run its settings, curves and metrics.
+    training run its settings, curves and metrics. Of the folder of a run, best is uploaded, or last if there is none.
 
     The token is that of HF_TOKEN or of 'hf auth login'.
     """
@@ -53,13 +60,19 @@ def push(
 
         from conditional_detr.checkpoints.hub import check_repository, push_to_hub
         from conditional_detr.checkpoints.loading import from_pretrained
+        from conditional_detr.inference.thresholds import read_thresholds
+        from conditional_detr.training.card import checkpoint_of_run
 
         check_repository(repository)
-        if card is not None and (licence, data, metrics) != (None, None, None):
-            raise ValueError(
-                "--card: expected no --licence, --data or --metrics with it, which a generated card states"
-            )
-        stated = {"licence": licence, "data": data, "evaluation": None if metrics is None else _read_metrics(metrics)}
+        if card is not None and any(stated is not None for stated in (licence, data, metrics, thresholds)):
+            raise ValueError(f"--card: expected no {_STATED} with it, which a generated card states")
+        weights = checkpoint_of_run(weights)
+        stated = {
+            "licence": licence,
+            "data": data,
+            "evaluation": None if metrics is None else _read_metrics(metrics),
+            "thresholds": None if thresholds is None else read_thresholds(thresholds),
+        }
         chosen = card or _own_card(weights, {k: v for k, v in stated.items() if v is not None})
         if isinstance(chosen, Path) and not chosen.is_file():
             raise FileNotFoundError(f"{chosen}: no such file")
@@ -80,21 +93,21 @@ def _own_card(weights: str, stated: dict[str, Any]) -> "CardDetails | Path":
     Raises:
         ValueError: there is a written card, and something that only a generated one would state.
     """
-    from conditional_detr.checkpoints.model_card import CARD, CardDetails, folder_of, is_generated
-    from conditional_detr.training.card import details_of_run
+    from conditional_detr.checkpoints.model_card import CardDetails, folder_of
+    from conditional_detr.training.card import details_of_run, written_card
 
     folder = folder_of(weights)
     if folder is None:
         return CardDetails(**stated)
-    written = folder / CARD
-    if written.is_file() and not is_generated(written):
-        if stated:
-            raise ValueError(
-                f"{written}: expected no card beside the weights with --licence, --data or --metrics, which a"
-                " generated card states; move it, or state them in it"
-            )
-        return written
-    return replace(details_of_run(folder), **stated)
+    written = written_card(folder)
+    if written is None:
+        return replace(details_of_run(folder), **stated)
+    if stated:
+        raise ValueError(
+            f"{written}: expected no card beside the weights with {_STATED}, which a generated card states; move it,"
+            " or state them in it"
+        )
+    return written
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:

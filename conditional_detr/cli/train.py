@@ -239,6 +239,14 @@ def train(
         bool,
         typer.Option("--no-check", help="Do not check the images before the first step.", rich_help_panel=_DATA),
     ] = False,
+    tracker: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="<name>",
+            help="Also log to wandb, mlflow, comet_ml or another tracker of accelerate; repeatable.",
+            rich_help_panel=_CHECKPOINTS,
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -252,16 +260,18 @@ def train(
 
     Class head rows are kept where the weights have a class of the same name; all others are initialised anew.
 
-    --output receives the checkpoints "best" and "last", log.jsonl, curves.png and tensorboard. To continue a stopped
-    run, repeat the command with --resume. Options of the model and the data must then be the same, or left out; only
-    --epochs, --workers, --cache, --patience, --evaluate-every, --save-every, --max-bad-images and
-    --gradient-checkpointing may differ.
+    --output receives the checkpoints "best" and "last", log.jsonl, curves.png, tensorboard, and at the end README.md,
+    a model card; one of your own stays. To continue a stopped run, repeat the command with --resume. Options of the
+    model and the data must then be the same, or left out; only --epochs, --workers, --cache, --patience,
+    --evaluate-every, --save-every, --max-bad-images, --tracker and --gradient-checkpointing may differ.
 
     Several processes train together under torchrun --nproc-per-node 2 --no-python conditional-detr train ..., or
     under accelerate launch --no_python.
     """
     given = dict(locals())
     with one_line_errors():
+        from conditional_detr.training.trackers import Trackers
+
         if val_images is not None and val_data is None:
             raise ValueError(f"--val-images: expected --val-data with it, got {val_images} alone")
         given["batch_size"] = None if batch_size is None else read_batch_size(batch_size)
@@ -271,6 +281,8 @@ def train(
         changes = {name: value.value if isinstance(value := given[name], Enum) else value for name in names}
         changes["autocast"] = None if autocast is Precision.FLOAT32 else autocast.value
         config = replace(getattr(TrainConfig, preset.value)(), **changes)
+        if tracker:
+            Trackers(tracker)  # before the data and the model are loaded
         chosen_format: Any = None if format is None else format.value
         found = read_datasets(data, images, val_data, val_images, chosen_format, split, seed)
         start = (weights, architecture, backbone_weights, num_queries, seed)
@@ -289,6 +301,6 @@ def train(
         criterion = weighted_criterion(model, class_weights) if class_weights else None
         if batch_size == AUTO:
             config = with_batch_size(model, datasets[0], config, criterion, output if resume else None)
-        result = run_training(model, *datasets, config, criterion, output, resume, not no_check)
-    if result is not None:
-        show_result(result)
+        result = run_training(model, *datasets, config, criterion, output, resume, not no_check, tracker or ())
+        if result is not None:
+            show_result(model, result)

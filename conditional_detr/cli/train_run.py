@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,7 @@ def run_training(
     output: Path,
     resume: bool,
     check: bool,
+    trackers: Sequence[str],
 ) -> "TrainResult | None":
     """Train; return the result in the first process, None in the others."""
     from torch import distributed
@@ -112,9 +114,8 @@ def run_training(
     from conditional_detr.training.loop import train
 
     try:
-        result = train(
-            model, train_data, val_data, config, folder=output, criterion=criterion, resume=resume, check=check
-        )
+        options: dict[str, Any] = {"criterion": criterion, "resume": resume, "check": check, "trackers": trackers}
+        result = train(model, train_data, val_data, config, folder=output, **options)
         first = not distributed.is_initialized() or distributed.get_rank() == 0
         return result if first else None
     except KeyboardInterrupt:
@@ -131,11 +132,18 @@ def run_training(
             distributed.destroy_process_group()
 
 
-def show_result(result: "TrainResult") -> None:
-    """Print the results and their files."""
+def show_result(model: "DetectionTransformer", result: "TrainResult") -> None:
+    """Write the model card of the run; print the results and their files."""
+    from conditional_detr.training.card import write_card
+
+    card = write_card(model, result)
     if result.stopped_early:
         out.print("stopped early: AP has not improved within the patience", markup=False)
     if result.best is not None:
         out.print(f"best AP {result.best_ap:.3f}: {result.best}", markup=False, soft_wrap=True)
     out.print(f"after {result.steps} steps: {result.last}", markup=False, soft_wrap=True)
     out.print(f"curves: {result.folder / 'curves.png'}", markup=False, soft_wrap=True)
+    if card is not None:
+        out.print(f"model card: {card}", markup=False, soft_wrap=True)
+    else:
+        print_line(f"{result.folder / 'README.md'} stays as it is: it is no generated model card")

@@ -1,16 +1,20 @@
 """Logs of a training run: progress bar and lines on stderr, a JSON Lines file, TensorBoard, curves."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from conditional_detr.checkpoints.model_card import CURVES
 from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.console import PlainConsole
 from conditional_detr.system.progress import progress_bar
 from conditional_detr.training.curves import plot_curves, read_log
+from conditional_detr.training.trackers import Trackers
 
 LOG = "log.jsonl"
 
@@ -26,13 +30,16 @@ class RunLogger:
         step: number of completed steps; log entries of later steps, which a killed process left, are removed.
         epoch: number of completed epochs.
         total: number of steps of the whole run; None: unknown.
+        trackers: get the same numbers while they run.
         shown: whether to write to stderr; the bar is shown on a terminal only.
     """
 
-    def __init__(self, folder: Path, *, step: int, epoch: int, total: int | None, shown: bool) -> None:
+    def __init__(
+        self, folder: Path, *, step: int, epoch: int, total: int | None, trackers: Trackers, shown: bool
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder = folder
+        self.folder, self._trackers = folder, trackers
         folder.mkdir(parents=True, exist_ok=True)
         _truncate(folder / LOG, step, epoch)
         self._log = (folder / LOG).open("a", encoding="utf-8")
@@ -71,13 +78,18 @@ class RunLogger:
             f"  {entry['seconds']:.0f} s, {entry['waited']:.0f} s of it waiting for images"
         )
 
+    def log_images(self, images: Sequence[Image.Image], step: int) -> None:
+        """Show images in TensorBoard, as val/images/0 and so on."""
+        for i, image in enumerate(images):
+            self._board.add_image(f"val/images/{i}", np.asarray(image), step, dataformats="HWC")
+
     def report(self, text: str) -> None:
         """Print text above the progress bar."""
         for line in text.splitlines():
             self._console.print(line)
 
     def _write(self, entry: Mapping[str, Any], kind: str) -> None:
-        """Append an entry to the log and to TensorBoard."""
+        """Append an entry to the log, to TensorBoard and to the trackers."""
         self._log.write(json.dumps(entry) + "\n")
         self._log.flush()
         for name, value in entry.items():
@@ -86,6 +98,7 @@ class RunLogger:
                     self._board.add_scalar(f"{kind}/{name}/{part}", of_part, entry["step"])
             elif name not in ("step", "epoch"):
                 self._board.add_scalar(f"{kind}/{name}", value, entry["step"])
+        self._trackers.log(entry, kind)
 
 
 def _truncate(log: Path, step: int, epoch: int) -> None:

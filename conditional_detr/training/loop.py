@@ -8,6 +8,7 @@ an uninterrupted one, to the last bit.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.set_prediction.losses import SetLoss
@@ -21,6 +22,9 @@ from conditional_detr.training.optimizer import MakeOptimizer, training_forwards
 from conditional_detr.training.result import TrainResult
 from conditional_detr.training.run import Run
 
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
 
 def train(
     model: DetectionTransformer,
@@ -32,6 +36,7 @@ def train(
     criterion: SetLoss | None = None,
     callbacks: Sequence[Callback] = (),
     optimizer: MakeOptimizer | None = None,
+    trackers: "Sequence[str | GeneralTracker]" = (),
     resume: bool = False,
     check: bool = True,
     progress: bool = True,
@@ -61,6 +66,9 @@ def train(
         callbacks: hooks of steps, evaluations and epochs; a resumed run needs callbacks of the same classes.
         optimizer: returns the optimizer of parameter groups, dicts of params, lr and initial_lr, which it must keep:
             each step sets lr to a part of initial_lr. Default: AdamW with the weight decay of ``config``.
+        trackers: experiment trackers that get the numbers of ``log.jsonl`` and the settings: names of those that
+            accelerate has, such as "wandb", "mlflow" and "comet_ml", or objects of its GeneralTracker. A resumed run
+            continues in these three; any other tracker starts again.
         resume: resume from the checkpoint in the folder; without one, start a new run. The model then gets the
             weights of the checkpoint. Settings, data, preprocessing, augmentation, criterion and architecture must be
             those that the run began with, except for workers, epochs and intervals. With another number of epochs, a
@@ -74,8 +82,8 @@ def train(
     Raises:
         FileExistsError: the folder has a checkpoint, a log or curves, and ``resume`` is False; or it has weights
             without the training state to resume from.
-        ModuleNotFoundError: a package that training needs is not installed.
-        OSError: a file cannot be read or written, or another process trains in the folder.
+        ModuleNotFoundError: a package that training or a tracker needs is not installed.
+        OSError: a file cannot be read or written, another process trains in the folder, or a tracker cannot start.
         RuntimeError: a data worker died.
         TypeError: an argument of the wrong type.
         ValueError: invalid targets, a loss that is not finite (the message has the step and the images), a checkpoint
@@ -98,7 +106,7 @@ def train(
     criterion = SetLoss.for_model(model) if criterion is None else criterion
     check_criterion(model, criterion)
     with plain_torch_settings(), ExitStack() as stack:
-        run = Run(model, train_data, val_data, config, folder, criterion, callbacks, optimizer)
+        run = Run(model, train_data, val_data, config, folder, criterion, callbacks, optimizer, trackers)
         run.prepare(resume, check, stack)
         with (
             run.logging(progress),

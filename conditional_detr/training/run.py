@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,7 +42,12 @@ from conditional_detr.training.sampling import balanced_probabilities
 from conditional_detr.training.steps import Stepper
 from conditional_detr.training.surroundings import in_first_process, make_accelerator
 from conditional_detr.training.time_limit import Clock
+from conditional_detr.training.trackers import Trackers
 from conditional_detr.training.validation import measure
+from conditional_detr.training.validation_images import draw_validation
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 _UNSAVED = 60.0  # seconds since the last checkpoint after which one is written before an evaluation
 
@@ -60,15 +65,17 @@ class Run:
         criterion: SetLoss,
         callbacks: Sequence[Callback],
         make_optimizer: MakeOptimizer | None,
+        trackers: "Sequence[str | GeneralTracker]",
     ) -> None:
-        self.accelerator = make_accelerator()
+        self.accelerator, self.trackers = make_accelerator(), Trackers(trackers)
+        val_images, processes = 0 if val_data is None else len(val_data), self.accelerator.num_processes
+        self.clock, self.saving = Clock(config.time_limit, val_images, processes), 0.0
         self.train_data, self.val_data, self.config, self.folder = train_data, val_data, config, folder
         self.probabilities = balanced_probabilities(train_data) if config.balanced else None
         self.steps_per_epoch = math.ceil(len(self._batches(0)) / config.accumulation)
         fitted = fit_warmup(config, self.steps_per_epoch * config.epochs)
         self.stepper = Stepper(model, fitted, criterion, self.accelerator, self._describe, make_optimizer)
         self.progress = Progress()
-        self.clock, self.saving = Clock(config.time_limit, 0 if val_data is None else len(val_data)), 0.0
         self.bad_images = BadImages(self.progress, config.max_bad_images, self._describe)
         hooks = Callbacks(callbacks)
         self.settings = describe_run(
@@ -77,7 +84,7 @@ class Run:
             val_data,
             config,
             criterion,
-            processes=self.accelerator.num_processes,
+            processes=processes,
             optimizer=type(self.stepper.optimizer).__name__,
             callbacks=hooks.names,
         )
@@ -90,12 +97,12 @@ class Run:
         self.input, self.warned = InputTimes(), False
 
     def prepare(self, resume: bool, check: bool, stack: contextlib.ExitStack) -> None:
-        """Lock the folder, load the state of a resumed run, check the images and prepare distributed training.
+        """Lock the folder, load the state of a resumed run, check the images, join the processes, start the trackers.
 
         Args:
             resume: whether to resume from a checkpoint in the folder.
             check: whether to check the images.
-            stack: releases the lock.
+            stack: finishes the trackers and releases the lock.
         """
 
         def open_folder() -> None:
@@ -115,6 +122,8 @@ class Run:
             limit = self.config.max_bad_images
             in_first_process(self.accelerator, lambda: check_images(self.train_data, self.val_data, limit))
         self.stepper.join_processes()
+        tracking = self.trackers.running(self.settings, self.folder)
+        in_first_process(self.accelerator, lambda: stack.enter_context(tracking))
 
     @contextlib.contextmanager
     def logging(self, shown: bool) -> Iterator[None]:
@@ -124,7 +133,7 @@ class Run:
             return
         total = None if self.config.time_limit else self.steps_per_epoch * self.config.epochs
         done = {"step": self.progress.step, "epoch": self.progress.epoch}
-        with RunLogger(self.folder, **done, total=total, shown=shown) as self.logger:
+        with RunLogger(self.folder, **done, total=total, trackers=self.trackers, shown=shown) as self.logger:
             for part in parts_of(self.train_data):
                 if isinstance(cache := getattr(part, "cache", None), ImageCache):
                     self._report(str(cache))
@@ -205,6 +214,7 @@ class Run:
             self.clock.before = self.progress.seconds
             if self.accelerator.is_main_process:
                 self.callbacks.load_state_dict(state.get("callbacks", []))
+                self.trackers.ids = dict(state.get("trackers", {}))
             self.progress.check(count, self.config.accumulation)
             known = {field.name: before[field.name] for field in fields(TrainConfig) if field.name in before}
             old = fit_warmup(TrainConfig(**known), self.steps_per_epoch * before["epochs"])
@@ -322,6 +332,8 @@ class Run:
             speed = {"images_per_second_loaded": self.input.rate(self.config.workers), "waited": self.input.waiting}
             epochs = None if self.config.time_limit else self.config.epochs
             self.logger.log_epoch({**entry, **speed}, epochs=epochs, best=progress.best)
+            if better and self.val_data is not None:
+                self.logger.log_images(draw_validation(self.stepper.eval_model, self.val_data), progress.step)
             self.callbacks.epoch(self.stepper.eval_model, entry)
         if not ended:
             progress.epoch, progress.batch, progress.losses = number + 1, 0, []
@@ -338,7 +350,7 @@ class Run:
         if self.accelerator.is_main_process:
             state = self.stepper.state_dict() | self.progress.state_dict()
             state |= {"settings": self.settings, "initial_weights": self.initial_weights}
-            state["callbacks"] = self.callbacks.state_dict()
+            state |= {"callbacks": self.callbacks.state_dict(), "trackers": self.trackers.ids}
             state["category_ids"] = list(self.stepper.model.metadata.category_ids)
             save_checkpoint(self.stepper.eval_model, self.folder / LAST, state)
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()

@@ -18,20 +18,27 @@ def make_accelerator() -> Any:
         ModuleNotFoundError: a package is not installed.
         ValueError: a variable asks for parameters that are split among processes.
     """
-    try:
-        import_matplotlib()  # checked before training, because it is first used at the end
-        import tensorboard  # noqa: F401
-        from accelerate import Accelerator
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"training needs {error.name}, which is not installed: pip install 'conditional-detr[train]'"
-        ) from error
+    check_packages()
+    from accelerate import Accelerator
+
     for name in _SHARDED:
         if os.environ.get(name, "false").lower() in ("true", "1"):
             raise ValueError(
                 f"{name}: expected no such variable, got {os.environ[name]!r}; each process trains the whole model"
             )
     return Accelerator(mixed_precision="no", dynamo_backend="no")
+
+
+def check_packages() -> None:
+    """Raise ModuleNotFoundError unless all packages for training are installed."""
+    try:
+        import_matplotlib()  # checked before training, because it is first used at the end
+        import accelerate  # noqa: F401
+        import tensorboard  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"training needs {error.name}, which is not installed: pip install 'conditional-detr[train]'"
+        ) from error
 
 
 def in_first_process(accelerator: Any, function: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load, load_file
 from typer.testing import CliRunner
 
 from conditional_detr import from_pretrained
@@ -107,13 +108,15 @@ def push(*arguments):
 def test_the_command_generates_a_card_or_takes_the_written_one(account, small, tmp_path):
     metrics = tmp_path / "metrics.json"
     metrics.write_text('{"AP": 0.512, "AP50": 0.75, "per_class": {"LABEL_1": {"annotations": 7, "AP": 0.25}}}')
-    options = ("--licence", "mit", "--data", "Cats | dogs", "--metrics", metrics)
+    thresholds = tmp_path / "thresholds.json"
+    thresholds.write_text('{"LABEL_1": 0.35}')
+    options = ("--licence", "mit", "--data", "Cats | dogs", "--metrics", metrics, "--thresholds", thresholds)
     result = push(small, "someone/detector", *options)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"uploaded to {account.url}/someone/detector\n"
     files = account.uploaded["someone/detector", "main"]
     text = files["README.md"].decode()
-    for line in ("| AP | 0.512 |", "| LABEL_1 | 7 | 0.250 | - | - | - |", "Data: Cats \\| dogs"):
+    for line in ("| AP | 0.512 |", "| LABEL_1 | 7 | 0.250 | - | - | - | 0.350 |", "Data: Cats \\| dogs"):
         assert line in text.splitlines()
     folder = tmp_path / "written"
     folder.mkdir()
@@ -125,7 +128,7 @@ def test_the_command_generates_a_card_or_takes_the_written_one(account, small, t
     assert account.uploaded["someone/own", "main"]["README.md"] == b"My own words."
     refused = push(folder, "someone/own", "--licence", "mit")
     assert refused.exit_code == 2
-    assert "README.md: expected no card beside the weights with --licence, --data or --metrics" in refused.stderr
+    assert "README.md: expected no card beside the weights with --licence, --data, --metrics" in refused.stderr
 
 
 def test_the_card_of_an_evaluated_run_and_that_of_shipped_weights(account, tmp_path, monkeypatch):
@@ -136,6 +139,15 @@ def test_the_card_of_an_evaluated_run_and_that_of_shipped_weights(account, tmp_p
     per_class = result.history[0]["per_class"]
     for name, ap in per_class.items():
         assert f"| {name} | - | {'-' if ap < 0 else f'{ap:.3f}'} | - | - | - |" in text
+    assert push(tmp_path, "someone/run").exit_code == 0  # the folder of the run: its best checkpoint
+    files = account.uploaded["someone/run", "main"]
+    assert files["README.md"].decode() == text.replace("someone/trained", "someone/run")
+    sent, best = load(files["model.safetensors"]), load_file(result.best / "model.safetensors")
+    assert sent.keys() == best.keys()
+    assert all(torch.equal(sent[name], best[name]) for name in best)
+    (tmp_path / "README.md").write_text("My own words.")
+    assert push(result.last, "someone/own").exit_code == 0
+    assert account.uploaded["someone/own", "main"]["README.md"] == b"My own words."
     monkeypatch.chdir(result.best)
     assert push("shapes", "someone/shapes").exit_code == 0
     shipped = ROOT / "weights" / "shapes" / "README.md"
@@ -155,7 +167,7 @@ def test_a_card_is_a_file_or_details(model, tmp_path):
     [
         (("no hub id",), "repository: expected a hub id 'owner/name', got 'no hub id'"),
         (("a/b", "--card", "none.md"), "none.md: no such file"),
-        (("a/b", "--card", "none.md", "--licence", "mit"), "--card: expected no --licence, --data or --metrics"),
+        (("a/b", "--card", "none.md", "--licence", "mit"), "--card: expected no --licence, --data, --metrics or"),
         (("a/b", "--metrics", "none.json"), "none.json: no such file"),
         (("a/b", "--metrics", "config.json"), "config.json: expected the JSON of 'conditional-detr evaluate --json'"),
     ],

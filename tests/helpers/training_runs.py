@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +134,18 @@ def five_steps(folder, *, batch_size):
     return model, train(model, data, val, config, folder=folder, progress=False)
 
 
-if __name__ == "__main__":  # of accelerate launch, in each of two processes on half of each batch
-    five_steps(Path(sys.argv[1]), batch_size=2)
+def timed(folder, limit):
+    """Train for some seconds, and write what this process has found."""
+    config = TrainConfig(epochs=1, batch_size=2, workers=0, schedule="cosine", warmup=3, time_limit=limit)
+    model, began = small_model(), time.time()
+    result = train(model, Rectangles(8), Rectangles(2, seed=1), config, folder=folder, progress=False)
+    found = {"began": began, "steps": result.steps, "history": result.history, "weights": model.weights_digest()}
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":  # of accelerate launch or torchrun, in each of two processes on half of each batch
+    if sys.argv[1] == "timed":
+        timed(Path(sys.argv[2]), float(sys.argv[3]))
+    else:
+        five_steps(Path(sys.argv[1]), batch_size=2)
     torch.distributed.destroy_process_group()

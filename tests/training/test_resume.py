@@ -19,6 +19,7 @@ from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.logging import RunLogger
 from conditional_detr.training.loop import train
 from conditional_detr.training.run_folder import LOCK
+from conditional_detr.training.trackers import Trackers
 from helpers.models import assert_same
 from helpers.training_runs import RESUMED, Rectangles, resumable, small_model, steps_of
 
@@ -242,7 +243,7 @@ def test_log_of_a_killed_process(tmp_path):
     numbers = dict.fromkeys(("loss", "class", "l1", "giou", "norm", "lr"), 1.0)
     lines = [json.dumps({"step": step, "epoch": 0, **numbers}) for step in (1, 2, 3)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "ep')
-    with RunLogger(tmp_path, step=2, epoch=0, total=9, shown=False):
+    with RunLogger(tmp_path, step=2, epoch=0, total=9, trackers=Trackers(()), shown=False):
         pass
     assert [entry["step"] for entry in steps_of(tmp_path)] == [1, 2]
     assert re.match(r"\x89PNG", (tmp_path / "curves.png").read_bytes()[:4].decode("latin1"))

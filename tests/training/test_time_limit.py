@@ -1,5 +1,9 @@
-"""Runs that end by the clock: a clock of the test's own, which steps, evaluations and checkpoints advance."""
+"""Runs that end by the clock: one of the test's own, which steps and evaluations advance, or the real one."""
 
+import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -9,9 +13,11 @@ from conditional_detr.training import TrainConfig, run, train
 from conditional_detr.training.optimizer import rate_factor
 from conditional_detr.training.steps import Stepper
 from conditional_detr.training.time_limit import Clock
+from helpers import training_runs
 from helpers.training_runs import Rectangles, small_model, steps_of
 
 QUIET = {"progress": False}
+LIMIT = 6.0
 TIMED = TrainConfig(epochs=1, batch_size=2, workers=0, schedule="cosine", warmup=3, save_every=1000)
 
 
@@ -75,18 +81,25 @@ def test_a_resumed_run_has_the_time_that_is_left(tmp_path, monkeypatch):
 
 
 def test_the_used_part_by_hand(monkeypatch):
-    """Steps of 4 images take 2 s, so 20 images of validation take 10 s: of 110 s, 100 are for steps."""
+    """A step of 4 images takes 3 s, so 20 images, shared by two, take 7.5 s, the report 16 s, curves 2 s.
+
+    The first step does not count. Of 125.5 s, 100 are left for steps.
+    """
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    clock = Clock(110, 20)
-    clock.add_step(4, 2.0)
+    clock = Clock(125.5, 20, processes=2)
+    clock.add_step(4, 60.0)
+    assert clock.closing == 2.0
+    clock.add_step(4, 3.0)
+    assert clock.closing == pytest.approx(25.5)
     now[0] = 25.0
-    assert (clock.part, clock.evaluates) == (0.25, True)
-    now[0] = 99.5
-    assert (clock.part, clock.evaluates) == (1.0, False)  # half a step is left
-    clock.add_closing(20.0)
-    now[0] = 45.0
+    assert (clock.part, clock.evaluates) == (pytest.approx(0.25), True)
+    now[0] = 99.0
+    assert (clock.part, clock.evaluates) == (1.0, False)  # less than half a step is left
+    clock.add_closing(23.5)
+    now[0] = 50.0
     assert clock.part == 0.5
+    assert Clock(4, 0).closing == 1.0  # of a short limit, a quarter is for the curves
     assert Clock(0, 20).part == 0.0
 
 
@@ -96,3 +109,23 @@ def test_rates_with_a_limit_by_hand():
     assert rate_factor(config, 0, 0.05 * 7) == pytest.approx(0.5)
     assert rate_factor(config, 79, 0.05 * 7) == pytest.approx(0.8)
     assert rate_factor(config, 3, 0.2 * 7) == 1.0
+
+
+# ---- the real clock
+
+
+def test_two_processes_stop_at_the_same_step_within_the_limit(tmp_path):
+    """By a real clock, on any machine: the last checkpoint may be late by half the limit."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += [training_runs.__file__, "timed", str(tmp_path), str(LIMIT)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "1"}
+    subprocess.run(command, check=True, capture_output=True, env={**environment, "OMP_NUM_THREADS": "1"})
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["steps"] == second["steps"] >= 2
+    assert first["weights"] == second["weights"]
+    steps = steps_of(tmp_path)
+    assert [entry["step"] for entry in steps] == list(range(1, first["steps"] + 1))
+    assert steps[-1]["lr"] < 0.2 * max(entry["lr"] for entry in steps)
+    assert "AP" in first["history"][-1]
+    took = (tmp_path / "last" / "training_state.pt").stat().st_mtime - first["began"]
+    assert 0.25 * LIMIT < took < 1.5 * LIMIT
