@@ -31,10 +31,10 @@ ALLOWED = {
     "benchmark": {"modeling", "set_prediction", "inference", "deploy", "training"},
     "serving": {"modeling", "inference"},
     "video": {"modeling", "system", "inference", "deploy"},
-    "distributed": set(),
+    "distributed": {"system", "inference"},
     "cli": {
         *("modeling", "system", "inference", "checkpoints", "data", "deploy", "evaluation", "training", "benchmark"),
-        *("set_prediction", "analysis", "serving", "video"),
+        *("set_prediction", "analysis", "serving", "video", "distributed"),
     },
 }
 # The methods of the network, two lines each.

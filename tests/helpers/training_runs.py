@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,20 +120,30 @@ def killed_at(folder, step, workers, threads):
     resumable(Path(folder), workers=workers)
 
 
-def five_steps(folder, *, batch_size):
+class Slow(Rectangles):
+    """Images that take as long as those of a real dataset: a step can be caught in the middle of an epoch."""
+
+    def __getitem__(self, index):
+        time.sleep(0.4)
+        return super().__getitem__(index)
+
+
+def five_steps(folder, *, batch_size, data=None, **options):
     """Train five steps of four images in total; some images have no target, others up to three."""
-    data = Rectangles(20)
+    data = data or Rectangles(20)
     for i in (1, 6, 13):
         data.samples[i] = (
             data.samples[i][0],
             {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)},
         )
-    config = TrainConfig(epochs=1, batch_size=batch_size, lr=1e-4, backbone_lr=1e-5, workers=0, warmup=2)
+    rates = {"lr": 1e-4, "backbone_lr": 1e-5, "warmup": 2}
+    config = TrainConfig(epochs=1, batch_size=batch_size, workers=0, save_every=1, **rates)
     model = small_model(dropout=0.0)
     val = Rectangles(5, seed=1)
-    return model, train(model, data, val, config, folder=folder, progress=False)
+    return model, train(model, data, val, config, folder=folder, progress=False, **options)
 
 
-if __name__ == "__main__":  # of accelerate launch, in each of two processes on half of each batch
-    five_steps(Path(sys.argv[1]), batch_size=2)
+if __name__ == "__main__":  # of accelerate launch or torchrun, in each of two processes on half of each batch
+    slow = {"data": Slow(20), "resume": True} if sys.argv[2:] == ["slow"] else {}
+    five_steps(Path(sys.argv[1]), batch_size=2, **slow)
     torch.distributed.destroy_process_group()
