@@ -276,6 +276,7 @@ def test_options_that_are_mentioned_exist():
     parameters = [parameter for command in commands for parameter in command.get_params(context)]
     known = {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
     known |= {"--nproc-per-node", "--no-python", "--no_python", "--num_processes", "--multi_gpu", "--cpu", "--check"}
+    known |= {"--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}  # torchrun
     known |= {"--preload", "--signal", "--data-binary", "--shm-size"}  # gunicorn, sbatch, curl, docker
     for page in PAGES:
         mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8")))

@@ -31,10 +31,10 @@ ALLOWED = {
     "serving": {"modeling", "inference"},
     "video": {"modeling", "system", "inference", "deploy"},
     "benchmark": {"modeling", "set_prediction", "inference", "deploy", "evaluation", "training", "video"},
-    "distributed": set(),
+    "distributed": {"system", "inference"},
     "cli": {
         *("modeling", "system", "inference", "checkpoints", "data", "deploy", "evaluation", "training", "benchmark"),
-        *("set_prediction", "analysis", "serving", "video"),
+        *("set_prediction", "analysis", "serving", "video", "distributed"),
     },
 }
 # The methods of the network, two lines each.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from conditional_detr.cli.bulk_detection import Engine, check_options, detect_on_ray
 from conditional_detr.cli.console import AUTO, FAILED, one_line_errors, print_line
 from conditional_detr.cli.detection_run import DetectionRun, drawing_of
 from conditional_detr.cli.marks import has_mark
@@ -39,10 +40,12 @@ _VIEWS = "Tiles and augmentation"
 
 
 def detect(
+    context: typer.Context,
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Files, folders (with all below), globs, http(s) URLs; '-' reads one per line from standard input.",
+            help="Files, folders (with all below), globs, http(s) URLs; '-' reads one per line from standard input."
+            " With --engine ray also object stores, Parquet files and WebDataset shards.",
             show_default=False,
         ),
     ] = None,
@@ -94,6 +97,19 @@ def detect(
     fast_preprocessing: Annotated[
         bool, typer.Option("--fast-preprocessing", help=FAST_PREPROCESSING, rich_help_panel=_LIMITS)
     ] = False,
+    engine: Annotated[
+        Engine,
+        typer.Option(help="ray: on a Ray cluster, into Parquet files with a row per image.", rich_help_panel=_LIMITS),
+    ] = Engine.torch,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="With --engine ray: copies of the model.",
+            min=1,
+            show_default="one for each GPU, or CPU core",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option(help="Folder for results and annotated images.", rich_help_panel=_WHERE)
     ] = Path("detections"),
@@ -140,13 +156,33 @@ def detect(
 
     An image that cannot be read is listed at the end and does not stop the others.
 
-    Under torchrun each process takes its share of the images, and waits for the others at the end.
+    Under torchrun each process takes its share of the images, and waits for the others at the end. With --engine ray,
+    processes of a Ray cluster do: that of RAY_ADDRESS, or a new one here.
 
     Exit codes: 0 success; 1 some images failed; 2 usage or setup error; 130 interrupted.
     """
-    with one_line_errors(), join_processes() as process:
+    with one_line_errors():
+        check_options(engine, context)
         if resume and overwrite:
             raise ValueError("expected --resume or --overwrite, got both")
+    if engine is Engine.ray:
+        with one_line_errors():
+            code = detect_on_ray(
+                images or [],
+                output,
+                str(weights or PUBLISHED),
+                device,
+                threshold=threshold,
+                top_k=top_k,
+                classes=classes,
+                batch_size=batch_size,
+                fast_preprocessing=fast_preprocessing,
+                workers=workers,
+                resume=resume,
+                overwrite=overwrite,
+            )
+        raise typer.Exit(code)
+    with one_line_errors(), join_processes() as process:
         if csv_safe and format is not Format.csv:
             raise ValueError(f"--csv-safe: expected --format csv with it, got {format.value}")
         check_one_threshold(threshold, thresholds)

@@ -57,7 +57,7 @@ def list_images(arguments: Sequence[str], *, output: str | Path) -> Listing:
     results = os.path.realpath(output)
     listed: list[tuple[str, PurePath]] = []
     skipped = 0
-    for argument, from_stdin in _expand_standard_input(arguments):
+    for argument, from_stdin in expand_standard_input(arguments):
         if not argument:
             raise ValueError("images: expected files, folders, globs or URLs, got an empty name")
         if re.match("https?://", argument, re.IGNORECASE):
@@ -78,7 +78,7 @@ def list_images(arguments: Sequence[str], *, output: str | Path) -> Listing:
     return Listing([ListedImage(image, name) for (image, _), name in zip(listed, outputs, strict=True)], skipped)
 
 
-def _expand_standard_input(arguments: Sequence[str]) -> Iterator[tuple[str, bool]]:
+def expand_standard_input(arguments: Sequence[str]) -> Iterator[tuple[str, bool]]:
     """Yield the arguments, with "-" replaced by the lines of standard input, and whether each comes from there."""
     for argument in arguments:
         if argument == "-":
@@ -99,11 +99,26 @@ def _check_path(name: str, check: Callable[[str], bool]) -> bool:
 
 
 def _list_folder(folder: str, results: str) -> tuple[list[tuple[str, PurePath]], int]:
-    """Return the images in a folder and the folders below it, and the number of other files.
+    """Return the images in a folder and the folders below it, and the number of other files."""
+    images, others = [], 0
+    for path in walk_folder(folder, results):
+        if is_image_name(path):
+            images.append((path, PurePath(os.path.relpath(path, folder))))
+        else:
+            others += 1
+    return sorted(images), others
 
-    Links to folders are followed; each folder is listed once.
+
+def walk_folder(folder: str, results: str) -> Iterator[str]:
+    """Yield the paths of the files in a folder and below it, those of one folder after the other, each sorted.
+
+    Links to folders are followed; each folder is listed once. One that cannot be read is warned of.
+
+    Args:
+        folder: the folder.
+        results: real path of a folder below it that is left out.
     """
-    images, others, seen = [], 0, set()
+    seen = set()
 
     def warn(error: OSError) -> None:
         warnings.warn(f"{error.filename}: the folder cannot be read: {error.strerror}", stacklevel=2)
@@ -115,14 +130,15 @@ def _list_folder(folder: str, results: str) -> tuple[list[tuple[str, PurePath]],
             continue
         seen.add(real)
         below.sort()
-        for file in files:
-            path = os.path.join(current, file)  # noqa: PTH118  # a Path each would take most of the time and memory
-            # macOS writes metadata of photo.jpg to ._photo.jpg on other file systems
-            if PurePath(file).suffix.lower() in SUFFIXES and not file.startswith("._"):
-                images.append((path, PurePath(os.path.relpath(path, folder))))
-            else:
-                others += 1
-    return sorted(images), others
+        for file in sorted(files):
+            yield os.path.join(current, file)  # noqa: PTH118  # a Path each would take most of the time and memory
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file in a folder is taken for an image, by its name, path or URI."""
+    path = PurePath(name)
+    # macOS writes metadata of photo.jpg to ._photo.jpg on other file systems
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith("._")
 
 
 def _list_glob(pattern: str, results: str) -> list[tuple[str, PurePath]]:

@@ -71,15 +71,7 @@ def open_results(
             of other settings.
     """
     format, folder = Format(format), Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: expected a folder for results, got a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
-    if process.rank == 0:
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise OSError(f"{folder}: another run is writing results to this folder; use another one") from error
+    lock = lock_folder(folder, acquire=process.rank == 0)
     process.wait()  # the others write only if the first one may
     if format is Format.json:
         return JsonFiles(folder, process, lock, settings, resume=resume, overwrite=overwrite)
@@ -90,6 +82,28 @@ def open_results(
     except BaseException:
         release(lock)
         raise
+
+
+def lock_folder(folder: Path, *, acquire: bool = True) -> FileLock:
+    """Make a folder for results if it is missing, and keep other runs from writing to it.
+
+    Args:
+        folder: the folder.
+        acquire: whether this process locks it; otherwise another one does.
+
+    Raises:
+        OSError: the folder cannot be made, or another run has locked it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: expected a folder for results, got a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    if acquire:
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise OSError(f"{folder}: another run is writing results to this folder; use another one") from error
+    return lock
 
 
 def _prepare_lines(format: Format, folder: Path, process: Process, *, resume: bool, overwrite: bool) -> list[Path]:

@@ -120,18 +120,27 @@ def killed_at(folder, step, workers, threads):
     resumable(Path(folder), workers=workers)
 
 
-def five_steps(folder, *, batch_size):
+class Slow(Rectangles):
+    """Images that take as long as those of a real dataset: a step can be caught in the middle of an epoch."""
+
+    def __getitem__(self, index):
+        time.sleep(0.4)
+        return super().__getitem__(index)
+
+
+def five_steps(folder, *, batch_size, data=None, **options):
     """Train five steps of four images in total; some images have no target, others up to three."""
-    data = Rectangles(20)
+    data = data or Rectangles(20)
     for i in (1, 6, 13):
         data.samples[i] = (
             data.samples[i][0],
             {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)},
         )
-    config = TrainConfig(epochs=1, batch_size=batch_size, lr=1e-4, backbone_lr=1e-5, workers=0, warmup=2)
+    rates = {"lr": 1e-4, "backbone_lr": 1e-5, "warmup": 2}
+    config = TrainConfig(epochs=1, batch_size=batch_size, workers=0, save_every=1, **rates)
     model = small_model(dropout=0.0)
     val = Rectangles(5, seed=1)
-    return model, train(model, data, val, config, folder=folder, progress=False)
+    return model, train(model, data, val, config, folder=folder, progress=False, **options)
 
 
 def timed(folder, limit):
@@ -144,8 +153,11 @@ def timed(folder, limit):
 
 
 if __name__ == "__main__":  # of accelerate launch or torchrun, in each of two processes on half of each batch
-    if sys.argv[1] == "timed":
-        timed(Path(sys.argv[2]), float(sys.argv[3]))
+    kind, *arguments = sys.argv[1:]
+    if kind == "timed":
+        timed(Path(arguments[0]), float(arguments[1]))
+    elif arguments == ["slow"]:
+        five_steps(Path(kind), batch_size=2, data=Slow(20), resume=True)
     else:
-        five_steps(Path(sys.argv[1]), batch_size=2)
+        five_steps(Path(kind), batch_size=2)
     torch.distributed.destroy_process_group()

@@ -1,0 +1,211 @@
+"""Units of work: lists of image files, row groups of Parquet files, and WebDataset shards."""
+
+import fnmatch
+import glob
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+from conditional_detr.distributed.storage import is_file, is_folder, is_remote, locate, walk
+from conditional_detr.inference.listing import is_image_name, list_images, walk_folder
+from conditional_detr.inference.pipeline import map_in_threads
+
+_PARQUET, _TAR = ".parquet", (".tar", ".tar.gz", ".tgz")
+_ROWS = 16  # of a Parquet file that are read together
+_READERS = 8  # threads that read the footers of Parquet files
+
+
+class Unit(NamedTuple):
+    """Images that are detected on together, and whose results are one file.
+
+    Attributes:
+        names: paths or URIs of image files; or of one Parquet file or WebDataset shard.
+        row_group: index of the row group in a Parquet file; -1 for other files.
+    """
+
+    names: tuple[str, ...]
+    row_group: int = -1
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits that stand for these images, the name of the unit's results."""
+        text = json.dumps([*self.names, self.row_group])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Source(NamedTuple):
+    """An image of a unit.
+
+    Attributes:
+        key: the name of its results: the path or URI of its file; ``FILE#ROW`` in a Parquet file, ``FILE#MEMBER`` in
+            a WebDataset shard.
+        image: its bytes, or why they cannot be read; None: the key is its file.
+    """
+
+    key: str
+    image: bytes | Exception | None = None
+
+
+def list_units(arguments: Sequence[str], *, output: str, size: int) -> Iterator[Unit]:
+    """List units of work, in memory that does not grow with the number of images in one folder tree.
+
+    Names of several arguments are kept, so that no image is listed twice.
+
+    Args:
+        arguments: image files, folders (with all folders below), globs, ``.parquet`` files and WebDataset shards, by
+            path or URI, as :func:`~conditional_detr.distributed.storage.absolute` returns them; http(s) URLs.
+        output: the folder of results, which is left out.
+        size: largest number of image files in a unit.
+
+    Raises:
+        OSError: a folder cannot be listed.
+        ValueError: nothing was found, or a Parquet file has no images.
+    """
+    names: Iterable[str] = chain.from_iterable(_list_names(argument, output) for argument in arguments)
+    if len(arguments) > 1:
+        names = dict.fromkeys(names)
+    for units in map_in_threads(_units_of, _grouped(names, size), workers=_READERS, depth=2 * _READERS):
+        yield from units
+
+
+def read_unit(unit: Unit) -> Iterator[Source]:
+    """Yield the images of a unit; what cannot be read, also of a damaged shard, is one with its error."""
+    name = unit.names[0]
+    if not _is_shard(name):
+        yield from map(Source, unit.names)
+        return
+    read_shard = _read_row_group if name.endswith(_PARQUET) else _read_tar
+    try:
+        yield from read_shard(unit)
+    except Exception as error:  # the type of the error of a damaged shard depends on its format
+        yield Source(name, OSError(f"{name}: the shard cannot be read: {error}"))
+
+
+def _list_names(argument: str, output: str) -> Iterator[str]:
+    """Yield the image files and shards that an argument stands for."""
+    remote = is_remote(argument)
+    if _is_web(argument):
+        names = iter((argument,))
+    elif is_folder(argument):
+        files = walk(argument) if remote else walk_folder(argument, os.path.realpath(output))
+        names = (name for name in files if is_image_name(name) or _is_shard(name))
+    elif glob.has_magic(argument) and not remote and not os.path.lexists(argument):
+        names = (listed.image for listed in list_images([argument], output=output).images)
+    elif glob.has_magic(argument) and remote and not is_file(argument):
+        names = _matches(argument)
+    else:
+        names = iter((argument,))
+    first = next(names, None)
+    if first is None:
+        raise ValueError(f"{argument}: expected images or shards, found none")
+    yield first
+    yield from names
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """Yield the files in an object store that match a glob, in which ``*`` also stands for ``/``."""
+    parts = pattern.split("/")
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    return (name for name in walk("/".join(parts[:fixed])) if fnmatch.fnmatchcase(name, pattern))
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith((_PARQUET, *_TAR)) and not _is_web(name)
+
+
+def _is_web(name: str) -> bool:
+    return name.lower().startswith(("http://", "https://"))
+
+
+def _grouped(names: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Yield shards one by one, and image files in lists."""
+    images: list[str] = []
+    for name in names:
+        if _is_shard(name):
+            yield [name]
+            continue
+        images.append(name)
+        if len(images) == size:
+            yield images
+            images = []
+    if images:
+        yield images
+
+
+def _units_of(names: list[str]) -> list[Unit]:
+    """Return the units of image files or of a shard; those of a Parquet file are in its footer."""
+    if not names[0].endswith(_PARQUET) or not _is_shard(names[0]):
+        return [Unit(tuple(names))]
+    try:
+        with _open_parquet(names[0]) as file:
+            _image_column(names[0], file.schema_arrow)
+            return [Unit(tuple(names), group) for group in range(file.num_row_groups)]
+    except OSError:  # reading the unit gives the error
+        return [Unit(tuple(names), 0)]
+
+
+def _open_parquet(name: str) -> Any:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    filesystem, path = locate(name)
+    try:
+        return ParquetFile(filesystem.open_input_file(path))
+    except ArrowInvalid as error:
+        raise OSError(f"{name}: expected a Parquet file: {error}") from error
+
+
+def _image_column(name: str, schema: Any) -> str:
+    """Return the column with the bytes of images: a binary one, or one of structs with ``bytes``, as of Hugging Face.
+
+    Raises:
+        ValueError: there is none, or there are several and none is called "image" or "bytes".
+    """
+    from pyarrow import types
+
+    def is_binary(kind: Any) -> bool:
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+    found = {field.name: field.name for field in schema if is_binary(field.type)}
+    for field in schema:
+        if types.is_struct(field.type) and any(
+            part.name == "bytes" and is_binary(part.type) for part in field.type.fields
+        ):
+            found[field.name] = f"{field.name}.bytes"
+    for preferred in ("image", "bytes", *(found if len(found) == 1 else ())):
+        if preferred in found:
+            return found[preferred]
+    raise ValueError(
+        f"{name}: expected a column 'image' or 'bytes' with the bytes of image files, got {', '.join(schema.names)}"
+    )
+
+
+def _read_row_group(unit: Unit) -> Iterator[Source]:
+    """Yield the images of a row group."""
+    (name,) = unit.names
+    with _open_parquet(name) as file:
+        column = _image_column(name, file.schema_arrow)
+        row = sum(file.metadata.row_group(i).num_rows for i in range(unit.row_group))
+        for batch in file.iter_batches(_ROWS, row_groups=[unit.row_group], columns=[column]):
+            values = batch.column(0)
+            for value in (values.field("bytes") if "." in column else values).to_pylist():
+                missing = ValueError(f"{name}#{row}: expected the bytes of an image, got null")
+                yield Source(f"{name}#{row}", missing if value is None else value)
+                row += 1
+
+
+def _read_tar(unit: Unit) -> Iterator[Source]:
+    """Yield the images of a WebDataset shard, from its beginning to its end."""
+    (name,) = unit.names
+    filesystem, path = locate(name)
+    with (
+        filesystem.open_input_stream(path, compression=None) as stream,
+        tarfile.open(fileobj=stream, mode="r|*") as shard,
+    ):
+        for member in shard:
+            if member.isfile() and is_image_name(member.name) and (file := shard.extractfile(member)) is not None:
+                yield Source(f"{name}#{member.name}", file.read())

@@ -1,0 +1,369 @@
+"""Inputs and results of bulk detection, without Ray: units of work, file systems, plan and manifest."""
+
+import io
+import json
+import sys
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from conditional_detr import Detections, Detector
+from conditional_detr.cli import app
+from conditional_detr.data.synthetic import draw_image
+from conditional_detr.distributed import detect_dataset, results, storage
+from conditional_detr.distributed.detect import _locked, _share
+from conditional_detr.distributed.results import create, finished, planned, write_results
+from conditional_detr.distributed.units import Source, Unit, list_units, read_unit
+from conditional_detr.distributed.worker import Job, Worker
+
+pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+
+
+def jpeg(shade=0):
+    content = io.BytesIO()
+    Image.new("L", (8, 8), shade).save(content, "JPEG")
+    return content.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images below folders, with files that are none."""
+    for name in ("a.jpg", "b.PNG", "below/c.webp", "below/deeper/d.jpg", "notes.txt", "below/._c.webp", "out/e.jpg"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg())
+    return tmp_path / "in"
+
+
+def names_of(units):
+    return [name for unit in units for name in unit.names]
+
+
+IMAGES = ["a.jpg", "b.PNG", "below/c.webp", "below/deeper/d.jpg"]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://", "fsspec+local://"])
+def test_folders_by_path_and_by_uri(folder, scheme):
+    """The last goes the way of object stores, through fsspec. The output folder is left out."""
+    units = [*list_units([storage.absolute(f"{scheme}{folder}")], output=str(folder / "out"), size=3)]
+    expected = sorted(str(folder / name) for name in IMAGES)
+    if scheme == "fsspec+local://":
+        expected = sorted(f"fsspec+local://{name}" for name in [*expected, str(folder / "out/e.jpg")])
+    assert sorted(names_of(units)) == expected
+    assert max(len(unit.names) for unit in units) == 3
+    assert all(storage.read(name) == jpeg() for name in names_of(units))
+
+
+def test_globs_files_and_repeated_names(folder):
+    given = [f"{folder}/*.jpg", str(folder / "below"), str(folder / "a.jpg"), "https://example.org/x.jpg"]
+    names = names_of(list_units(given, output="out", size=100))
+    assert sorted(names) == sorted(
+        [str(folder / name) for name in ("a.jpg", "below/c.webp", "below/deeper/d.jpg")]
+        + ["https://example.org/x.jpg"]
+    )
+    matches = names_of(list_units([f"fsspec+local://{folder}/below/*.jpg"], output="out", size=100))
+    assert matches == [f"fsspec+local://{folder}/below/deeper/d.jpg"]
+
+
+@pytest.mark.parametrize("name", ["*.gif", "fsspec+local://{}/*.gif", "notes"])
+def test_inputs_without_images(folder, name):
+    (folder / "notes").mkdir()
+    given = name.format(folder) if name.startswith("local") else str(folder / name)
+    with pytest.raises(ValueError, match=r"expected images|no file matches"):
+        [*list_units([given], output="out", size=1)]
+
+
+def test_an_unknown_file_system():
+    with pytest.raises(ValueError, match=r"nothing://there: expected a file system of pyarrow, or fsspec"):
+        storage.locate("nothing://there/image.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("s3://bucket/a folder/b#c.jpg?region=us-east-1", "bucket/a folder/b#c.jpg"),
+        ("S3://bucket/x?.jpg?endpoint_override=localhost:1&scheme=http&region=x", "bucket/x?.jpg"),
+        ("gs://anonymous@bucket/x.jpg", "bucket/x.jpg"),
+        ("hf://datasets/owner/name/x.jpg", "datasets/owner/name/x.jpg"),
+    ],
+)
+def test_uris_of_object_stores(name, path):
+    """Names with characters that a URI would quote are those of the store; children keep the options."""
+    filesystem, found = storage.locate(name)
+    assert found == path
+    kind = {"s3": "s3", "gs": "gcs", "hf": "py::fsspec+hf"}[name.partition(":")[0].lower()]
+    assert filesystem.type_name == kind
+    assert storage.locate(storage.child(name, "y.jpg"))[1] == f"{path}/y.jpg"
+
+
+def write_parquet(path, values, kind):
+    pq.write_table(pa.table({"id": range(len(values)), "photo": pa.array(values, kind)}), path, row_group_size=2)
+
+
+@pytest.mark.parametrize("struct", [False, True])
+def test_rows_of_a_parquet_file(tmp_path, struct):
+    values = [jpeg(shade) for shade in (0, 99, 250)]
+    kind = pa.struct([("bytes", pa.binary())]) if struct else pa.large_binary()
+    path = tmp_path / "x.parquet"
+    write_parquet(path, [{"bytes": value} for value in values] if struct else values, kind)
+    units = [*list_units([str(path)], output="out", size=100)]
+    assert [unit.row_group for unit in units] == [0, 1]
+    sources = [source for unit in units for source in read_unit(unit)]
+    assert sources == [Source(f"{path}#{row}", value) for row, value in enumerate(values)]
+
+
+def test_a_parquet_file_without_images(tmp_path):
+    pq.write_table(pa.table({"id": [1], "x": [b"1"], "y": [b"2"]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x.parquet: expected a column 'image' or 'bytes' .*, got id, x, y"):
+        [*list_units([str(tmp_path / "x.parquet")], output="out", size=1)]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".parquet"])
+def test_a_damaged_shard_is_one_error(tmp_path, suffix):
+    """What can be read of it is read."""
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".parquet":
+        path.write_bytes(b"PAR1 no parquet")
+    else:
+        with tarfile.open(path, "w:gz" if suffix.endswith("gz") else "w") as shard:
+            for index in range(3):
+                info = tarfile.TarInfo(f"{index}.jpg")
+                info.size = len(jpeg())
+                shard.addfile(info, io.BytesIO(jpeg()))
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2] if suffix.endswith("gz") else content[:1800])
+    (unit,) = list_units([str(path)], output="out", size=1)
+    *good, last = read_unit(unit)
+    assert last.key == str(path)
+    assert isinstance(last.image, OSError)
+    assert "the shard cannot be read" in str(last.image)
+    if suffix == ".tar":
+        assert good == [Source(f"{path}#0.jpg", jpeg())]
+
+
+def detections(count):
+    boxes = torch.arange(4.0 * count).reshape(count, 4)
+    return Detections(
+        boxes=boxes,
+        scores=torch.linspace(0.9, 0.5, count),
+        labels=torch.arange(count),
+        names=tuple(f"name {i}\udcff" for i in range(count)),
+        category_ids=tuple(range(count)),
+        queries=torch.arange(count),
+        size=(48, 64),
+        source=None,
+    )
+
+
+@pytest.mark.parametrize("scheme", ["", "fsspec+local://"])
+def test_results_are_read_by_others(tmp_path, scheme):
+    """pyarrow reads the whole folder, and leaves out plan and manifest; bytes that are no UTF-8 are escaped."""
+    out = f"{scheme}{tmp_path}/out"
+    units = [Unit(("a.jpg", "b\udcff.jpg")), Unit(("c.jpg",)), Unit(("x.parquet",), 3)]
+    assert create(out, units, {"settings": {}}, resume=False, overwrite=False) == 3
+    assert [*planned(out)] == units
+    assert finished(out) == set()
+    counts = write_results(out, units[0], units[0].names, [detections(2), ValueError("b: no image")])
+    assert counts == {"images": 2, "objects": 2, "failed": 1, "errors": ["b: no image"]}
+    assert finished(out) == {units[0].digest}
+    first, second = pq.read_table(tmp_path / "out").to_pylist()
+    assert first.pop("part") == second.pop("part") == units[0].digest[:2]
+    assert first == {
+        "image": "a.jpg",
+        "height": 48,
+        "width": 64,
+        "boxes": [[0, 1, 2, 3], [4, 5, 6, 7]],
+        "scores": [pytest.approx(0.9), 0.5],
+        "labels": [0, 1],
+        "names": ["name 0\\udcff", "name 1\\udcff"],
+        "error": None,
+    }
+    assert second == {**dict.fromkeys(first), "image": "b\\udcff.jpg", "error": "b: no image"}
+
+
+def test_jobs_are_resumed_with_their_plan_and_replaced_on_request(tmp_path):
+    """A resumed job does what was listed at its start; what others wrote stays."""
+    out = str(tmp_path / "out")
+    header = {"settings": {"model": "x", "top_k": 3}, "inputs": ["in"]}
+    create(out, [Unit(("a.jpg",))], header, resume=True, overwrite=False)
+    write_results(out, Unit(("a.jpg",)), ["a.jpg"], [detections(1)])
+    mine = tmp_path / "out" / "part=00" / "mine.parquet"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_bytes(b"mine")
+    assert create(out, iter(()), header, resume=True, overwrite=False) == 1
+    with pytest.raises(ValueError, match="already exists; --resume adds to these results, --overwrite replaces them"):
+        create(out, [], header, resume=False, overwrite=False)
+    with pytest.raises(ValueError, match=r"got settings \{'model': 'x', 'top_k': 3\}, not \{'model': 'y'\}"):
+        create(out, [], {**header, "settings": {"model": "y"}}, resume=True, overwrite=False)
+    with pytest.raises(ValueError, match=r"got inputs \['in'\], not \['other'\]"):
+        create(out, [], {**header, "inputs": ["other"]}, resume=True, overwrite=False)
+    (tmp_path / "out" / results.MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"expected no results without _manifest\.json, got some"):
+        create(out, [], header, resume=True, overwrite=False)
+    assert create(out, [Unit(("b.jpg",)), Unit(("c.jpg",))], header, resume=False, overwrite=True) == 2
+    assert finished(out) == set()
+    assert mine.read_bytes() == b"mine"
+    (tmp_path / "out" / results.MANIFEST).write_text(json.dumps({"mine": 1}))
+    with pytest.raises(ValueError, match=r"_manifest.json: expected the manifest of a bulk detection, got KeyError"):
+        create(out, [], header, resume=True, overwrite=False)
+
+
+def test_plans_of_more_than_a_row_group_keep_their_order(tmp_path):
+    units = [Unit((f"{index}.jpg", f"{index}.png"), -1) for index in range(200)]
+    create(str(tmp_path), iter(units), {}, resume=False, overwrite=False)
+    assert [*planned(str(tmp_path))] == units
+
+
+def fail_to_load(device):
+    raise AssertionError("loaded")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "csv"], "--format: expected it with --engine torch only"),
+        (["--no-draw"], "--draw: expected it with --engine torch only"),
+        (["--demo"], "--demo: expected it with --engine torch only"),
+        (["--tile", "800"], "--tile: expected it with --engine torch only"),
+        (["--resume", "--overwrite"], "expected --resume or --overwrite, got both"),
+        (["--device", "cuda:1"], "--device: expected cpu, cuda or auto with --engine ray, got cuda:1"),
+    ],
+)
+def test_options_of_the_other_engine(tmp_path, arguments, message):
+    result = CliRunner().invoke(app, ["detect", str(tmp_path), "--engine", "ray", *arguments])
+    assert result.exit_code == 2
+    assert result.stderr.strip() == f"error: {message}"
+
+
+def test_options_of_ray_need_ray(tmp_path):
+    result = CliRunner().invoke(app, ["detect", str(tmp_path), "--workers", "2"])
+    assert result.exit_code == 2
+    assert result.stderr.strip() == "error: --workers: expected it with --engine ray only"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        ([], {}, r"dataset: expected files, folders, shards or URIs, got \[\]"),
+        (["a.jpg", ""], {}, "dataset: expected files"),
+        ("a.jpg", {"workers": 0}, "workers: expected an int of at least 1, got 0"),
+        ("a.jpg", {"unit_size": 0.5}, "unit_size: expected an int of at least 1, got 0.5"),
+        ("a.jpg", {"batch_size": True}, "batch_size: expected an int of at least 1, got True"),
+        ("a.jpg", {"resume": True, "overwrite": True}, "expected resume or overwrite, got both"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_the_model_is_loaded(tmp_path, dataset, options, message):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    with pytest.raises(ValueError, match=message):
+        detect_dataset(dataset, str(tmp_path / "out"), fail_to_load, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs ray, .*pip install 'conditional-detr\[ray\]'"):
+        detect_dataset("a.jpg", str(tmp_path / "out"), fail_to_load)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "device", "workers", "expected"),
+    [
+        ({"CPU": 8.0}, None, None, ("cpu", 8, 1.0, None)),
+        ({"CPU": 8.0}, "cpu", 3, ("cpu", 3, 1.0, None)),
+        ({"CPU": 2.0}, None, 3, ("cpu", 3, 0.66, None)),
+        ({"CPU": 8.0, "GPU": 2.0}, None, None, ("cuda", 2, 1.0, 1.0)),
+        ({"CPU": 8.0, "GPU": 2.0}, "cuda", 3, ("cuda", 3, 1.0, 0.5)),
+        ({"CPU": 8.0, "GPU": 4.0}, None, 1, ("cuda", 1, 1.0, 1.0)),
+        ({"CPU": 4.0, "GPU": 8.0}, None, None, ("cuda", 8, 0.5, 1.0)),
+        ({"CPU": 8.0, "GPU": 2.0}, "cpu", None, ("cpu", 8, 1.0, None)),
+    ],
+)
+def test_shares_of_a_cluster(cluster, device, workers, expected):
+    found, count, options = _share(cluster, device, workers)
+    assert (found, count, options["num_cpus"], options.get("num_gpus")) == expected
+
+
+def test_devices_that_a_cluster_does_not_have():
+    with pytest.raises(ValueError, match="device: expected cpu on a cluster without GPUs, got cuda"):
+        _share({"CPU": 8.0}, "cuda", None)
+    with pytest.raises(ValueError, match="device: expected cpu or cuda, got tpu"):
+        _share({"CPU": 8.0}, "tpu", None)
+
+
+def test_results_in_the_way_are_refused_before_ray_is_started(folder, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    monkeypatch.setattr(ray, "init", fail_to_load)
+    out = tmp_path / "out"
+    create(str(out), [Unit(("a.jpg",))], {}, resume=False, overwrite=False)
+    before = (out / results.MANIFEST).read_bytes()
+    command = ["detect", str(folder), "--engine", "ray", "--weights", "shapes", "--output", str(out)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    manifest = out / results.MANIFEST
+    assert result.stderr.strip() == (
+        f"error: {manifest}: already exists; --resume adds to these results, --overwrite replaces them"
+    )
+    result = CliRunner().invoke(app, [*command, "--resume"])
+    assert result.exit_code == 2
+    assert f"error: {manifest}: expected a job with the settings and inputs of this one" in result.stderr
+    assert manifest.read_bytes() == before
+
+
+def load_shapes(device):
+    return Detector.from_pretrained("shapes", device=device)
+
+
+def test_an_actor_reads_and_writes_by_uri(tmp_path, monkeypatch):
+    """As in an object store: an image, one that is missing, and one that is none."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of this process
+    draw_image(0, 3, size=(96, 128))[0].save(tmp_path / "a #?.png")
+    (tmp_path / "b.jpg").write_bytes(b"no image")
+    detector = load_shapes("cpu")
+    settings = detector.settings(detector.postprocessing(threshold=0.3))
+    job = Job(f"fsspec+local://{tmp_path}/out", load_shapes, "cpu", settings, {"threshold": 0.3}, None, 1)
+    names = tuple(f"fsspec+local://{tmp_path}/{name}" for name in ("a #?.png", "missing.jpg", "b.jpg"))
+    counts = Worker(job).run(Unit(names))
+    expected = detector(tmp_path / "a #?.png", threshold=0.3)
+    assert len(expected) > 0
+    assert (counts["images"], counts["objects"], counts["failed"]) == (3, len(expected), 2)
+    good, missing, none = pq.read_table(tmp_path / "out").to_pylist()
+    assert [row["image"] for row in (good, missing, none)] == list(names)
+    assert good["boxes"] == expected.boxes.tolist()
+    assert good["scores"] == expected.scores.tolist()
+    assert good["names"] == list(expected.names)
+    assert f"{names[1]}: cannot be read" in missing["error"]
+    assert none["error"] == f"{names[2]}: expected an image, got a text file"
+
+
+def test_an_actor_with_other_weights_or_settings_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    settings = {"model": "x", "threshold": 0.3, "top_k": 100, "classes": None}
+    with pytest.raises(ValueError, match=r"expected the same weights on all machines, of settings .*'model': 'x'"):
+        Worker(Job(str(tmp_path), load_shapes, "cpu", settings, {"threshold": 0.3}, None, 1))
+
+
+def test_two_jobs_do_not_write_to_one_folder(tmp_path):
+    (tmp_path / "file").write_bytes(b"mine")
+    with (
+        _locked(str(tmp_path / "out")),
+        pytest.raises(OSError, match="out: another run is writing results to this folder"),
+        _locked(str(tmp_path / "out")),
+    ):
+        pass
+    with (
+        pytest.raises(NotADirectoryError, match="expected a folder for results, got a file"),
+        _locked(str(tmp_path / "file")),
+    ):
+        pass
+
+
+def test_what_a_killed_actor_left_unfinished_is_removed(tmp_path):
+    left = tmp_path / "out/part=ab/.0123456789abcdef.unfinished"
+    left.mkdir(parents=True)
+    (left / "ab.parquet").write_bytes(b"half")
+    with _locked(str(tmp_path / "out")):
+        assert not left.exists()
