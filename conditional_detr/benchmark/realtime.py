@@ -89,7 +89,7 @@ class VideoTask(EngineTask):
 
 
 def available(device: torch.device) -> list[str]:
-    """Return the names of the engines that can run on a device, the reference, the optimised copy, first."""
+    """Return the names of the engines that can run on a device."""
     names = [*_OPTIMISED, *(_FILES if device.type == "cpu" else ())]
     return [name for name in names if not ENGINES[name].missing_packages]
 
@@ -99,13 +99,14 @@ def measure_realtime(
     film: str | Path,
     edges: Sequence[int | None] = (None,),
     *,
+    engines: Sequence[str] | None = None,
     data: str | Path | None = None,
     images: str | Path | None = None,
     rounds: int = 7,
     progress: Callable[[str], None] = lambda _: None,
     on_failure: Callable[[str], None] | None = None,
 ) -> list[VideoMeasurement]:
-    """Time all engines that can run on the first frames of a film, each in its own process.
+    """Time engines on the first frames of a film, each in its own process.
 
     int8 is calibrated on frames of the film.
 
@@ -113,6 +114,7 @@ def measure_realtime(
         model: the model in float32, whose weights and device all engines use.
         film: a video file, or a folder of images.
         edges: shorter sides that frames are resized to; None: that of the weights.
+        engines: names among those of :func:`available`, the reference first; None: all.
         data: annotations to measure AP on, at each size and with each engine.
         images: folder of their images.
         rounds: number of passes over the frames per engine.
@@ -123,7 +125,7 @@ def measure_realtime(
         OSError: the film cannot be read, or the process of an engine failed.
         ValueError: no video, a size that the weights do not take, or no rounds.
     """
-    names, threads = available(model.device), torch.get_num_threads()
+    names, threads = available(model.device) if engines is None else [*engines], torch.get_num_threads()
     check_rounds(rounds, names)
     frames = check_video(model, film, edges)
     measurements = []

@@ -116,7 +116,7 @@ def benchmark(
         from conditional_detr.benchmark.engines import REFERENCE
         from conditional_detr.benchmark.measure import check, measure
         from conditional_detr.benchmark.pipeline import common_size, measure_pipeline
-        from conditional_detr.benchmark.realtime import check_video, measure_realtime
+        from conditional_detr.benchmark.realtime import available, check_video, measure_realtime
         from conditional_detr.benchmark.report import Report
         from conditional_detr.benchmark.scaling import measure_scaling
         from conditional_detr.benchmark.stages import measure_stages
@@ -142,8 +142,12 @@ def benchmark(
             raise ValueError(f"--scaling: expected one of {expected} among the engines, got {', '.join(names)}")
         if training:
             check(REFERENCE, torch_device.type)
+        filmed = [name for name in available(torch_device) if name in names]
         if video is not None:
             check_video(model, video, video_size or [None])
+            if not filmed:
+                expected = ", ".join(available(torch_device))
+                raise ValueError(f"--video: expected one of {expected} among the engines, got {', '.join(names)}")
         if files:
             common_size(files, model.metadata.preprocessing)  # an image that cannot be read ends it before it begins
         if output is not None:
@@ -154,6 +158,7 @@ def benchmark(
     with one_line_errors(), err.status("") as status:
         options: dict[str, Any] = {"rounds": rounds, "progress": status.update}
         timed: dict[str, Any] = {**options, "on_failure": _warn_skipped}
+        measured: dict[str, Any] = {"data": data, "images": images, **timed}
         report = Report(
             f"{height} x {width}, batch size {batch_size}, {_machine_name(torch_device)}",
             {str(dtype)[6:]: product_rate(dtype, torch_device) for dtype in (torch.float32, torch.bfloat16)},
@@ -162,7 +167,7 @@ def benchmark(
             measure_training(model, **step, **options) if training else (),
             measure_pipeline(model, files, **timed) if files else (),
             measure_stages(model, files, progress=status.update) if files else (),
-            measure_realtime(model, video, video_size or [None], data=data, images=images, **timed) if video else (),
+            measure_realtime(model, video, video_size or [None], engines=filmed, **measured) if video else (),
         )
         if training and torch_device.type == "cpu" and Path("/proc/self/status").exists():
             arguments = ["--device", torch_device, *_option("--weights", weights), *_option("--threads", threads)]
