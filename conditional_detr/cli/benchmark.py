@@ -123,6 +123,7 @@ def benchmark(
         from conditional_detr.benchmark.timing import product_rate
         from conditional_detr.benchmark.training import measure_training, step_peak_memory
         from conditional_detr.checkpoints.loading import checked_device, from_pretrained
+        from conditional_detr.data.formats.reading import find_splits
 
         if video is None and (video_size or data is not None):
             raise ValueError("--video-size and --data: expected --video with them")
@@ -145,6 +146,8 @@ def benchmark(
         filmed = [name for name in available(torch_device) if name in names]
         if video is not None:
             check_video(model, video, video_size or [None])
+            if data is not None:
+                find_splits(data, images)
             if not filmed:
                 expected = ", ".join(available(torch_device))
                 raise ValueError(f"--video: expected one of {expected} among the engines, got {', '.join(names)}")
