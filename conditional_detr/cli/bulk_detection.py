@@ -1,6 +1,5 @@
 """``conditional-detr detect --engine ray``: any number of images on a Ray cluster, into Parquet files."""
 
-import re
 from collections.abc import Sequence
 from enum import Enum
 from functools import partial
@@ -39,7 +38,7 @@ def check_options(engine: Engine, context: typer.Context) -> None:
 
 def detect_on_ray(
     images: Sequence[str],
-    output: Path,
+    output: str,
     weights: str,
     device: str,
     *,
@@ -65,7 +64,7 @@ def detect_on_ray(
         with bar:
             result = detect_dataset(
                 names,
-                _as_uri(output),
+                output,
                 partial(_open, weights, fast_preprocessing),
                 threshold=threshold,
                 top_k=top_k,
@@ -96,11 +95,6 @@ def detect_on_ray(
 def _open(weights: str, fast_preprocessing: bool, device: str) -> "Detector":
     """Load the detector in a process of Ray."""
     return open_detector(weights, device, fast_preprocessing=fast_preprocessing)
-
-
-def _as_uri(output: Path) -> str:
-    """Return a folder, or the URI that ``Path`` has taken a slash from: ``s3:/bucket`` was ``s3://bucket``."""
-    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", r"\1://", str(output))
 
 
 def _device(weights: str, device: str) -> str | None:

@@ -111,8 +111,9 @@ def detect(
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option(help="Folder for results and annotated images.", rich_help_panel=_WHERE)
-    ] = Path("detections"),
+        str,  # a path would have one slash where a URI has two
+        typer.Option(help="Folder for results and annotated images.", metavar="PATH", rich_help_panel=_WHERE),
+    ] = "detections",
     format: Annotated[
         Format,
         typer.Option(
@@ -182,6 +183,7 @@ def detect(
                 overwrite=overwrite,
             )
         raise typer.Exit(code)
+    folder = Path(output)
     with one_line_errors(), join_processes() as process:
         if csv_safe and format is not Format.csv:
             raise ValueError(f"--csv-safe: expected --format csv with it, got {format.value}")
@@ -193,20 +195,20 @@ def detect(
             raise ValueError("images: expected files, folders or globs under torchrun: '-' can be read only once")
         tiling = _make_tiling(tile, overlap, augment)
         listing = (
-            Listing([ListedImage(str(output / _DEMO_IMAGE), _DEMO)], 0) if demo else list_images(images, output=output)
+            Listing([ListedImage(str(folder / _DEMO_IMAGE), _DEMO)], 0) if demo else list_images(images, output=folder)
         )
         _check_font(font)  # now, not at the first image
         _limit_pixels(max_pixels)
-        if weights is not None and is_same_file(output, Path(weights).expanduser()):
-            raise ValueError(f"--output: expected another folder than that of --weights, got {output}")
+        if weights is not None and is_same_file(folder, Path(weights).expanduser()):
+            raise ValueError(f"--output: expected another folder than that of --weights, got {folder}")
         source = str(weights or (_demo_weights() if demo else PUBLISHED))
         detector = open_detector(source, device, fast_preprocessing=fast_preprocessing, thresholds=thresholds)
         postprocessing = detector.postprocessing(threshold=threshold, top_k=top_k, classes=classes)
         if draw:
-            _check_inputs_stay(listing.images, output)
+            _check_inputs_stay(listing.images, folder)
         results = open_results(
             format,
-            output,
+            folder,
             process,
             resume=resume,
             overwrite=overwrite,
@@ -217,17 +219,17 @@ def detect(
             share = listing.images[process.rank :: process.size]
             todo = [listed for listed in share if not results.is_done(listed)]
             if draw and not overwrite:
-                _check_drawings_are_ours(todo, output)
+                _check_drawings_are_ours(todo, folder)
             if listing.skipped:
                 print_line(f"skipped files in folders that are no images: {listing.skipped}", style="yellow")
             if len(share) > len(todo):
                 print_line(f"skipped images that already have results: {len(share) - len(todo)} of {len(share)}")
             if demo:
-                _draw_demo(output / _DEMO_IMAGE, overwrite=overwrite)
-            run = DetectionRun(todo, output if draw else None, font, results)
+                _draw_demo(folder / _DEMO_IMAGE, overwrite=overwrite)
+            run = DetectionRun(todo, folder if draw else None, font, results)
             options = {"batch_size": batch_size, "tiling": tiling}
             code = run.run(detector, postprocessing, options, show_progress=process.rank == 0)
-            run.report(results.close() or [output])
+            run.report(results.close() or [folder])
             failures = process.sum(len(run.failures))
             code = code or (FAILED if failures else 0)
         finally:

@@ -14,7 +14,8 @@ have no file, and a unit that is done twice has the same file: each image has on
 The *driver*, which calls :func:`detect_dataset`, lists the units, hands them to *actors* one by one, and counts what
 they report. An actor loads the model once; it reads, detects and writes. A bad image is a row with its error. If an
 actor dies, the driver starts another. A unit that has ended two actors is done image by image, and an image that ends
-two more is a row with an error, too: one image that crashes a library or a device stops nothing.
+two more is a row with an error, too: one image that crashes a library or a device stops nothing. Many in a row end the
+job, as there is something wrong with the machines.
 
 Modules: ``storage`` opens files by path or URI; ``units`` lists and reads inputs; ``results`` has the folder;
 ``worker`` is the actor; ``pool`` is the driver's loop.
@@ -31,7 +32,7 @@ from typing import Any
 from conditional_detr.distributed.pool import BulkResult, Pool
 from conditional_detr.distributed.results import create
 from conditional_detr.distributed.storage import absolute, is_remote
-from conditional_detr.distributed.units import list_units
+from conditional_detr.distributed.units import absolute_input, list_units
 from conditional_detr.distributed.worker import Job
 from conditional_detr.inference.detector import Detector
 from conditional_detr.inference.postprocessing import check_count
@@ -41,8 +42,8 @@ from conditional_detr.system.atomic_files import remove_unfinished
 
 
 def detect_dataset(
-    dataset: str | Sequence[str],
-    output: str,
+    dataset: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
     load: Callable[[str], Detector],
     *,
     threshold: float | None = None,
@@ -84,9 +85,9 @@ def detect_dataset(
     Raises:
         ImportError: Ray or the package of a file system is not installed.
         OSError: a folder cannot be listed or written, another job on this machine writes to it, Ray cannot be started
-            or connected to, or the model cannot be loaded on it.
-        ValueError: no image, an argument out of range, or results in ``output`` that may not be replaced or are of
-            another job.
+            or connected to, the model cannot be loaded on it, or fails on many units and images in a row.
+        ValueError: no image, other weights in an actor than here, an argument out of range, or results in ``output``
+            that may not be replaced or are of another job.
     """
     ray = _import_ray()
     for name, number in (("workers", workers), ("unit_size", unit_size), ("batch_size", batch_size)):
@@ -94,17 +95,19 @@ def detect_dataset(
             check_count(name, number)
     if resume and overwrite:
         raise ValueError("expected resume or overwrite, got both")
-    given = [dataset] if isinstance(dataset, str) else [*dataset]
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {device}")
+    given = [os.fspath(name) for name in ([dataset] if isinstance(dataset, str | os.PathLike) else dataset)]
     if not given or "" in given:
         raise ValueError(f"dataset: expected files, folders, shards or URIs, got {given}")
-    dataset, output = [*map(absolute, given)], absolute(output)
+    inputs, output = [*map(absolute_input, given)], absolute(os.fspath(output))
     options: dict[str, Any] = {"threshold": threshold, "top_k": top_k, "classes": classes}
     detector = load("cpu")
     settings = detector.settings(detector.postprocessing(**options))
     del detector
-    header = {"settings": settings, "inputs": dataset, "unit_size": unit_size}
+    header = {"settings": settings, "inputs": inputs, "unit_size": unit_size}
     with _locked(output):
-        units = list_units(dataset, output=output, size=unit_size)
+        units = list_units(inputs, output=output, size=unit_size)
         count = create(output, units, header, resume=resume, overwrite=overwrite)
         with _connected(ray):
             device, workers, resources = _share(ray.cluster_resources(), device, workers)
@@ -133,7 +136,7 @@ def _locked(output: str) -> Iterator[None]:
     folder = Path(output)
     lock = lock_folder(folder)
     try:
-        for part in folder.glob("part=*"):
+        for part in (folder, *folder.glob("part=*")):
             remove_unfinished(part)  # of actors that were killed
         yield
     finally:
@@ -168,8 +171,6 @@ def _share(cluster: Mapping[str, float], device: str | None, workers: int | None
     """
     cpus, there = cluster.get("CPU", 1.0), cluster.get("GPU", 0.0)
     device = device or ("cuda" if there else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {device}")
     if device == "cuda" and not there:
         raise ValueError("device: expected cpu on a cluster without GPUs, got cuda")
     workers = workers or max(int(there if device == "cuda" else cpus), 1)

@@ -1,5 +1,6 @@
 """Run the units of a bulk detection on a pool of Ray actors, and replace those that die."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ TRIES = 2
 """How often a unit may end its actor before its images are done one by one, and an image before it is an error."""
 
 _STARTS = 3  # actors in a row that end before they have loaded the model
+_FAILURES = 10  # least number of units and images in a row, all tries of which failed, that are taken for no accident
+_PATIENCE = 60.0  # seconds without any actor before that is warned of
 _MOST_ERRORS = 20
 
 
@@ -70,21 +73,23 @@ class Pool:
         self.actor_type = ray.remote(**options)(Worker)
         self.busy: dict[Any, tuple[Any, Unit | None]] = {}  # by the call that Ray is asked to wait for
         self.idle: list[Any] = []
-        done = finished(job.folder)
-        self.waiting = (unit for unit in planned(job.folder) if unit.digest not in done)
+        files = finished(job.folder)
+        self.waiting = (unit for unit in planned(job.folder) if unit.digest not in files)
         self.again: list[Unit] = []
         self.left: list[Unit] = []  # to do image by image
         self.failures: Counter[Unit] = Counter()
         self.failed_starts = 0
-        self.done = len(done)
-        self.result = BulkResult(job.folder, count, skipped=len(done))
+        self.failed_in_a_row = 0
+        self.done = sum(unit.digest in files for unit in planned(job.folder)) if files else 0
+        self.result = BulkResult(job.folder, count, skipped=self.done)
 
     def run(self) -> BulkResult:
         """Do all units that have no results, and return the result.
 
         Raises:
-            OSError: actors do not start or do not load the model, an input cannot be read, or results cannot be
-                written.
+            OSError: actors do not start or do not load the model, all fail on images, an input cannot be read, or
+                results cannot be written.
+            ValueError: an actor has other weights than the job.
         """
         import ray
 
@@ -92,7 +97,8 @@ class Pool:
         try:
             for _ in range(min(self.size, self.result.units - self.done)):
                 self._start()
-            while self.busy:
+            # not until none is busy: Ray may never find a place for an actor
+            while self.busy and self.done + len(self.left) < self.result.units:
                 self._wait()
             for unit in self.left:
                 self._run_one_by_one(unit)
@@ -110,7 +116,15 @@ class Pool:
         """Wait for an actor; count what it has done and give it the next unit, or replace it if it has failed."""
         import ray
 
-        (call,), _ = ray.wait([*self.busy], num_returns=1)
+        calls, _ = ray.wait([*self.busy], num_returns=1, timeout=_PATIENCE)
+        if not calls:
+            if not any(unit for _, unit in self.busy.values()):
+                warnings.warn(
+                    f"Ray: no actor has loaded the model after {_PATIENCE:g} s; does the cluster have free resources?",
+                    stacklevel=2,
+                )
+            return
+        (call,) = calls
         actor, unit = self.busy.pop(call)
         counts, failure = _outcome(call)
         if failure is not None:
@@ -120,6 +134,7 @@ class Pool:
             return
         self.failed_starts = 0
         if unit is not None:
+            self.failed_in_a_row = 0
             self._count(counts)
         following = self.again.pop() if self.again else next(self.waiting, None)
         if following is None:
@@ -135,7 +150,20 @@ class Pool:
                 raise OSError(f"the cluster: expected actors to load the model, got {_STARTS} failures: {failure}")
             return
         self.failures[unit] += 1
-        (self.left if self.failures[unit] == TRIES else self.again).append(unit)
+        if self.failures[unit] < TRIES:
+            self.again.append(unit)
+            return
+        self.left.append(unit)
+        self._note_failed(failure)
+
+    def _note_failed(self, failure: str) -> None:
+        """Note that all tries of a unit or image have failed; raise OSError if those of many in a row have."""
+        self.failed_in_a_row += 1
+        if self.failed_in_a_row == max(_FAILURES, 2 * self.size):
+            raise OSError(
+                f"the cluster: expected actors to detect, got {self.failed_in_a_row} units and images in a row in each"
+                f" of {TRIES} tries of which {failure}"
+            )
 
     def _count(self, counts: Mapping[str, Any]) -> None:
         self.result = self.result.add(counts)
@@ -160,10 +188,12 @@ class Pool:
             actor = self.idle.pop()
             outcomes, failure = _outcome(actor.detect.remote([source]))
             if failure is None:
+                self.failed_in_a_row = 0
                 self.idle.append(actor)
                 return outcomes[0]
             ray.kill(actor)
             self._start()
+        self._note_failed(str(failure))
         return ValueError(f"{source.key}: in each of {TRIES} tries {failure}")
 
 

@@ -2,12 +2,11 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from conditional_detr.distributed.storage import child, is_file, is_folder, locate, read, remove, walk, write
-from conditional_detr.distributed.units import Unit
+from conditional_detr.distributed.units import RESULTS, Unit
 from conditional_detr.system.atomic_files import encode_text
 
 if TYPE_CHECKING:
@@ -15,8 +14,8 @@ if TYPE_CHECKING:
 
 MANIFEST, PLAN = "_manifest.json", "_plan.parquet"  # readers of Parquet folders leave out names with an underscore
 _FORMAT = 1
-_RESULTS = re.compile(r"part=([0-9a-f]{2})/(\1[0-9a-f]{30})\.parquet")
 _GROUP = 64  # units in a row group of the plan
+_LONGEST = 300  # characters of settings or inputs in a message
 
 
 def create(folder: str, units: Iterable[Unit], header: Mapping[str, Any], *, resume: bool, overwrite: bool) -> int:
@@ -65,12 +64,17 @@ def _check_manifest(name: str, header: Mapping[str, Any]) -> int:
         raise ValueError(f"{name}: expected the manifest of a bulk detection, got {error!r}") from error
     if found != header:
         names = [key for key in {**found, **header} if found.get(key) != header.get(key)]
-        got = "; ".join(f"{key} {found.get(key)}, not {header.get(key)}" for key in names)
+        got = "; ".join(f"{key} {_shorten(found.get(key))}, not {_shorten(header.get(key))}" for key in names)
         raise ValueError(
             f"{name}: expected a job with the settings and inputs of this one, got {got}; --overwrite replaces its"
             " results, --output names another folder"
         )
     return count
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
 def _write_plan(file: Any, units: Iterable[Unit]) -> int:
@@ -103,9 +107,10 @@ def planned(folder: str) -> Iterator[Unit]:
 
 
 def finished(folder: str) -> set[str]:
-    """Return the digests of the units that are done: those whose files are there."""
+    """Return the digests of the units that are done: those whose files are there, not those of jobs below."""
     files = walk(folder) if is_folder(folder) else ()
-    return {found[2] for name in files if (found := _RESULTS.search(name))}
+    matches = ((name, found[2]) for name in files if (found := RESULTS.search(name)))
+    return {digest for name, digest in matches if name == _file_of(folder, digest)}
 
 
 def _file_of(folder: str, digest: str) -> str:

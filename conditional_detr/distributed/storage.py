@@ -3,8 +3,10 @@
 import os
 import posixpath
 import re
+import secrets
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,13 @@ def is_remote(name: str) -> bool:
     """Return whether a name is a URI of an object store: no path, and no address on the web."""
     found = _URI.fullmatch(name)
     return found is not None and found[1].lower() not in ("http", "https")
+
+
+def path_of(name: str) -> str:
+    """Return a name without the options of a URI, such as ``?region=...``."""
+    found = _URI.fullmatch(name)
+    options = (found and found[4]) or ""
+    return name.removesuffix(options) if options else name
 
 
 def absolute(name: str) -> str:
@@ -62,9 +71,8 @@ def _open(root: str) -> tuple[Any, str]:
 
 def child(folder: str, *names: str) -> str:
     """Return the name of a file below a folder that is given by path or URI."""
-    found = _URI.fullmatch(folder)
-    options = (found and found[4]) or ""
-    return posixpath.join(folder.removesuffix(options) if options else folder, *names) + options
+    path = path_of(folder)
+    return posixpath.join(path, *names) + folder[len(path) :]
 
 
 def walk(folder: str) -> Iterator[str]:
@@ -75,6 +83,9 @@ def walk(folder: str) -> Iterator[str]:
     """
     from pyarrow.fs import FileSelector, FileType
 
+    if not is_remote(folder):
+        yield from _walk_here(folder)
+        return
     filesystem, root = locate(folder)
     todo = [root]
     while todo:
@@ -84,16 +95,32 @@ def walk(folder: str) -> Iterator[str]:
             yield child(folder, path[len(root) :].lstrip("/"))
 
 
+def _walk_here(folder: str) -> Iterator[str]:
+    """Do as :func:`walk` on this machine, where names may be bytes that are no UTF-8, which pyarrow has not."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for current, below, files in os.walk(folder, onerror=fail):
+        below.sort()
+        for file in sorted(files):
+            yield child(folder, Path(current, file).relative_to(folder).as_posix())
+
+
 def is_file(name: str) -> bool:
-    """Return whether there is a file of this name."""
+    """Return whether there is a file of this name, which need not be a valid one."""
+    if not is_remote(name):
+        return os.path.isfile(name)  # noqa: PTH113  # Path raises errors for names that are too long
     filesystem, path = locate(name)
     return bool(filesystem.get_file_info(path).is_file)
 
 
 def is_folder(name: str) -> bool:
-    """Return whether there is a folder of this name."""
+    """Return whether there is a folder of this name, which need not be a valid one."""
     from pyarrow.fs import FileType
 
+    if not is_remote(name):
+        return os.path.isdir(name)  # noqa: PTH112  # as above
     filesystem, path = locate(name)
     return bool(filesystem.get_file_info(path).type == FileType.Directory)
 
@@ -111,7 +138,7 @@ def read(name: str) -> bytes:
 def write(name: str, write_to: Callable[[Any], object]) -> None:
     """Write a file that is seen complete or not at all.
 
-    Object stores show a file once it is complete; here it is renamed then.
+    Object stores show a file once it is complete; in other file systems it is renamed then.
 
     Args:
         name: its path or URI.
@@ -121,11 +148,7 @@ def write(name: str, write_to: Callable[[Any], object]) -> None:
         OSError: it cannot be written.
     """
     if is_remote(name):
-        filesystem, path = locate(name)
-        if filesystem.type_name not in _WITHOUT_FOLDERS:
-            filesystem.create_dir(posixpath.dirname(path))
-        with filesystem.open_output_stream(path, compression=None) as file:
-            write_to(file)
+        _write_remote(name, write_to)
         return
 
     def write_here(unfinished: Path) -> None:
@@ -134,6 +157,26 @@ def write(name: str, write_to: Callable[[Any], object]) -> None:
 
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     write_atomically({Path(name): write_here})
+
+
+def _write_remote(name: str, write_to: Callable[[Any], object]) -> None:
+    filesystem, path = locate(name)
+    if filesystem.type_name in _WITHOUT_FOLDERS:
+        with filesystem.open_output_stream(path, compression=None) as file:
+            write_to(file)
+        return
+    folder = posixpath.dirname(path)
+    filesystem.create_dir(folder)
+    unfinished = posixpath.join(folder, f".{secrets.token_hex(8)}.unfinished")
+    try:
+        with filesystem.open_output_stream(unfinished, compression=None) as file:
+            write_to(file)
+        remove(name)  # HDFS does not move to an existing file
+        filesystem.move(unfinished, path)
+    except BaseException:
+        with suppress(OSError):
+            filesystem.delete_file(unfinished)
+        raise
 
 
 def remove(name: str) -> None:

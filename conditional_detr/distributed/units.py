@@ -5,16 +5,21 @@ import glob
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from conditional_detr.distributed.storage import is_file, is_folder, is_remote, locate, walk
+from conditional_detr.distributed.storage import absolute, is_file, is_folder, is_remote, locate, path_of, walk
 from conditional_detr.inference.listing import is_image_name, list_images, walk_folder
 from conditional_detr.inference.pipeline import map_in_threads
 
 _PARQUET, _TAR = ".parquet", (".tar", ".tar.gz", ".tgz")
+RESULTS = re.compile(r"part=([0-9a-f]{2})/(\1[0-9a-f]{30})\.parquet")
+"""Results of a unit, below the folder of results."""
+
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.unfinished/")
 _ROWS = 16  # of a Parquet file that are read together
 _READERS = 8  # threads that read the footers of Parquet files
 
@@ -24,7 +29,7 @@ class Unit(NamedTuple):
 
     Attributes:
         names: paths or URIs of image files; or of one Parquet file or WebDataset shard.
-        row_group: index of the row group in a Parquet file; -1 for other files.
+        row_group: index of the row group in a Parquet file; -1: all of it, and for other files.
     """
 
     names: tuple[str, ...]
@@ -50,6 +55,13 @@ class Source(NamedTuple):
     image: bytes | Exception | None = None
 
 
+def absolute_input(name: str) -> str:
+    """Return an input as ``storage.absolute`` does; the working folder before a glob is no part of the pattern."""
+    if not glob.has_magic(name) or _is_web(name) or is_remote(name) or os.path.lexists(name):
+        return absolute(name)
+    return absolute(os.path.join(glob.escape(os.getcwd()), name))  # noqa: PTH109, PTH118
+
+
 def list_units(arguments: Sequence[str], *, output: str, size: int) -> Iterator[Unit]:
     """List units of work, in memory that does not grow with the number of images in one folder tree.
 
@@ -57,7 +69,8 @@ def list_units(arguments: Sequence[str], *, output: str, size: int) -> Iterator[
 
     Args:
         arguments: image files, folders (with all folders below), globs, ``.parquet`` files and WebDataset shards, by
-            path or URI, as :func:`~conditional_detr.distributed.storage.absolute` returns them; http(s) URLs.
+            path or URI, as :func:`absolute_input` returns them; http(s) URLs. Folders and globs do not list shards
+            whose names begin with "_" or ".", nor results of bulk detections.
         output: the folder of results, which is left out.
         size: largest number of image files in a unit.
 
@@ -78,25 +91,32 @@ def read_unit(unit: Unit) -> Iterator[Source]:
     if not _is_shard(name):
         yield from map(Source, unit.names)
         return
-    read_shard = _read_row_group if name.endswith(_PARQUET) else _read_tar
+    read_shard = _read_rows if _is_parquet(name) else _read_tar
+    empty = True
     try:
-        yield from read_shard(unit)
+        for source in read_shard(unit):
+            empty = False
+            yield source
     except Exception as error:  # the type of the error of a damaged shard depends on its format
         yield Source(name, OSError(f"{name}: the shard cannot be read: {error}"))
+    else:
+        if empty:
+            yield Source(name, ValueError(f"{name}: expected images in the shard, found none"))
 
 
 def _list_names(argument: str, output: str) -> Iterator[str]:
     """Yield the image files and shards that an argument stands for."""
-    remote = is_remote(argument)
+    remote, magic = is_remote(argument), glob.has_magic(path_of(argument))
     if _is_web(argument):
         names = iter((argument,))
     elif is_folder(argument):
         files = walk(argument) if remote else walk_folder(argument, os.path.realpath(output))
-        names = (name for name in files if is_image_name(name) or _is_shard(name))
-    elif glob.has_magic(argument) and not remote and not os.path.lexists(argument):
-        names = (listed.image for listed in list_images([argument], output=output).images)
-    elif glob.has_magic(argument) and remote and not is_file(argument):
-        names = _matches(argument)
+        names = (name for name in files if is_image_name(path_of(name)) or _is_input(name))
+    elif magic and not remote and not os.path.lexists(argument):
+        listed = (listed.image for listed in list_images([argument], output=output).images)
+        names = (name for name in listed if not _is_shard(name) or _is_input(name))
+    elif magic and remote and not is_file(argument):
+        names = (name for name in _matches(argument) if not _is_shard(name) or _is_input(name))
     else:
         names = iter((argument,))
     first = next(names, None)
@@ -108,13 +128,25 @@ def _list_names(argument: str, output: str) -> Iterator[str]:
 
 def _matches(pattern: str) -> Iterator[str]:
     """Yield the files in an object store that match a glob, in which ``*`` also stands for ``/``."""
-    parts = pattern.split("/")
+    path = path_of(pattern)
+    parts = path.split("/")
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    return (name for name in walk("/".join(parts[:fixed])) if fnmatch.fnmatchcase(name, pattern))
+    folder = "/".join(parts[:fixed]) + pattern[len(path) :]
+    return (name for name in walk(folder) if fnmatch.fnmatchcase(path_of(name), path))
 
 
 def _is_shard(name: str) -> bool:
-    return name.endswith((_PARQUET, *_TAR)) and not _is_web(name)
+    return path_of(name).endswith((_PARQUET, *_TAR)) and not _is_web(name)
+
+
+def _is_parquet(name: str) -> bool:
+    return _is_shard(name) and path_of(name).endswith(_PARQUET)
+
+
+def _is_input(name: str) -> bool:
+    """Return whether a file is a shard of images, and none that a bulk detection has written."""
+    hidden = name.rpartition("/")[2].startswith(("_", "."))
+    return _is_shard(name) and not hidden and not RESULTS.search(name) and not _UNFINISHED.search(name)
 
 
 def _is_web(name: str) -> bool:
@@ -138,14 +170,15 @@ def _grouped(names: Iterable[str], size: int) -> Iterator[list[str]]:
 
 def _units_of(names: list[str]) -> list[Unit]:
     """Return the units of image files or of a shard; those of a Parquet file are in its footer."""
-    if not names[0].endswith(_PARQUET) or not _is_shard(names[0]):
+    if not _is_parquet(names[0]):
         return [Unit(tuple(names))]
     try:
         with _open_parquet(names[0]) as file:
             _image_column(names[0], file.schema_arrow)
-            return [Unit(tuple(names), group) for group in range(file.num_row_groups)]
-    except OSError:  # reading the unit gives the error
-        return [Unit(tuple(names), 0)]
+            groups = range(file.num_row_groups)
+            return [Unit(tuple(names), group) for group in groups] or [Unit(tuple(names))]
+    except (OSError, UnicodeError):  # it may pass; otherwise reading the unit gives it, too
+        return [Unit(tuple(names))]
 
 
 def _open_parquet(name: str) -> Any:
@@ -184,18 +217,34 @@ def _image_column(name: str, schema: Any) -> str:
     )
 
 
-def _read_row_group(unit: Unit) -> Iterator[Source]:
-    """Yield the images of a row group."""
+def _read_rows(unit: Unit) -> Iterator[Source]:
+    """Yield the images of a row group, or of all."""
     (name,) = unit.names
     with _open_parquet(name) as file:
         column = _image_column(name, file.schema_arrow)
+        groups = [unit.row_group] if unit.row_group >= 0 else [*range(file.num_row_groups)]
         row = sum(file.metadata.row_group(i).num_rows for i in range(unit.row_group))
-        for batch in file.iter_batches(_ROWS, row_groups=[unit.row_group], columns=[column]):
+        for batch in file.iter_batches(_ROWS, row_groups=groups, columns=[column]):
             values = batch.column(0)
             for value in (values.field("bytes") if "." in column else values).to_pylist():
                 missing = ValueError(f"{name}#{row}: expected the bytes of an image, got null")
                 yield Source(f"{name}#{row}", missing if value is None else value)
                 row += 1
+
+
+class _Member(tarfile.TarInfo):
+    """Header of a member, whose damage is an error: tarfile takes it, and a file that was cut, for the end."""
+
+    @classmethod
+    def fromtarfile(cls, shard: tarfile.TarFile) -> "_Member":
+        """Read the next header; raise ReadError for any but a valid one or the mark of the end."""
+        offset = shard.offset
+        try:
+            return super().fromtarfile(shard)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # it is there
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"expected a header or the mark of the end at byte {offset}: {error}") from error
 
 
 def _read_tar(unit: Unit) -> Iterator[Source]:
@@ -204,7 +253,7 @@ def _read_tar(unit: Unit) -> Iterator[Source]:
     filesystem, path = locate(name)
     with (
         filesystem.open_input_stream(path, compression=None) as stream,
-        tarfile.open(fileobj=stream, mode="r|*") as shard,
+        tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as shard,
     ):
         for member in shard:
             if member.isfile() and is_image_name(member.name) and (file := shard.extractfile(member)) is not None:

@@ -48,9 +48,6 @@ class Worker:
 
     Args:
         job: what to do.
-
-    Raises:
-        ValueError: the detector on this machine has other weights or settings than that of the job.
     """
 
     def __init__(self, job: Job) -> None:
@@ -58,11 +55,16 @@ class Worker:
         self.job = job
         self.detector = job.load(job.device)
         self.postprocessing = self.detector.postprocessing(**job.options)
-        if (found := self.detector.settings(self.postprocessing)) != job.settings:
-            raise ValueError(f"expected the same weights on all machines, of settings {job.settings}, got {found}")
 
     def ready(self) -> None:
-        """Return once the model is loaded."""
+        """Return once the model is loaded.
+
+        Raises:
+            ValueError: it has other weights or settings on this machine than those of the job.
+        """
+        found, expected = self.detector.settings(self.postprocessing), self.job.settings
+        if found != expected:  # here: Ray takes any error of a constructor for the death of the actor
+            raise ValueError(f"expected the same weights on all machines, of settings {expected}, got {found}")
 
     def run(self, unit: Unit) -> dict[str, Any]:
         """Detect on a unit, write its results, and return their counts."""

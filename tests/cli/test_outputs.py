@@ -44,7 +44,7 @@ def test_all_paths_are_known():
         (name, parameter)
         for name, command in typer.main.get_command(app).commands.items()
         for parameter, annotation in get_type_hints(inspect.unwrap(command.callback)).items()
-        if "Path" in str(annotation) and parameter not in READ
+        if ("Path" in str(annotation) or parameter == "output") and parameter not in READ  # detect's may be a URI
     }
     assert found == WRITTEN.keys()
 
