@@ -131,11 +131,17 @@ class Pool:
             ray.kill(actor)
             self._note(unit, failure)
             self._start()
+            if self.idle:  # the new actor may wait for a place
+                self._give_unit(self.idle.pop())
             return
         self.failed_starts = 0
         if unit is not None:
             self.failed_in_a_row = 0
             self._count(counts)
+        self._give_unit(actor)
+
+    def _give_unit(self, actor: Any) -> None:
+        """Give an actor the next unit; without one, it is idle."""
         following = self.again.pop() if self.again else next(self.waiting, None)
         if following is None:
             self.idle.append(actor)

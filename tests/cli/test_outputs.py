@@ -34,7 +34,7 @@ WRITTEN = {
 }
 READ = {
     *("results", "metrics", "card", "data", "images", "val_data", "val_images", "font", "backbone_weights"),
-    *("api_key_file", "thresholds"),
+    *("api_key_file", "thresholds", "video"),
 }
 
 
