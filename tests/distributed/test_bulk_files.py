@@ -11,11 +11,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conditional_detr import Detections, Detector
+from conditional_detr import distributed as distributed_module
 from conditional_detr.cli import app
 from conditional_detr.data.synthetic import draw_image
 from conditional_detr.distributed import detect_dataset, results, storage
 from conditional_detr.distributed import units as units_module
 from conditional_detr.distributed.detect import _locked, _share
+from conditional_detr.distributed.pool import BulkResult
 from conditional_detr.distributed.results import create, finished, planned, write_results
 from conditional_detr.distributed.units import Source, Unit, absolute_input, list_units, read_unit
 from conditional_detr.distributed.worker import Job, Worker
@@ -399,6 +401,36 @@ def test_options_of_the_other_engine(tmp_path, arguments, message):
     result = CliRunner().invoke(app, ["detect", str(tmp_path), "--engine", "ray", *arguments])
     assert result.exit_code == 2
     assert result.stderr.strip() == f"error: {message}"
+
+
+@pytest.mark.parametrize(
+    "output", ["file:///data/x", "fsspec+local:///data/x", "hdfs:///a/b", "s3://bucket/a?region=x", "results"]
+)
+def test_output_by_uri_keeps_its_slashes(folder, monkeypatch, output):
+    given = []
+
+    def keep(names, output, load, **options):
+        given.append((names, output))
+        return BulkResult(output, 0)
+
+    monkeypatch.setattr(distributed_module, "detect_dataset", keep)
+    arguments = ["detect", str(folder), "--engine", "ray", "--weights", "shapes", "--output", output]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert given == [([str(folder)], output)]
+
+
+def test_paths_are_taken_as_text(folder, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+
+    def fail(*arguments, **options):
+        raise RuntimeError("not started")
+
+    monkeypatch.setattr(ray, "init", fail)
+    for dataset in (folder, [folder / "a.jpg", str(folder / "b.PNG")]):
+        with pytest.raises(OSError, match="Ray: cannot be connected to or started: not started"):
+            detect_dataset(dataset, tmp_path / "out", load_shapes, overwrite=True)
+    assert names_of(planned(str(tmp_path / "out"))) == [str(folder / "a.jpg"), str(folder / "b.PNG")]
 
 
 def test_options_of_ray_need_ray(tmp_path):
