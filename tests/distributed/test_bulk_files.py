@@ -535,8 +535,9 @@ def test_an_actor_reads_and_writes_by_uri(tmp_path, monkeypatch):
 def test_an_actor_with_other_weights_or_settings_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     settings = {"model": "x", "threshold": 0.3, "top_k": 100, "classes": None}
+    worker = Worker(Job(str(tmp_path), load_shapes, "cpu", settings, {"threshold": 0.3}, None, 1))
     with pytest.raises(ValueError, match=r"expected the same weights on all machines, of settings .*'model': 'x'"):
-        Worker(Job(str(tmp_path), load_shapes, "cpu", settings, {"threshold": 0.3}, None, 1)).ready()
+        worker.ready()
 
 
 def test_two_jobs_do_not_write_to_one_folder(tmp_path):
