@@ -33,7 +33,7 @@ WRITTEN = {
     ("benchmark", "output"): ["out/benchmark.json", "out/benchmark.md", "out/benchmark.png"],
 }
 READ = {
-    *("results", "metrics", "card", "data", "images", "val_data", "val_images", "font", "backbone_weights"),
+    *("results", "metrics", "card", "data", "images", "val_data", "val_images", "font", "backbone_weights", "video"),
     *("api_key_file", "thresholds"),
 }
 
