@@ -30,7 +30,9 @@ ALLOWED = {
     "training": {"modeling", "system", "set_prediction", "inference", "checkpoints", "data", "deploy", "evaluation"},
     "serving": {"modeling", "inference"},
     "video": {"modeling", "system", "inference", "deploy"},
-    "benchmark": {"modeling", "set_prediction", "inference", "deploy", "evaluation", "training", "video"},
+    "benchmark": {
+        *("modeling", "set_prediction", "inference", "data", "deploy", "evaluation", "training", "video"),
+    },
     "distributed": {"system", "inference"},
     "cli": {
         *("modeling", "system", "inference", "checkpoints", "data", "deploy", "evaluation", "training", "benchmark"),

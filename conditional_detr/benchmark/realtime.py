@@ -25,16 +25,19 @@ from conditional_detr.benchmark.engines import (
 )
 from conditional_detr.benchmark.measure import time_in_processes
 from conditional_detr.benchmark.pipeline import PipelineMeasurement
-from conditional_detr.benchmark.timing import check_rounds, seconds_of, warm_up
+from conditional_detr.benchmark.timing import check_rounds, process_peak_memory, seconds_of, warm_up
 from conditional_detr.benchmark.worker import EngineTask, serve
+from conditional_detr.data.coco import image_paths
+from conditional_detr.data.formats.reading import image_folder_of
+from conditional_detr.deploy.export import export
 from conditional_detr.deploy.optimize import optimize
 from conditional_detr.deploy.quantize import quantize
-from conditional_detr.evaluation.coco import evaluate
+from conditional_detr.evaluation.coco import check_classes, evaluate, read_data
 from conditional_detr.inference.detector import Detector
 from conditional_detr.inference.exported import ExportedModel
 from conditional_detr.inference.pipeline import map_in_threads
 from conditional_detr.inference.preparation import batch_pixels
-from conditional_detr.inference.preprocessing import PixelBuffer, resized_size
+from conditional_detr.inference.preprocessing import PixelBuffer
 from conditional_detr.modeling.detection_model import DetectionModel
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.metadata import Metadata
@@ -131,7 +134,7 @@ def measure_realtime(
     measurements = []
     with tempfile.TemporaryDirectory() as folder:
         write_weights(model, Path(folder))
-        _write_files(model, names, frames, Path(folder), progress)
+        names = _write_files(model, names, frames, Path(folder), progress, on_failure)
         for edge in edges:
             case: dict[str, Any] = {"folder": folder, "device": str(model.device), "threads": threads}
             case |= {"film": str(film), "edge": edge, "data": _text(data), "images": _text(images)}
@@ -144,6 +147,13 @@ def measure_realtime(
                 results |= {"engine": name, "threads": threads, "images": len(frames), "edge": edge}
                 measurements.append(VideoMeasurement(**results))
     return measurements
+
+
+def check_data(model: DetectionTransformer, data: str | Path, images: str | Path | None) -> None:
+    """Raise OSError or ValueError unless AP of the model can be measured on a dataset."""
+    read, folder = read_data(data, images, split="val", format=None, rotated="box")
+    check_classes(Detector(model), read)
+    image_paths(read, image_folder_of(read, folder))
 
 
 def check_video(model: DetectionTransformer, film: str | Path, edges: Sequence[int | None]) -> list[np.ndarray]:
@@ -178,10 +188,10 @@ def _resized(model: DetectionModel, edge: int | None) -> Metadata:
     )
 
 
-def _first_frames(film: str | Path) -> list[np.ndarray]:
-    """Return the frames that are timed, RGB (H, W, 3)."""
+def _first_frames(film: str | Path, count: int = FRAMES) -> list[np.ndarray]:
+    """Return the first frames of a film, RGB (H, W, 3)."""
     with Video(film) as video, closing(video.frames(Selection(), StageTimes())) as frames:
-        return [frame.image for frame in itertools.islice(frames, FRAMES)]
+        return [frame.image for frame in itertools.islice(frames, count)]
 
 
 def _write_files(
@@ -190,17 +200,25 @@ def _write_files(
     frames: Sequence[np.ndarray],
     folder: Path,
     progress: Callable[[str], None],
-) -> None:
-    """Write the files of the engines that run exported models."""
-    height, width, _ = frames[0].shape
-    height, width = resized_size(height, width, model.metadata.preprocessing)
-    example = torch.zeros(1, 3, height, width)
+    on_failure: Callable[[str], None] | None,
+) -> list[str]:
+    """Write the files of the engines that run exported models; return the names of the engines that can run."""
+    ready = []
     for name in names:
         progress(f"{name}: writing its files")
-        if name == "OpenVINO int8":
-            quantize(model, folder / INT8_FILE, frames[:: max(len(frames) // _CALIBRATION_FRAMES, 1)])
-        elif (write := ENGINES[name].write) is not None:
-            write(model, folder, example)
+        try:
+            if name == "OpenVINO int8":
+                quantize(model, folder / INT8_FILE, frames[:: max(len(frames) // _CALIBRATION_FRAMES, 1)])
+            elif name in _FILES and not (folder / _FILES[name][0]).exists():
+                export(model, folder / _FILES[name][0])
+            ready.append(name)
+        except Exception as error:  # of many kinds, from exporters of several packages
+            reason = next(iter(str(error).strip().splitlines()), "")
+            message = f"{name}: its files could not be written: {type(error).__name__}: {reason}"
+            if on_failure is None or name == names[0]:
+                raise OSError(message) from error
+            on_failure(message)
+    return ready
 
 
 def _open(task: VideoTask) -> Detector:
@@ -249,7 +267,10 @@ def main() -> None:
     detector, device = _open(task), torch.device(task.device)
     model, model_seconds = detector.model, []
     objects, megabytes = warm_up(lambda: _annotate(detector, task), device, calls=1)
-    prepared = [detector.prepare(image, "frame", keep=False) for image in _first_frames(task.film)[:_FRAMES_ALONE]]
+    if device.type == "cpu" and Path("/proc/self/status").exists():
+        megabytes = process_peak_memory()  # before what follows, which is not part of the film
+    frames = _first_frames(task.film, _FRAMES_ALONE)
+    prepared = [detector.prepare(image, "frame", keep=False) for image in frames]
     values = [image.values for image in prepared if not isinstance(image, Exception)]
     size = tuple(values[0].shape[1:])
     together = detector.default_batch_size(*size)
@@ -268,6 +289,10 @@ def main() -> None:
         model_seconds.append(alone())
         return seconds
 
-    ap = None if task.data is None else evaluate(detector, task.data, task.images).metrics["AP"]
-    results = {"objects": objects, "megabytes": megabytes, "size": size, "ap": ap}
-    serve(results, both, device, lambda: {"model_seconds": model_seconds})
+    def last() -> dict[str, Any]:
+        """Measure AP at the end: it leaves memory that would make the film faster."""
+        ap = None if task.data is None else evaluate(detector, task.data, task.images).metrics["AP"]
+        return {"model_seconds": model_seconds, "ap": ap}
+
+    alone()
+    serve({"objects": objects, "megabytes": megabytes, "size": size}, both, device, last)

@@ -119,7 +119,9 @@ def video_table(measurements: Sequence[VideoMeasurement]) -> Table:
         _, *times, peak = _times(one)
         ap = "" if one.ap is None else f"{one.ap:.3f}"
         rows.append((one.engine, f"{min(one.size)}", f"{one.rate:.1f}", f"{one.share:.0%}", *times, peak, ap))
-    return Table(f"From a film to the annotated film: {measurements[0].images} frames", VIDEO_HEAD, rows)
+    first = measurements[0]
+    title = f"From a film to the annotated film: {first.images} frames, speedup over {first.engine}"
+    return Table(title, VIDEO_HEAD, rows)
 
 
 def stages_table(stages: Sequence[Stages]) -> Table:

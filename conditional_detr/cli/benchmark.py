@@ -105,8 +105,8 @@ def benchmark(
     model alone, on one image at a time of the most common size. "Fast" is the preprocessing of torchvision. "Objects"
     are the detections above 0.5 on all images. The stages are those of the optimised model.
 
-    With --video, every engine decodes the film, detects, draws and encodes. "Of model" is the rate as a share of that
-    of its model alone on the frames. int8 is calibrated on the film.
+    With --video, every engine decodes the film, detects, draws and encodes. The reference is the first engine of the
+    table. "Of model" is the rate as a share of that of its model alone on the frames. int8 is calibrated on the film.
     """
     case: dict[str, Any] = {"size": (height, width), "batch": batch_size}
     step: dict[str, Any] = {"size": (training_size, training_size), "batch": training_batch_size}
@@ -116,17 +116,18 @@ def benchmark(
         from conditional_detr.benchmark.engines import REFERENCE
         from conditional_detr.benchmark.measure import check, measure
         from conditional_detr.benchmark.pipeline import common_size, measure_pipeline
-        from conditional_detr.benchmark.realtime import available, check_video, measure_realtime
+        from conditional_detr.benchmark.realtime import available, check_data, check_video, measure_realtime
         from conditional_detr.benchmark.report import Report
         from conditional_detr.benchmark.scaling import measure_scaling
         from conditional_detr.benchmark.stages import measure_stages
         from conditional_detr.benchmark.timing import product_rate
         from conditional_detr.benchmark.training import measure_training, step_peak_memory
         from conditional_detr.checkpoints.loading import checked_device, from_pretrained
-        from conditional_detr.data.formats.reading import find_splits
 
-        if video is None and (video_size or data is not None):
-            raise ValueError("--video-size and --data: expected --video with them")
+        if video is None and (video_size or data is not None or images is not None):
+            raise ValueError("--video-size, --data and --images: expected --video with them")
+        if images is not None and data is None:
+            raise ValueError(f"--images: expected --data with it, got {images}")
         files = _listed(pipeline, output) if pipeline else []
         torch_device = checked_device(pick_device(device))
         if threads is not None:
@@ -147,7 +148,7 @@ def benchmark(
         if video is not None:
             check_video(model, video, video_size or [None])
             if data is not None:
-                find_splits(data, images)
+                check_data(model, data, images)
             if not filmed:
                 expected = ", ".join(available(torch_device))
                 raise ValueError(f"--video: expected one of {expected} among the engines, got {', '.join(names)}")

@@ -87,7 +87,7 @@ def serve(
         int, typer.Option(help="Requests in the service; others get 503.", rich_help_panel=_LIMITS)
     ] = 64,
     max_images: Annotated[int, typer.Option(help="Images per request.", rich_help_panel=_LIMITS)] = 16,
-    max_tiles: Annotated[int, typer.Option(help="Tiles and other views of an image.", rich_help_panel=_LIMITS)] = 64,
+    max_tiles: Annotated[int, typer.Option(help="Tiles and other views of a request.", rich_help_panel=_LIMITS)] = 64,
     max_body_mb: Annotated[int, typer.Option(help="Size of a request.", rich_help_panel=_LIMITS)] = 32,
     max_pixels: Annotated[
         int, typer.Option(help="Pixels of an image, checked before it is decoded.", rich_help_panel=_LIMITS)

@@ -28,6 +28,7 @@ from conditional_detr.inference.postprocessing import (
 )
 from conditional_detr.inference.runtimes import BOXES, DETECTIONS, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
 from conditional_detr.inference.sources import ImageSource, source_name
+from conditional_detr.inference.thresholds import check_thresholds
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.system.atomic_files import publish, remove_unfinished, unfinished_folder
 from conditional_detr.system.outputs import check_output
@@ -312,6 +313,7 @@ def describe(
     """
     if thresholds is not None:
         make_postprocessing(model.metadata.class_names, threshold=thresholds, top_k=1, classes=None)
+        thresholds = check_thresholds(thresholds)
     packages = ("conditional-detr", "torch", *PACKAGES[suffix][0])
     versions = {package: version_of(package) for package in packages}
     return Description(

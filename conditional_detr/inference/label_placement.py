@@ -45,7 +45,10 @@ def arrange_labels(
     largest = max(round(math.sqrt(image[0] * image[1]) / 44), MIN_FONT_SIZE + 1)
     for size in (max(round(share * largest), MIN_FONT_SIZE) for share in (1, 0.85, 0.7)):
         labels = [
-            [fit_label(name, shown, image[0], size, width) for shown in ([score, None] if name and score else [score])]
+            [
+                fit_label(name, shown, image[0], size, width)
+                for shown in dict.fromkeys((score, None if name else score))
+            ]
             for name, score in scored_names
         ]
         labels = [[(text if height(fitted) <= image[1] else "", fitted) for text, fitted in one] for one in labels]

@@ -88,7 +88,7 @@ def _agreeing_pairs(
 ) -> Iterator[tuple[float, int, int]]:
     """Yield the agreement and the indices of the pairs of detections of two views that may be of one object.
 
-    Views are compared two by two: all pairs of detections at once would need much memory.
+    Views are compared two by two, class by class: all pairs of detections at once would need much memory.
     """
     by_view = defaultdict(list)
     for i, view in enumerate(owner.tolist()):
@@ -99,11 +99,12 @@ def _agreeing_pairs(
         shared = _intersection(views[first][None], views[others])
         overlapping = (shared[:, 2:] > shared[:, :2]).all(axis=1)
         for second, part in zip(others[overlapping].tolist(), shared[overlapping], strict=True):
-            a, b = np.array(by_view[first]), np.array(by_view[second])
-            agreement = _iou(_intersection(corners[a], part), _intersection(corners[b], part))
-            agreement[labels[a][:, None] != labels[b][None]] = 0
-            for i, j in np.argwhere(agreement >= AGREEMENT).tolist():
-                yield float(agreement[i, j]), int(a[i]), int(b[j])
+            both = [np.array(by_view[view]) for view in (first, second)]
+            for label in np.intersect1d(*(labels[rows] for rows in both)):
+                a, b = (rows[labels[rows] == label] for rows in both)
+                agreement = _iou(_intersection(corners[a], part), _intersection(corners[b], part))
+                for i, j in np.argwhere(agreement >= AGREEMENT).tolist():
+                    yield float(agreement[i, j]), int(a[i]), int(b[j])
 
 
 def _intersection(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -96,9 +96,9 @@ def make_tiling(
         return Tiling(None, overlap, True) if augment else None
     sides: Any = tile if isinstance(tile, tuple | list) else (tile, tile)
     if len(sides) != 2 or not all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides):
-        raise TypeError(f"tile: expected an int, or height and width, got {tile!r}")
+        raise TypeError(f"tile: expected an int, or height and width, got {repr(tile)[:60]}")
     if min(sides) < SMALLEST_TILE:
-        raise ValueError(f"tile: expected sides of at least {SMALLEST_TILE} pixels, got {tile}")
+        raise ValueError(f"tile: expected sides of at least {SMALLEST_TILE} pixels, got {repr(tile)[:60]}")
     return Tiling((int(sides[0]), int(sides[1])), overlap, augment)
 
 
@@ -122,10 +122,10 @@ def views_of(size: tuple[int, int], tiling: Tiling, preprocessing: Preprocessing
 
 def count_views(size: tuple[int, int], tiling: Tiling, preprocessing: Preprocessing) -> int:
     """Return the number of views that :func:`views_of` gives."""
-    height, width = (
-        len(_starts(length, side, tiling.overlap)) for length, side in zip(size, tiling.tile or size, strict=True)
+    rows, columns = (
+        _count(length, side, tiling.overlap) for length, side in zip(size, tiling.tile or size, strict=True)
     )
-    return height * width * len(_rounds(tiling, preprocessing))
+    return rows * columns * len(_rounds(tiling, preprocessing))
 
 
 def _rounds(tiling: Tiling, preprocessing: Preprocessing) -> list[tuple[bool, float]]:
@@ -138,11 +138,16 @@ def _rounds(tiling: Tiling, preprocessing: Preprocessing) -> list[tuple[bool, fl
 
 def _starts(length: int, tile: int, overlap: float) -> list[int]:
     """Return where tiles of a side begin: as few as cover the length, evenly spread, the last one at its end."""
+    count = _count(length, tile, overlap)
+    return [round(i * (length - tile) / (count - 1)) for i in range(count)] if count > 1 else [0]
+
+
+def _count(length: int, tile: int, overlap: float) -> int:
+    """Return the number of tiles that cover a side."""
     if tile >= length:
-        return [0]
+        return 1
     step = max(tile - math.ceil(overlap * tile), 1)
-    count = math.ceil((length - tile) / step) + 1
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+    return math.ceil((length - tile) / step) + 1
 
 
 def detect_tiled(

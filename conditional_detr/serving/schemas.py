@@ -16,6 +16,7 @@ _WITHOUT_EFFECT = ("stream_options", "response_format", "text", "store", "user",
 
 Number = Annotated[float, Field(strict=True)]
 Count = Annotated[int, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
 class OptionFields(BaseModel):
@@ -28,7 +29,7 @@ class OptionFields(BaseModel):
     classes: list[str | Count] | None = Field(None, description="Class names or rows to report; default: all.")
     tile: Count | list[Count] | None = Field(None, description="Side of tiles in pixels, or height and width.")
     overlap: Number | None = Field(None, description="Least overlap of tiles, as a fraction; default: 0.25.")
-    augment: bool | None = Field(None, description="Detect also on mirrored and smaller images.")
+    augment: Flag | None = Field(None, description="Detect also on mirrored and smaller images.")
 
     def options(self) -> Options:
         """Return the options."""

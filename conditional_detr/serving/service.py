@@ -28,7 +28,8 @@ from conditional_detr.serving.sources import check_header, decode, download, is_
 LOG = logging.getLogger("conditional_detr.serving")
 
 _DOWNLOADS = 16  # at a time
-_WHOLE_IMAGES = 4  # in memory at their full size
+_WHOLE_IMAGES = 2  # in memory at their full size, with a copy of each for every thread that prepares a view
+_MOST_OF_A_VIEW = 300  # detections: merging compares those of each pair of views
 _WARM_UP_SIZE = (480, 640)
 
 Result = TypeVar("Result")
@@ -43,7 +44,7 @@ class DetectionService:
         licences: licence of the weights by name.
 
     Raises:
-        ValueError: no model.
+        ValueError: no model, or one whose thresholds lack a class.
     """
 
     def __init__(
@@ -66,7 +67,9 @@ class DetectionService:
             device = str(detector.model.device)
             if device not in batchers:
                 batchers[device] = Batcher(settings.max_wait, f"conditional_detr_{device}")
-            self.models[name] = ServedModel(name, detector, batchers[device], (licences or {}).get(name))
+            served = ServedModel(name, detector, batchers[device], (licences or {}).get(name))
+            detector.postprocessing(threshold=settings.threshold, top_k=settings.top_k)  # before the first request
+            self.models[name] = served
         self._batchers = list(batchers.values())
 
     def model(self, name: str | None) -> ServedModel:
@@ -133,9 +136,13 @@ class DetectionService:
                 code="too_many_images",
             )
         postprocessing, tiling = model.postprocessing(options, self.settings), tiling_of(options)
+        if tiling is not None and postprocessing.top_k > _MOST_OF_A_VIEW:
+            message = f"top_k: expected at most {_MOST_OF_A_VIEW} with tile or augment, got {postprocessing.top_k}"
+            raise ApiError(400, message, code="bad_option", param="top_k")
+        most = max(self.settings.max_tiles // len(images), 1)
         names = [f"images[{i}]" if len(images) > 1 else "image" for i in range(len(images))]
         return await _gather(
-            self._detect_any(model, image, name, postprocessing, tiling, keep=keep)
+            self._detect_any(model, image, name, postprocessing, tiling, most, keep=keep)
             for image, name in zip(images, names, strict=True)
         )
 
@@ -173,15 +180,18 @@ class DetectionService:
         name: str,
         postprocessing: Postprocessing,
         tiling: Tiling | None,
+        most: int,
         *,
         keep: bool,
     ) -> Detections:
-        """Download an image if it is a URL, and detect objects on it or its views.
+        """Download an image if it is a URL, and detect objects on it or its views, of which there may be ``most``.
 
         Raises:
             ApiError: as :meth:`detect`.
         """
         async with AsyncExitStack() as held:
+            if tiling is not None:  # first: an image that waits for others holds nothing that these need
+                await held.enter_async_context(self._whole_images)
             if isinstance(image, str) and is_url(image):  # no slot before it is here: a slow server delays no other
                 await held.enter_async_context(self._downloads)
                 loop = asyncio.get_running_loop()
@@ -189,7 +199,7 @@ class DetectionService:
             if tiling is None:
                 found = await self._detect_one(model, image, name, postprocessing, keep=keep)
             else:
-                found = await self._detect_views(model, image, name, postprocessing, tiling, keep=keep)
+                found = await self._detect_views(model, image, name, postprocessing, tiling, most, keep=keep)
         self.metrics.images.labels(model.name).inc()
         return found
 
@@ -218,6 +228,7 @@ class DetectionService:
         name: str,
         postprocessing: Postprocessing,
         tiling: Tiling,
+        most: int,
         *,
         keep: bool,
     ) -> Detections:
@@ -228,13 +239,15 @@ class DetectionService:
         """
         preprocessing = model.detector.model.metadata.preprocessing
         open_one = partial(open_whole, preprocessing=preprocessing, limits=self._limits, keep=keep)
-        async with self._whole_images, self._slots:
+        async with self._slots:
             opened = await self.in_thread(partial(self._open, image, name, lambda local: open_one((local, name))))
-            if (count := count_views(opened.size, tiling, preprocessing)) > self.settings.max_tiles:
-                message = f"{name}: expected at most {self.settings.max_tiles} tiles and other views, got {count}"
+            if (count := count_views(opened.size, tiling, preprocessing)) > most:
+                message = f"{name}: expected at most {most} tiles and other views, got {count}"
                 raise ApiError(413, message, code="too_many_tiles", param="tile")
             views = ImageViews(opened, postprocessing, tiling, preprocessing)
-            ahead = asyncio.Semaphore(2 * self.settings.max_batch)
+            x0, y0, x1, y1 = views.views[0].box
+            together = model.detector.default_batch_size(*resized_size(y1 - y0, x1 - x0, preprocessing))
+            ahead = asyncio.Semaphore(2 * min(self.settings.max_batch, together))
 
             async def run(view: View) -> Detections:
                 async with ahead:  # few of them are in memory, however many there are

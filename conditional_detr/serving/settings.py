@@ -19,7 +19,7 @@ class ServiceSettings:
         max_wait: seconds that the model waits at most for images that are being opened, to run them together.
         max_queue: requests in the service at a time; further ones are refused with 503.
         max_images: images per request.
-        max_tiles: tiles and other views of an image that is divided.
+        max_tiles: tiles and other views of the images of a request, when they are divided.
         max_body: bytes of a request's body.
         max_bodies: bytes of all bodies in the service at a time; further ones are refused with 503.
         max_pixels: pixels of an image, checked before it is decoded.

@@ -33,8 +33,8 @@ WRITTEN = {
     ("benchmark", "output"): ["out/benchmark.json", "out/benchmark.md", "out/benchmark.png"],
 }
 READ = {
-    *("results", "metrics", "card", "data", "images", "val_data", "val_images", "font", "backbone_weights"),
-    *("api_key_file", "thresholds", "video"),
+    *("results", "metrics", "card", "data", "images", "val_data", "val_images", "font", "backbone_weights", "video"),
+    *("api_key_file", "thresholds"),
 }
 
 

@@ -1,5 +1,7 @@
 """Merging of detections on overlapping views: hand-worked cases, and a detector without errors as the reference."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -100,3 +102,20 @@ def test_pieces_of_a_detector_without_errors_become_the_objects_again(tile, over
     result = merge_views(parts, [view.box for view in views], [0] * len(views), size)
     assert len(result) == len(objects)
     torch.testing.assert_close(result.boxes, torch.tensor(objects), rtol=0, atol=1e-3)
+
+
+def test_memory_of_many_detections_of_many_classes():
+    """Two views of 3,000 detections of 300 classes each: those of one class are compared, not all with all."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(3000, 2, generator=generator) * 50
+    boxes = torch.cat([corners, corners + 5 + 40 * torch.rand(3000, 2, generator=generator)], dim=1)
+    labels = torch.arange(3000) % 300
+    names = [f"class {label}" for label in labels.tolist()]
+    scores = torch.rand(3000, generator=generator)
+    part = Detections.from_boxes(boxes, names, scores=scores, labels=labels.tolist(), size=(100, 100))
+    tracemalloc.start()
+    merged = merge_views([part, part], [(0, 0, 100, 100)] * 2, [0, 1], (100, 100))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(merged) == 3000
+    assert peak < 100e6  # a matrix of all pairs of boxes has 288 MB

@@ -1,5 +1,6 @@
 """Tiles and augmentation in the service: the detections are those of ``Detector`` with the same options."""
 
+import io
 import json
 import threading
 import time
@@ -7,9 +8,11 @@ import weakref
 
 import pytest
 import torch
+from PIL import Image
 
 from conditional_detr import Detector
 from conditional_detr.inference.tiling import ImageViews
+from conditional_detr.serving.service import DetectionService
 from conditional_detr.serving.settings import ServiceSettings
 from helpers.browser import png
 from helpers.serving import data_uri, drawn, post, request, served
@@ -75,6 +78,9 @@ def test_all_endpoints_take_the_options(service, detector, options):
         ({"tile": "64"}, "invalid_request", "tile"),
         ({"tile": True}, "invalid_request", "tile"),
         ({"augment": 1.5}, "invalid_request", "augment"),
+        ({"augment": "yes"}, "invalid_request", "augment"),
+        ({"augment": True, "top_k": 301}, "bad_option", "top_k: expected at most 300 with tile or augment, got 301"),
+        ({"tile": [1] * 9999}, "bad_option", "tile: expected an int, or height and width, got (1, 1"),
     ],
 )
 def test_options_that_are_wrong(service, options, code, message):
@@ -82,6 +88,7 @@ def test_options_that_are_wrong(service, options, code, message):
     assert (answer.status, answer.error["code"]) == (400, code)
     assert message in answer.error["message"]
     assert answer.error["param"].split(".")[-1] in (*options, "parameters", "int")
+    assert len(answer.error["message"]) < 200
 
 
 def test_too_many_tiles_are_refused(service):
@@ -92,6 +99,10 @@ def test_too_many_tiles_are_refused(service):
     parameters = {"tile": 100, "augment": True}  # 4 x 5, four times
     answer = post(service, "/v1/detect", {"inputs": data_uri(IMAGE), "parameters": parameters})
     assert answer.error["message"].endswith("got 80")
+    several = {"input": [{"type": "image_url", "url": data_uri(IMAGE)}] * 4, "tile": 100}  # 20 each
+    answer = post(service, "/v1/infer", several)
+    assert (answer.status, answer.error["code"]) == (413, "too_many_tiles")
+    assert answer.error["message"].endswith(": expected at most 16 tiles and other views, got 20")
 
 
 def test_others_do_not_wait_for_all_tiles(detector, monkeypatch):
@@ -130,6 +141,22 @@ def test_others_do_not_wait_for_all_tiles(detector, monkeypatch):
     assert len(sizes) == 21
     assert sizes.index((96, 120)) < 5
     assert 'conditional_detr_images_total{model="shapes"} 2.0' in counted
+
+
+def test_a_long_narrow_image_is_refused_soon(service):
+    """Millions of tiles are counted, not listed: the service answers others meanwhile."""
+    file = io.BytesIO()
+    Image.new("1", (60_000_000, 1)).save(file, "PNG")
+    began = time.process_time()
+    answer = request(service, "POST", "/v1/detect?tile=32&overlap=0.5", file.getvalue(), "image/png")
+    assert (answer.status, answer.error["code"]) == (413, "too_many_tiles")
+    assert answer.error["message"].endswith("got 3749999")
+    assert time.process_time() - began < 20
+
+
+def test_thresholds_of_some_classes_are_refused_at_the_start(detector):
+    with pytest.raises(ValueError, match="thresholds: expected one for each class that is reported, got none for "):
+        DetectionService({"shapes": Detector(detector.model, thresholds={"disc": 0.5})}, ServiceSettings())
 
 
 def test_few_tiles_are_in_memory(small, monkeypatch):
