@@ -88,7 +88,7 @@ def test_numbers_of_the_evaluator(shapes, detector):
         assert expected.metrics[size] == pytest.approx(np.mean(of_classes) if of_classes else -1)
     thresholds = analysis.thresholds
     above = Detector(detector.model, thresholds=thresholds)
-    only = evaluate(above, content, images, progress=lambda *done: steps.append(done))
+    only = evaluate(above, content, images, apply_thresholds=True, progress=lambda *done: steps.append(done))
     assert steps[-1] == (4, 4)
     kept = [row for row in results if row["score"] > thresholds[CLASS_NAMES[row["category_id"] - 1]]]
     assert len(kept) == analysis.kept.sum() < len(results)
