@@ -17,6 +17,7 @@ from conditional_detr.checkpoints.tensor_files import (
     shards_of,
 )
 from conditional_detr.system.atomic_files import consistent, recover
+from conditional_detr.system.paths import expand_home
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -64,7 +65,7 @@ def open_checkpoint(
         OSError: the checkpoint does not exist, or the hub cannot be reached.
         ValueError: a file is damaged, or its content does not match its suffix.
     """
-    path = _expanded(name)
+    path = expand_home(name)
     recover(path if path.is_dir() else path.parent)
     if path.is_file():
         return _open_files(path, path.parent)
@@ -90,14 +91,6 @@ def open_checkpoint(
     hint = f"; did you mean {' or '.join(map(str, found[:3]))}?" if found else ""
     content = [file.name for file in inside] or "an empty folder"
     raise FileNotFoundError(f"{folder}: expected {SAFETENSORS} or {PICKLE}, got {content}{hint}")
-
-
-def _expanded(name: str | Path) -> Path:
-    """Return a path with ``~`` replaced by the home folder."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # no such user
-        return Path(name)
 
 
 def _has_weights(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from conditional_detr.checkpoints.files import shipped_folder
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.system.console import printable
+from conditional_detr.system.paths import expand_home
 
 CARD = "README.md"
 CURVES = "curves.png"
@@ -112,7 +113,7 @@ def read_licence(weights: str | Path) -> str | None:
 
 def folder_of(weights: str | Path) -> Path | None:
     """Return the folder of a checkpoint that is a folder, a file, or shipped; None: it is on the hub."""
-    path = Path(weights).expanduser()
+    path = expand_home(weights)
     return path if path.is_dir() else path.parent if path.is_file() else shipped_folder(str(weights))
 
 

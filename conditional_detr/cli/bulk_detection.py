@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from enum import Enum
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from conditional_detr.cli.console import AUTO, FAILED, INTERRUPTED, err, out, print_line
 from conditional_detr.cli.options import open_detector
+from conditional_detr.system.paths import expand_home
 from conditional_detr.system.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def detect_on_ray(
     from conditional_detr.distributed import detect_dataset
     from conditional_detr.inference.listing import expand_standard_input
 
-    if Path(weights).expanduser().exists():
-        weights = str(Path(weights).expanduser().absolute())  # actors have another working folder
+    if (path := expand_home(weights)).exists():
+        weights = str(path.absolute())  # actors have another working folder
     names = [name for name, _ in expand_standard_input(images)]
     bar = progress_bar(err, shown=True)
     task = bar.add_task("detecting", total=None)

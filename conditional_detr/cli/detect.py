@@ -28,6 +28,7 @@ from conditional_detr.inference.results import Format, open_results
 from conditional_detr.modeling.metadata import PUBLISHED
 from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.outputs import file_ids, is_same_file
+from conditional_detr.system.paths import expand_home
 
 if TYPE_CHECKING:
     from conditional_detr.inference.tiling import Tiling
@@ -199,7 +200,7 @@ def detect(
         )
         _check_font(font)  # now, not at the first image
         _limit_pixels(max_pixels)
-        if weights is not None and is_same_file(folder, Path(weights).expanduser()):
+        if weights is not None and is_same_file(folder, expand_home(weights)):
             raise ValueError(f"--output: expected another folder than that of --weights, got {folder}")
         source = str(weights or (_demo_weights() if demo else PUBLISHED))
         detector = open_detector(source, device, fast_preprocessing=fast_preprocessing, thresholds=thresholds)

@@ -17,6 +17,7 @@ from conditional_detr.cli.options import (
     check_one_threshold,
     open_detector,
 )
+from conditional_detr.system.paths import expand_home
 
 if TYPE_CHECKING:
     from conditional_detr.inference.detector import Detector
@@ -212,7 +213,7 @@ def _named(weights: list[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for text in weights:
         name, equals, source = text.partition("=")
-        path = Path(text).expanduser()
+        path = expand_home(text)
         if not equals or path.exists():
             source, path = text, path.resolve()
             name = text if not path.exists() else path.name if path.is_dir() else path.stem

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 _WEIGHT = re.compile(r"[\s,]*([^=]+)=([^\s,=]*)")  # class names may have spaces
-_TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+_TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+_SECONDS = re.compile(r"\d+(?:\.\d+)?")
 
 
 def read_duration(text: str) -> float:
@@ -29,8 +30,9 @@ def read_duration(text: str) -> float:
     Raises:
         ValueError: it is of another form.
     """
-    found = _TIME.fullmatch(text.strip())
-    if not text.strip() or found is None:
+    text = text.strip()
+    found = _TIME.fullmatch(f"{text}s" if _SECONDS.fullmatch(text) else text)  # after h or m, a unit is needed
+    if not text or found is None:
         raise ValueError(f"--time-limit: expected a duration such as 2h, 1h30m, 45s or 3600, got {text!r}")
     hours, minutes, seconds = (float(part or 0) for part in found.groups())
     if not (limit := 3600 * hours + 60 * minutes + seconds):
@@ -133,16 +135,20 @@ def run_training(
 
 
 def show_result(model: "DetectionTransformer", result: "TrainResult") -> None:
-    """Write the model card of the run; print the results and their files."""
+    """Print the results of the run and their files; write its model card, whose failure is a warning."""
     from conditional_detr.training.card import write_card
 
-    card = write_card(model, result)
     if result.stopped_early:
         out.print("stopped early: AP has not improved within the patience", markup=False)
     if result.best is not None:
         out.print(f"best AP {result.best_ap:.3f}: {result.best}", markup=False, soft_wrap=True)
     out.print(f"after {result.steps} steps: {result.last}", markup=False, soft_wrap=True)
     out.print(f"curves: {result.folder / 'curves.png'}", markup=False, soft_wrap=True)
+    try:
+        card = write_card(model, result)
+    except (OSError, ValueError) as error:
+        print_line(f"warning: no model card: {error}", style="yellow")
+        return
     if card is not None:
         out.print(f"model card: {card}", markup=False, soft_wrap=True)
     else:

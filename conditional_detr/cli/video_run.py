@@ -69,6 +69,7 @@ class VideoRun:
     _writer: VideoWriter | None = field(default=None, init=False)
     _window: Window | None = field(default=None, init=False)
     _temporary: Path | None = field(default=None, init=False)
+    _complete: bool = field(default=False, init=False)  # whether the last frame is done
 
     def check_files(self) -> bool:
         """Check existing files against the options, and return whether lines of an earlier run are resumed.
@@ -120,8 +121,8 @@ class VideoRun:
         """Complete the files and let other runs write to the folder."""
         try:
             if self._writer is not None:
-                self._writer.close()
-            if self._temporary is not None and self.done > self._lines.recorded:
+                self._writer.close(complete=self._complete)
+            if self._temporary is not None and self.done >= max(self._lines.recorded, 1):
                 publish(self._temporary, {VIDEO: VIDEO})
             if self._window is not None:
                 self._window.close()
@@ -162,6 +163,7 @@ class VideoRun:
                 else:
                     if not self.done:
                         raise ValueError(f"{self.video.name}: expected frames {self._interval()}, got none")
+                    self._complete = True
                     return 0
         except KeyboardInterrupt:
             pass

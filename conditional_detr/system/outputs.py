@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from conditional_detr.system.paths import expand_home
+
 
 def check_output(
     path: str | Path, *, inputs: Iterable[str | Path] = (), overwrite: bool = False, ours: bool = False
@@ -28,7 +30,7 @@ def check_output(
         raise IsADirectoryError(f"{path}: expected a file to write, got a folder")
     if not os.path.lexists(path):
         return
-    for entry in (Path(entry).expanduser() for entry in inputs):
+    for entry in map(expand_home, inputs):
         if is_same_file(path, entry) or _is_below(path, entry):
             raise ValueError(f"{path}: expected a file to write, got an input")
     if not (overwrite or ours):

@@ -9,6 +9,7 @@ from conditional_detr.checkpoints.files import CONFIG
 from conditional_detr.checkpoints.model_card import CARD, CURVES, CardDetails, is_generated, make_card
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.system.atomic_files import write_atomically
+from conditional_detr.system.paths import expand_home
 from conditional_detr.training.checkpoints import BEST, LAST, STATE, read_training_state
 from conditional_detr.training.curves import read_log
 from conditional_detr.training.logging import LOG
@@ -44,7 +45,7 @@ def write_card(model: DetectionTransformer, result: TrainResult) -> Path | None:
 
 def checkpoint_of_run(weights: str) -> str:
     """Return the best checkpoint of a run's folder, or else the last one; anything else as it is."""
-    folder = Path(weights).expanduser()
+    folder = expand_home(weights)
     if (folder / CONFIG).exists() or not (folder / LAST / STATE).is_file():
         return weights
     return str(folder / (BEST if (folder / BEST / CONFIG).is_file() else LAST))

@@ -333,7 +333,11 @@ class Run:
             epochs = None if self.config.time_limit else self.config.epochs
             self.logger.log_epoch({**entry, **speed}, epochs=epochs, best=progress.best)
             if better and self.val_data is not None:
-                self.logger.log_images(draw_validation(self.stepper.eval_model, self.val_data), progress.step)
+                try:
+                    self.logger.log_images(draw_validation(self.stepper.eval_model, self.val_data), progress.step)
+                except Exception as error:  # images to look at must not end a training before it saves
+                    step = progress.step
+                    warnings.warn(f"no validation images in TensorBoard at step {step}: {error}", stacklevel=3)
             self.callbacks.epoch(self.stepper.eval_model, entry)
         if not ended:
             progress.epoch, progress.batch, progress.losses = number + 1, 0, []

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -34,18 +34,20 @@ class Trackers:
 
     Raises:
         ModuleNotFoundError: a tracker's package is not installed.
-        TypeError: neither a name nor a tracker.
+        TypeError: neither a name nor a tracker, or one that is in no list.
         ValueError: no tracker has this name, or a name is there twice.
     """
 
     def __init__(self, trackers: "Sequence[str | GeneralTracker]") -> None:
-        for i, tracker in enumerate(trackers):
+        if isinstance(trackers, str) or not isinstance(trackers, Iterable):
+            raise TypeError(f"trackers: expected a list of names and trackers, got {trackers!r}")
+        self._trackers = tuple(trackers)
+        for i, tracker in enumerate(self._trackers):
             _check(f"trackers[{i}]", tracker)
-        names = [tracker for tracker in trackers if isinstance(tracker, str)]
+        names = [tracker for tracker in self._trackers if isinstance(tracker, str)]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"trackers: expected each name once, got {', '.join(sorted(twice))} again")
         self.ids: dict[str, str] = {}
-        self._trackers = tuple(trackers)
         self._active: dict[str, GeneralTracker] = {}
         self._failed: dict[str, str] = {}
 
@@ -53,7 +55,8 @@ class Trackers:
     def running(self, settings: Mapping[str, Any], folder: Path) -> Iterator[None]:
         """Start all trackers, and finish them, also after an error.
 
-        A tracker that has an id in ``ids`` continues that run; all others get the settings. At the end, a warning
+        A tracker that has an id in ``ids`` continues that run, or begins a new one with a warning if it cannot; all
+        whose run is new get the settings. At the end, a warning
         repeats which trackers miss numbers.
 
         Args:
@@ -103,11 +106,15 @@ class Trackers:
         stack: ExitStack,
     ) -> "GeneralTracker":
         """Start a tracker; the stack finishes it."""
+        try:
+            started = _begin(tracker, folder, self.ids.get(key))
+        except Exception as error:  # its run may have been deleted
+            if key not in self.ids:
+                raise
+            why = f"run {self.ids.pop(key)} cannot be continued ({_text(error)}), a new one begins"
+            warnings.warn(f"tracker {key}: {why}", stacklevel=2)
+            started = _begin(tracker, folder, None)
         continued = key in self.ids
-        started = _make(tracker, folder, self.ids.get(tracker)) if isinstance(tracker, str) else tracker
-        start = getattr(started, "start", None)  # trackers of older versions of accelerate start when they are made
-        if start is not None:
-            start()
         stack.callback(self._finish, key, started)
         if key in _CONTINUED:
             self.ids[key] = attrgetter(_CONTINUED[key][0])(started.tracker)
@@ -157,6 +164,15 @@ def _check(what: str, tracker: Any) -> None:
         raise ModuleNotFoundError(f"{what}: {tracker} needs {package}, which is not installed: pip install {package}")
 
 
+def _begin(tracker: "str | GeneralTracker", folder: Path, run_id: str | None) -> "GeneralTracker":
+    """Return a started tracker: that which is given, or one of a name for a new run or for that of an id."""
+    started = _make(tracker, folder, run_id) if isinstance(tracker, str) else tracker
+    start = getattr(started, "start", None)  # trackers of older versions of accelerate start when they are made
+    if start is not None:
+        start()
+    return started
+
+
 def _make(name: str, folder: Path, run_id: str | None) -> "GeneralTracker":
     """Return one of accelerate's trackers, for a new run or for that of an id."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -177,9 +193,14 @@ def _numbers(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in entry.items():
         if isinstance(value, Mapping):
             for part, of_part in value.items():
-                yield f"{name}/{_FORBIDDEN.sub(lambda found: f'_{ord(found[0]):x}_', part) or '_'}", of_part
+                yield f"{name}/{_allowed(part)}", of_part
         elif name not in ("step", "epoch"):
-            yield name, value
+            yield "/".join(map(_allowed, name.split("/"))), value
+
+
+def _allowed(part: str) -> str:
+    """Return a part of a metric's name, with the codes of the characters that MLflow refuses."""
+    return _FORBIDDEN.sub(lambda found: f"_{ord(found[0]):x}_", part) or "_"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from conditional_detr.data.coco import Annotations
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.detector import Detector
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
@@ -26,7 +27,7 @@ def draw_validation(model: DetectionTransformer, data: SampleDataset) -> list[Im
         ValueError: classes that the model does not have.
     """
     annotations, folder = getattr(data, "annotations", None), getattr(data, "images", None)
-    if annotations is None or folder is None:
+    if not isinstance(annotations, Annotations) or folder is None:
         return []
     ids = list(annotations.images)
     chosen = [ids[len(ids) * k // _IMAGES] for k in range(_IMAGES)] if len(ids) > _IMAGES else ids

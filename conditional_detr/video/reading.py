@@ -17,6 +17,7 @@ import numpy as np
 from conditional_detr.inference.images import open_image, to_pil
 from conditional_detr.inference.listing import list_images
 from conditional_detr.inference.postprocessing import check_count
+from conditional_detr.system.paths import expand_home
 from conditional_detr.video.timing import StageTimes
 
 VideoSource: TypeAlias = str | Path | int
@@ -26,6 +27,7 @@ FOLDER_RATE = Fraction(30)
 """Frames per second of a folder of images, which have no times."""
 
 _TIMEOUT = 10.0  # seconds without data after which a network stream has ended
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LIVE = ("rtsp", "rtmp", "udp")
 _CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's input and device names
 
@@ -118,14 +120,15 @@ class Video:
     def __init__(self, source: VideoSource) -> None:
         self._folder: list[str] | None = None
         self._container: Any = None
-        text = str(source)
+        text = re.sub(r"^file:(//(?=/))?", "", str(source))
+        is_file = text != str(source)
         if not text:
             raise ValueError("source: expected a video, got an empty name")
-        camera = text.isdigit() and not Path(text).exists()
-        self.name = re.sub(r"(?<=://)[^/@]*@", "", text)
-        is_url = "://" in text
-        self.is_live = camera or text.startswith("/dev/video") or (is_url and self._scheme(text) in _LIVE)
-        self.path = None if is_url or self.is_live else Path(text).expanduser()
+        self.name = re.sub(r"(?<=://)[^/?#]*@", "", text)
+        is_url = not is_file and _URL.match(text) is not None
+        camera = text.startswith("/dev/video") or (text.isdigit() and not Path(text).exists())
+        self.is_live = (camera and not is_file) or (is_url and self._scheme(text) in _LIVE)
+        self.path = None if is_url or self.is_live else expand_home(text)
         self.frame_count: int | None
         if self.path is not None and self.path.is_dir():
             listed = list_images([str(self.path)], output=self.path).images
@@ -134,7 +137,8 @@ class Video:
             return
         if self.path is not None and not self.path.is_file():
             raise FileNotFoundError(f"{self.name}: no such file")
-        self._container = self._open(camera_input(text) if self.is_live and not is_url else (None, text))
+        address = text if self.path is None else file_address(self.path)
+        self._container = self._open(camera_input(text) if self.is_live and not is_url else (None, address))
         if not self._container.streams.video:
             self._container.close()
             raise ValueError(f"{self.name}: expected a video, got a file that has none or is cut off")
@@ -257,9 +261,13 @@ class Video:
         self._warn(index - 1, problem)
 
     def _stated_packets(self) -> int:
-        """Return how many packets the file states; those of MP4 that its edit list leaves out are not read."""
-        stated: int = self._stream.frames
-        return min(stated, len(self._stream.index_entries)) if "mp4" in self._container.format.name else stated
+        """Return how many packets an MP4 states, without those that its edit list leaves out; 0 of another file.
+
+        Matroska and MPEG-TS state no number, and AVI one of units of time.
+        """
+        if "mp4" not in self._container.format.name:
+            return 0
+        return min(self._stream.frames, len(self._stream.index_entries))
 
     def _warn(self, index: int, problem: str) -> None:
         place = f"frame {index}" if index >= 0 else "before the first frame"
@@ -276,6 +284,11 @@ def camera_input(text: str) -> tuple[str, str]:
         raise ValueError(f"camera {text}: expected Linux or macOS, got {sys.platform}; pass a file or a URL")
     format, device = _CAMERAS[sys.platform]
     return format, device.format(text) if text.isdigit() else text
+
+
+def file_address(path: Path) -> str:
+    """Return a path as FFmpeg opens it, which takes what stands before a colon for a protocol."""
+    return f"file:{path}"
 
 
 def import_av() -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from conditional_detr.video.reading import Frame, Video, exact, import_av
+from conditional_detr.video.reading import Frame, Video, exact, file_address, import_av
 
 _OPTIONS = {"libx264": {"preset": "veryfast", "crf": "20"}}
 _BITS_PER_PIXEL = 0.2  # for encoders without a quality setting of ours
@@ -43,7 +43,7 @@ class VideoWriter:
         self._start = exact(start)
         # in the unit of the input, the time of the first frame is not rounded
         options = {"movflags": _MOVFLAGS, "movie_timescale": str(video.time_base.denominator)}
-        self._output = av.open(str(path), "w", format="mp4", options=options)
+        self._output = av.open(file_address(path), "w", format="mp4", options=options)
         self._stream: Any = None
         self._size = (0, 0)
         self._last = -1  # pts of the last frame in the encoder's unit
@@ -83,8 +83,11 @@ class VideoWriter:
         except av.FFmpegError as error:
             raise OSError(f"{self._path}: cannot be written: {error.strerror or error}") from error
 
-    def close(self) -> None:
-        """Write what is left in the encoder, and the audio until the end.
+    def close(self, *, complete: bool = True) -> None:
+        """Write what is left in the encoder, and the rest of the audio.
+
+        Args:
+            complete: whether all frames were written; otherwise the audio ends with the last one of them.
 
         Raises:
             OSError: the file cannot be written.
@@ -93,7 +96,8 @@ class VideoWriter:
         try:
             if self._stream is not None:
                 self._mux_video(None)
-                self._copy_audio(until=None)
+                last = self._last * Fraction(self._stream.codec_context.time_base)
+                self._copy_audio(until=None if complete else last)
             self._output.close()
         except av.FFmpegError as error:
             raise OSError(f"{self._path}: cannot be written: {error.strerror or error}") from error
@@ -118,7 +122,7 @@ class VideoWriter:
             context.bit_rate = int(stream.height * stream.width * rate * _BITS_PER_PIXEL)
         self._stream = stream
         if self._video.path is not None:
-            self._input = import_av().open(str(self._video.path))
+            self._input = import_av().open(file_address(self._video.path))
             self._audio = self._audio_packets()
             self._next_audio = next(self._audio, None)
 

@@ -361,3 +361,9 @@ def test_wrong_values_of_these_options(shapes, small, tmp_path, option, message)
 )
 def test_durations(text, seconds):
     assert read_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "1h30", "1m30", "1h1m5", "h", "30m1h", "1 h", "-1", "1e3", "2d"])
+def test_durations_of_another_form_are_refused(text):
+    with pytest.raises(ValueError, match=rf"--time-limit: expected a duration such as .*, got '{text}'$"):
+        read_duration(text)

@@ -13,6 +13,7 @@ from conditional_detr import from_pretrained
 from conditional_detr.checkpoints.model_card import CardDetails, make_card
 from conditional_detr.cli import app
 from conditional_detr.data.synthetic import write_shapes
+from conditional_detr.system.paths import expand_home
 from conditional_detr.training.card import checkpoint_of_run, details_of_run, written_card
 
 LAST = Path(__file__).parent / "files" / "version_0.1.0" / "last"
@@ -108,3 +109,31 @@ def test_a_readme_of_the_users_stays(small, shapes, link):
     assert written_card(Path("run/last")) == Path("run/README.md").absolute()
     Path("run/last/README.md").write_text("Nearer words.")
     assert written_card(Path("run/last")) == Path("run/last/README.md")
+
+
+@pytest.mark.parametrize(
+    ("part", "error"), [("write_atomically", OSError("no space left")), ("read_log", ValueError("line 1: no JSON"))]
+)
+def test_a_card_that_cannot_be_written_is_a_warning_after_the_results(small, shapes, monkeypatch, part, error):
+    """The training has succeeded, and its results are printed."""
+
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(f"conditional_detr.training.card.{part}", fail)
+    result = trained(small, *VAL, "--epochs", "1")
+    assert result.exit_code == 0, result.output
+    assert "after 1 steps: run/last\ncurves: run/curves.png\n" in result.stdout
+    assert "model card" not in result.stdout
+    assert f"warning: no model card: {error}\n" in result.stderr
+
+
+def test_the_home_folder_of_a_user_who_does_not_exist(monkeypatch, tmp_path):
+    """Is a name like any other."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    shutil.copytree(LAST, tmp_path / "run" / "last")
+    assert checkpoint_of_run("~/run") == str(tmp_path / "run" / "last")
+    assert checkpoint_of_run("~nosuchuser/run") == "~nosuchuser/run"
+    assert expand_home("~nosuchuser/run") == Path("~nosuchuser/run")
+    assert expand_home("~/run") == tmp_path / "run"

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 import zipfile
 from dataclasses import replace
 
@@ -85,6 +86,12 @@ def test_a_tracker_gets_the_settings_once_and_the_numbers_of_the_log(tmp_path):
     assert steps_of(tmp_path / "run") == steps_of(tmp_path / "plain")
 
 
+def test_trackers_of_a_generator(tmp_path):
+    recorder = Recorder()
+    train(small_model(), Rectangles(2), None, SHORT, folder=tmp_path, trackers=(one for one in [recorder]), **QUIET)
+    assert recorder.names == ["start", "settings", *["log"] * 4, "finish"]
+
+
 def test_trackers_are_no_setting_of_the_run(tmp_path):
     """A run may be resumed with others, or with none; the numbers go on after those of before."""
     one, first, second = replace(SHORT, epochs=1), Recorder(), Recorder()
@@ -135,6 +142,9 @@ def test_a_tracker_that_cannot_start_is_an_error_before_training(tmp_path, fails
         (["tensorboard"], ValueError, r"trackers\[0\]: expected one of .*, got 'tensorboard'"),
         ([Recorder(), 7], TypeError, r"trackers\[1\]: expected a name or a tracker of accelerate, got int"),
         (["aim", "aim"], ValueError, "trackers: expected each name once, got aim again"),
+        ("aim", TypeError, "trackers: expected a list of names and trackers, got 'aim'"),
+        (None, TypeError, "trackers: expected a list of names and trackers, got None"),
+        (Recorder(), TypeError, "trackers: expected a list of names and trackers, got <.*Recorder"),
     ],
 )
 def test_wrong_trackers_are_refused(tmp_path, monkeypatch, trackers, error, message):
@@ -154,13 +164,18 @@ def test_a_missing_package_is_named_before_training(tmp_path, monkeypatch):
 # ---- trackers of others
 
 
-@pytest.mark.filterwarnings("ignore")  # its own
-def test_mlflow_has_the_numbers_and_a_resumed_run_continues_its_run(tmp_path, monkeypatch):
-    """With class names that MLflow refuses in the name of a metric."""
-    mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed")
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def mlflow(tmp_path, monkeypatch):
+    """MLflow with a folder as the store."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    return pytest.importorskip("mlflow", reason="MLflow is not installed")
+
+
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_mlflow_has_the_numbers_and_a_resumed_run_continues_its_run(tmp_path, monkeypatch, mlflow):
+    """With class names that MLflow refuses in the name of a metric."""
+    monkeypatch.chdir(tmp_path)
     names = ("../red (a)", "blau ä/1")
     val = Rectangles(2, seed=1)
     for epochs, resume in ((1, False), (2, True)):
@@ -177,6 +192,59 @@ def test_mlflow_has_the_numbers_and_a_resumed_run_continues_its_run(tmp_path, mo
     for name, of_class in (("_2e_._2f_red _28_a_29_", names[0]), ("blau ä_2f_1", names[1])):
         history = [m.value for m in client.get_metric_history(run.info.run_id, f"val/per_class/{name}")]
         assert history == [entry["per_class"][of_class] for entry in logged if "AP" in entry]
+
+
+class Named(Callback):
+    """Adds metrics whose names MLflow refuses, and one with parts."""
+
+    def __init__(self):
+        self.numbers = {"recall@0.5": 0.25, "../F1 (mean)": 0.5, "": 0.75, "recall/small": 1.0}
+
+    def metrics(self, model, data):
+        return self.numbers
+
+
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_mlflow_has_the_metrics_of_callbacks(tmp_path, mlflow):
+    val, named = Rectangles(2, seed=1), Named()
+    options = {"trackers": ["mlflow"], "callbacks": [named], **QUIET}
+    train(small_model(), Rectangles(4), val, replace(SHORT, epochs=1), folder=tmp_path / "run", **options)
+    (run,) = mlflow.search_runs(experiment_names=["conditional-detr"], output_format="list")
+    names = ("recall_40_0.5", "_2e_./F1 _28_mean_29_", "_", "recall/small")
+    assert [run.data.metrics[f"val/{name}"] for name in names] == list(named.numbers.values())
+    assert named.numbers.items() <= log_of(tmp_path / "run")[-1].items()
+
+
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_a_run_that_was_deleted_in_mlflow_is_followed_by_a_new_one(tmp_path, mlflow):
+    """With a warning, once; later runs continue the new one, which has the settings."""
+    options = {"folder": tmp_path / "run", "trackers": ["mlflow"], **QUIET}
+    search = {"experiment_names": ["conditional-detr"], "output_format": "list"}
+    train(small_model(), Rectangles(2), None, replace(SHORT, epochs=1), **options)
+    (first,) = mlflow.search_runs(**search)
+    mlflow.MlflowClient().delete_run(first.info.run_id)
+    why = rf"tracker mlflow: run {first.info.run_id} cannot be continued \(MlflowException: .*\), a new one begins"
+    with pytest.warns(UserWarning, match=why):
+        train(small_model(), Rectangles(2), None, SHORT, resume=True, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(small_model(), Rectangles(2), None, replace(SHORT, epochs=3), resume=True, **options)
+    assert not [one for one in caught if "tracker" in str(one.message)]
+    (second,) = mlflow.search_runs(**search)
+    history = mlflow.MlflowClient().get_metric_history(second.info.run_id, "train/loss")
+    assert [metric.step for metric in history] == [2, 3]
+    assert (second.info.run_name, second.data.params["epochs"]) == ("run", "2")
+
+
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_mlflow_that_cannot_begin_a_new_run_either_is_an_error(tmp_path, mlflow, monkeypatch):
+    options = {"folder": tmp_path / "run", "trackers": ["mlflow"], **QUIET}
+    train(small_model(), Rectangles(2), None, replace(SHORT, epochs=1), **options)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "file").as_uri())
+    with pytest.raises(OSError, match="tracker mlflow: expected it to start, got "):
+        train(small_model(), Rectangles(2), None, SHORT, resume=True, **options)
+    assert len(log_of(tmp_path / "run")) == 2
 
 
 def records_of(content):
@@ -237,10 +305,7 @@ class Remover(Callback):
 
 
 @pytest.mark.filterwarnings("ignore")  # its own
-def test_a_store_of_mlflow_that_is_lost_does_not_end_the_training(tmp_path, monkeypatch):
-    pytest.importorskip("mlflow", reason="MLflow is not installed")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+def test_a_store_of_mlflow_that_is_lost_does_not_end_the_training(tmp_path, mlflow):
     options = {"trackers": ["mlflow"], "callbacks": [Remover(tmp_path / "store", after=2)], **QUIET}
     with pytest.warns(UserWarning, match=r"tracker mlflow: it failed at step 3 .*; the training goes on"):
         result = train(small_model(), Rectangles(8), None, SHORT, folder=tmp_path / "run", **options)

@@ -4,13 +4,16 @@ import io
 from dataclasses import replace
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from conditional_detr import ConditionalDETR, Preprocessing, from_pretrained
+from conditional_detr import ConditionalDETR, Detections, Preprocessing, from_pretrained
 from conditional_detr.data.dataset import CocoData
 from conditional_detr.data.synthetic import CLASS_NAMES, write_shapes
 from conditional_detr.training import TrainConfig, run, train
+from conditional_detr.training.logging import RunLogger
 from helpers.training_runs import SMALL, Rectangles, small_model, steps_of
 
 
@@ -18,6 +21,15 @@ def board_of(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return EventAccumulator(str(folder / "tensorboard")).Reload()
+
+
+def datasets_of(folder):
+    """Two drawn images for training and two for AP."""
+    size = Preprocessing(shortest_edge=64, longest_edge=96)
+    return [
+        CocoData(write_shapes(folder, 2, seed=0, split=split, size=(64, 96)), folder / split, preprocessing=size)
+        for split in ("train", "val")
+    ]
 
 
 def test_images_with_annotations_and_detections_are_in_tensorboard_when_ap_improves(tmp_path):
@@ -54,11 +66,7 @@ def distance_to_drawing(drawn, photo, box):
 
 
 def test_images_are_drawn_again_with_each_better_ap(tmp_path, monkeypatch):
-    size = Preprocessing(shortest_edge=64, longest_edge=96)
-    train_data, val = (
-        CocoData(write_shapes(tmp_path, 2, seed=0, split=split, size=(64, 96)), tmp_path / split, preprocessing=size)
-        for split in ("train", "val")
-    )
+    train_data, val = datasets_of(tmp_path)
     measured = iter([0.1, 0.05, 0.1, 0.3])
     monkeypatch.setattr(run, "measure", lambda *arguments: {"AP": (ap := next(measured)), "AP50": ap})
     model = ConditionalDETR(replace(SMALL, num_classes=len(train_data.class_names)), train_data.metadata)
@@ -95,6 +103,56 @@ def test_boxes_are_drawn_where_the_objects_are(tmp_path):
             assert distance_to_drawing(left, photo, (x, y, x + width, y + height)) <= 2
             far.append(distance_to_drawing(right, photo, (x, y, x + width, y + height)))
     assert np.mean(np.array(far) <= 8) >= 0.7  # AP50 of these weights is above 0.9
+
+
+class Own(torch.utils.data.Dataset):
+    """A dataset whose annotations are a file, which evaluations take, too."""
+
+    def __init__(self, data, annotations, images):
+        self.data, self.annotations, self.images = data, annotations, images
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return self.data[index]
+
+
+def test_annotations_in_a_file_are_evaluated_without_images(tmp_path, recwarn):
+    train_data, val = datasets_of(tmp_path)
+    own = Own(val, tmp_path / "instances_val.json", tmp_path / "val")
+    model = ConditionalDETR(replace(SMALL, num_classes=len(train_data.class_names)), train_data.metadata)
+    config = TrainConfig(epochs=1, batch_size=2, workers=0)
+    result = train(model, train_data, own, config, folder=tmp_path / "run", progress=False)
+    assert result.best == tmp_path / "run" / "best"
+    assert board_of(tmp_path / "run").Tags()["images"] == []
+    assert not [one for one in recwarn if "validation images" in str(one.message)]
+
+
+@pytest.mark.parametrize("fault", ["drawing", "writing"])
+def test_images_that_fail_do_not_end_the_training(tmp_path, monkeypatch, fault):
+    """After a warning it saves the checkpoints, and the numbers are those of a run whose images did not fail."""
+    train_data, val = datasets_of(tmp_path)
+    config = TrainConfig(epochs=2, batch_size=2, workers=0)
+
+    def trained(name):
+        torch.manual_seed(0)
+        model = ConditionalDETR(replace(SMALL, num_classes=len(train_data.class_names)), train_data.metadata)
+        return train(model, train_data, val, config, folder=tmp_path / name, progress=False)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    trained("plain")
+    owner, name = (Detections, "draw_beside") if fault == "drawing" else (RunLogger, "log_images")
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.warns(UserWarning, match="no validation images in TensorBoard at step 1: out of memory"):
+        result = trained("run")
+    assert (result.steps, result.best) == (2, tmp_path / "run" / "best")
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "plain")
+    for checkpoint in ("best", "last"):
+        expected, got = (from_pretrained(tmp_path / name / checkpoint).state_dict() for name in ("plain", "run"))
+        assert all(torch.equal(got[key], value) for key, value in expected.items())
 
 
 def test_samples_without_image_files_are_trained_without_images(tmp_path):

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from conditional_detr.cli import app
 from conditional_detr.video.engines import available_engines
+from conditional_detr.video.writing import VideoWriter
 from helpers.films import audio_of, draw_frame, images_of, lines_of, times_of, write_film
 
 
@@ -224,7 +225,88 @@ def test_ctrl_c_leaves_complete_files(tmp_path, weights):
     frames = [line["frame"] for line in lines_of(tmp_path / "out")]
     assert 10 <= len(frames) < 400
     assert frames == list(range(len(frames)))
-    assert times_of(tmp_path / "out" / "annotated.mp4") == times_of(film)[: len(frames)]
+    written = tmp_path / "out" / "annotated.mp4"
+    assert times_of(written) == times_of(film)[: len(frames)]
+    assert_audio_ends_with_the_frames(written, film)
+
+
+def assert_audio_ends_with_the_frames(written, film):
+    """The packets of the film that begin until the last frame that was written."""
+    end = times_of(written)[-1]
+    heard = [data for at, data in audio_of(film) if at <= end]
+    assert [data for _, data in audio_of(written)] == heard
+    assert 0 < len(heard) < len(audio_of(film))
+
+
+def test_a_run_that_an_error_stops_ends_with_its_last_frame(run, tmp_path, monkeypatch):
+    """Its audio, too; resumed, the film is that of one run."""
+    film, written = write_film(tmp_path / "film.mp4", 60, size=(64, 96)), tmp_path / "out" / "annotated.mp4"
+    plain = VideoWriter.write
+
+    def write(self, frame, image):
+        if frame.index == 20:
+            raise OSError("the disk is full")
+        plain(self, frame, image)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(VideoWriter, "write", write)
+        result = run(film)
+    assert result.exit_code == 1
+    assert "error: the disk is full" in result.stderr
+    assert times_of(written) == times_of(film)[:20]
+    assert_audio_ends_with_the_frames(written, film)
+    assert run(film, "--resume").exit_code == 0
+    assert times_of(written) == times_of(film)
+    assert [data for _, data in audio_of(written)] == [data for _, data in audio_of(film)]
+
+
+@pytest.mark.parametrize("left", ["half", "empty", "none"])
+def test_a_film_that_is_cut_off_is_written_again_when_all_lines_are_there(run, tmp_path, left):
+    """As of a process that was killed after its last line."""
+    film, out = write_film(tmp_path / "film.mp4", 30, size=(64, 96)), tmp_path / "out"
+    assert run(film).exit_code == 0
+    written, lines = out / "annotated.mp4", (out / "detections.jsonl").read_bytes()
+    whole = written.read_bytes()
+    if left == "none":
+        written.unlink()
+    else:
+        written.write_bytes(whole[: len(whole) // 2] if left == "half" else b"")
+    assert run(film, "--resume").exit_code == 0
+    assert written.read_bytes() == whole
+    assert (out / "detections.jsonl").read_bytes() == lines
+
+
+@pytest.mark.parametrize("suffix", [".avi", ".mkv", ".ts", ".mp4", ".mov"])
+def test_a_whole_film_gives_no_warning(run, tmp_path, suffix):
+    """AVI states its length in units of time, not in frames."""
+    film = write_film(tmp_path / f"film{suffix}", 20, audio=None, b_frames=0)
+    result = run(film, "--no-video")
+    assert (result.exit_code, len(lines_of(tmp_path / "out"))) == (0, 20)
+    assert f"film{suffix}: " not in result.stderr
+
+
+@pytest.mark.parametrize("place", ["{}", "file:{}", "file://{}"])
+@pytest.mark.parametrize("name", ["12:30.mp4", "rtsp:film.mp4", "film 1%20.mp4"])
+def test_names_of_files_are_no_protocols(run, tmp_path, monkeypatch, name, place):
+    """Of the input and of the folder for results; with its audio."""
+    monkeypatch.chdir(tmp_path)
+    film = write_film(tmp_path / "film.mp4", 3).rename(tmp_path / name)
+    source = place.format(film if "//" in place else name)
+    result = run(source, output=Path("run-18:52"))
+    assert result.exit_code == 0, result.output
+    assert times_of(tmp_path / "run-18:52" / "annotated.mp4") == times_of(film)
+    assert len(audio_of(tmp_path / "run-18:52" / "annotated.mp4")) == len(audio_of(film)) > 0
+
+
+def test_the_home_folder(run, tmp_path, monkeypatch):
+    """Of the user; that of a user who does not exist is a file that does not."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    film = write_film(tmp_path / "film.mp4", 3)
+    assert run("~/film.mp4").exit_code == 0
+    assert len(audio_of(tmp_path / "out" / "annotated.mp4")) == len(audio_of(film))
+    result = run("~nosuchuser/film.mp4", "--overwrite")
+    assert result.exit_code == 2
+    assert "~nosuchuser/film.mp4: no such file" in result.stderr
 
 
 def broken(folder: Path, kind: str) -> Path:
@@ -461,12 +543,14 @@ def test_a_window_needs_a_screen(run, tmp_path, monkeypatch):
     assert "expected a screen for a window" in result.stderr or "a window needs tkinter" in result.stderr
 
 
-def test_the_input_is_never_written(run, tmp_path):
+@pytest.mark.parametrize("place", ["{}", "file:{}", "file://{}", "async:file:{}", "cache:file://{}"])
+def test_the_input_is_never_written(run, tmp_path, place):
+    """Whatever FFmpeg would open it by."""
     (tmp_path / "out").mkdir()
     film = write_film(tmp_path / "out" / "annotated.mp4", 3)
     before = film.read_bytes()
     for option in ("--overwrite", "--resume"):
-        result = run(film, option)
+        result = run(place.format(film), option)
         assert result.exit_code == 2
         assert "annotated.mp4" in result.stderr
     assert film.read_bytes() == before

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import socket
 import struct
 import threading
 import time
@@ -142,6 +143,15 @@ def test_a_model_is_no_detector(tmp_path, detector):
 def test_sources_that_name_nothing(detector, source, message):
     with pytest.raises(ValueError, match=message):
         detect_video(source, detector)
+
+
+@pytest.mark.parametrize("login", ["me:secret@", "me:p@secret@", "@secret@", "secret:@@"])
+def test_names_have_no_password(login):
+    """That of an error, here of a port at which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    with pytest.raises(OSError, match=rf"^rtsp://127.0.0.1:{port}/a@b\?c=d@e: the video cannot be opened: "):
+        Video(f"rtsp://{login}127.0.0.1:{port}/a@b?c=d@e")
 
 
 def test_folder_of_frames(tmp_path, detector):

@@ -19,6 +19,7 @@ from conditional_detr.data.formats.content import (
     split_name,
 )
 from conditional_detr.data.json_values import describe, describe_keys, shorten_list
+from conditional_detr.system.paths import expand_home
 
 _SLACK = 0.01  # fraction of the image: how far rounding may take a number outside [0, 1]
 _EXPECTED = "class cx cy w h, or class and the corners x y of a polygon"
@@ -121,7 +122,7 @@ def _read_yaml(file: Path) -> _Description:
     root = content.get("path")
     if not isinstance(root, str | None):
         raise ValueError(f"{file}: path: expected a folder, got {describe(root)}")
-    roots = [file.parent] if not root else [Path(root).expanduser(), file.parent / root, file.parent]
+    roots = [file.parent] if not root else [expand_home(root), file.parent / root, file.parent]
     return _Description(file, roots, names, entries, _keypoint_numbers(file, content.get("kpt_shape")))
 
 
