@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import time
 import warnings
 import zipfile
 from dataclasses import replace
@@ -279,15 +280,17 @@ def test_wandb_offline_has_the_numbers_and_a_resumed_run_continues_its_run(tmp_p
         config = replace(SHORT, epochs=epochs)
         options = {"folder": "run", "resume": resume, "trackers": ["wandb"], **QUIET}
         train(small_model(), Rectangles(4), Rectangles(2, seed=1), config, **options)
+        time.sleep(1.1)  # the name of an offline run's folder is its id and the second
     assert dict(os.environ) == environment
-    losses, runs = {}, set()
-    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
-        for record in map(Record.FromString, records_of(path.read_bytes())):
-            items = {item.nested_key[0] if item.nested_key else item.key: item for item in record.history.item}
-            if "train/loss" in items:
-                losses[json.loads(items["_step"].value_json)] = json.loads(items["train/loss"].value_json)
-            if record.HasField("run"):
-                runs.add((record.run.project, record.run.display_name, record.run.run_id))
+    losses, runs, deadline = {}, set(), time.monotonic() + 30
+    while len(losses) < 4 and time.monotonic() < deadline:  # a process of W&B writes the files
+        for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
+            for record in map(Record.FromString, records_of(path.read_bytes())):
+                items = {item.nested_key[0] if item.nested_key else item.key: item for item in record.history.item}
+                if "train/loss" in items:
+                    losses[json.loads(items["_step"].value_json)] = json.loads(items["train/loss"].value_json)
+                if record.HasField("run"):
+                    runs.add((record.run.project, record.run.display_name, record.run.run_id))
     assert losses == {entry["step"]: entry["loss"] for entry in log_of(tmp_path / "run") if "loss" in entry}
     assert len({run[2] for run in runs}) == 1
     assert ("mine", "run") in {run[:2] for run in runs}
