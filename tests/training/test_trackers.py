@@ -269,7 +269,7 @@ def records_of(content):
 
 @pytest.mark.filterwarnings("ignore")  # its own
 def test_wandb_offline_has_the_numbers_and_a_resumed_run_continues_its_run(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="Weights & Biases is not installed")
+    pytest.importorskip("wandb", reason="Weights & Biases, which timm then imports, too, and slowly, is not installed")
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.chdir(tmp_path)
