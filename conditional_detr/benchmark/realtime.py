@@ -15,14 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from conditional_detr.benchmark.engines import (
-    ENGINES,
-    INT8_FILE,
-    ONNX_FILE,
-    OPENVINO_FILE,
-    WEIGHTS,
-    write_weights,
-)
+from conditional_detr.benchmark import measure
+from conditional_detr.benchmark.engines import INT8_FILE, ONNX_FILE, OPENVINO_FILE, WEIGHTS, write_weights
 from conditional_detr.benchmark.measure import time_in_processes
 from conditional_detr.benchmark.pipeline import PipelineMeasurement
 from conditional_detr.benchmark.timing import check_rounds, process_peak_memory, seconds_of, warm_up
@@ -93,8 +87,7 @@ class VideoTask(EngineTask):
 
 def available(device: torch.device) -> list[str]:
     """Return the names of the engines that can run on a device."""
-    names = [*_OPTIMISED, *(_FILES if device.type == "cpu" else ())]
-    return [name for name in names if not ENGINES[name].missing_packages]
+    return [name for name in measure.available(device.type) if name in _OPTIMISED or name in _FILES]
 
 
 def measure_realtime(
@@ -126,10 +119,13 @@ def measure_realtime(
 
     Raises:
         OSError: the film cannot be read, or the process of an engine failed.
-        ValueError: no video, a size that the weights do not take, or no rounds.
+        ValueError: no video, a size that the weights do not take, an engine that cannot run, or no rounds.
     """
     names, threads = available(model.device) if engines is None else [*engines], torch.get_num_threads()
     check_rounds(rounds, names)
+    known = available(model.device)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"engines: expected names among {', '.join(known)}, got {', '.join(map(repr, unknown))}")
     frames = check_video(model, film, edges)
     measurements = []
     with tempfile.TemporaryDirectory() as folder:

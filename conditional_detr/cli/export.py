@@ -41,8 +41,8 @@ def export(
         import torch
 
         from conditional_detr.checkpoints.loading import from_pretrained
-        from conditional_detr.deploy.export import check_free, checked_target
         from conditional_detr.deploy.export import export as write
+        from conditional_detr.deploy.export_files import check_free, checked_target
         from conditional_detr.inference.thresholds import read_thresholds
 
         inputs = [path for path in (source, thresholds) if path is not None]

@@ -59,7 +59,7 @@ def quantize(
     """
     with one_line_errors(), err.status("loading") as status:
         from conditional_detr.checkpoints.loading import from_pretrained
-        from conditional_detr.deploy.export import check_free
+        from conditional_detr.deploy.export_files import check_free
         from conditional_detr.deploy.quantize import Quantizer, check_request
         from conditional_detr.inference.thresholds import read_thresholds
 

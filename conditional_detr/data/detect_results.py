@@ -42,14 +42,15 @@ def read_detect_results(path: Path, data: Annotations) -> list[dict[str, Any]]:
         height, width = (int(to_number(get_value(size, side, where), side, where)) for side in ("height", "width"))
         check_size(data, image_id, (height, width), Path(content["image"]))
         settings = content.get("settings")
-        thresholds.add(str(settings.get("threshold", 0.0) if isinstance(settings, Mapping) else 0.0))
+        if isinstance(settings, Mapping) and (threshold := settings.get("threshold", 0)) != 0:
+            thresholds.add(str(threshold))
         for i, detection in enumerate(content["detections"]):
             name, box, score = _fields(detection, f"{where}: detections[{i}]")
             if name in categories:
                 entries.append({"image_id": image_id, "category_id": categories[name], "bbox": box, "score": score})
             else:
                 unknown[name] += 1
-    _warn(path, data, len(found), unknown, thresholds - {"0.0"})
+    _warn(path, data, len(found), unknown, thresholds)
     return entries
 
 

@@ -1,47 +1,35 @@
 """Export a model to torch.export, ONNX or OpenVINO, to run without this library."""
 
 import copy
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from conditional_detr.deploy.export_files import check_free, checked_target, describe, draft_of, move
 from conditional_detr.deploy.kernels import Computation
 from conditional_detr.deploy.optimize import OptimizedDETR, check_dtype, check_model
 from conditional_detr.deploy.parity import TOLERANCES, check_parity, compare, parity_pixels, tolerances_of
-from conditional_detr.inference.checksums import append_checksum, files_of
+from conditional_detr.inference.checksums import append_checksum
 from conditional_detr.inference.exported import Description, ExportedModel
 from conditional_detr.inference.postprocessing import (
     check_count,
     check_head,
-    make_postprocessing,
     named_rows,
     top_k_detections,
 )
-from conditional_detr.inference.runtimes import BOXES, DETECTIONS, EXTRA, KEY, LOGITS, PIXELS, SIZES, SUFFIXES
+from conditional_detr.inference.runtimes import BOXES, DETECTIONS, EXTRA, KEY, LOGITS, PIXELS, SIZES
 from conditional_detr.inference.sources import ImageSource, source_name
-from conditional_detr.inference.thresholds import check_thresholds
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
-from conditional_detr.system.atomic_files import publish, remove_unfinished, unfinished_folder
-from conditional_detr.system.outputs import check_output
+from conditional_detr.system.atomic_files import unfinished_folder
 from conditional_detr.system.shutdown import ShutdownRequest
 from conditional_detr.system.torch_settings import plain_torch_settings
 
 _TRACE_SHAPE = (2, 3, 160, 224)  # no dimension of any feature map is 1 or equal to another
-PACKAGES = {
-    ".onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),
-    ".xml": (("openvino",), "openvino"),
-    ".pt2": ((), ""),
-}
-"""Packages that each format needs, and the extra that installs them."""
 
 
 @plain_torch_settings()
@@ -257,87 +245,3 @@ def write_openvino(network: Any, path: Path, description: Description) -> None:
     network.set_rt_info(description.to_json(), [KEY, "description"])
     openvino.save_model(network, path, compress_to_fp16=False)
     append_checksum(path)
-
-
-def checked_target(target: str | Path) -> Path:
-    """Return the target as a path after validation.
-
-    Raises:
-        ModuleNotFoundError: a package for the format is not installed.
-        OSError: the folder does not exist, or is not writable.
-        ValueError: the suffix is not that of an exported model.
-    """
-    target = Path(target)
-    if target.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{target}: expected a file name that ends in one of {', '.join(SUFFIXES)}")
-    if target.is_dir():
-        raise IsADirectoryError(f"{target}: expected a file name, got a folder")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent}: no such folder")
-    try:
-        with tempfile.TemporaryFile(dir=target.parent):  # before the long work
-            pass
-    except OSError as error:
-        raise OSError(f"{target}: cannot be written: {error.strerror or error}") from error
-    packages, extra = PACKAGES[target.suffix.lower()]
-    if missing := [package for package in packages if find_spec(package) is None]:
-        raise missing_packages(target, missing, extra)
-    return target
-
-
-def check_free(target: Path, *inputs: str | Path, overwrite: bool) -> None:
-    """Check that the files of an exported model may be written; raises what ``check_output`` raises."""
-    remove_unfinished(target.parent)
-    for file in files_of(target):
-        check_output(file, inputs=inputs, overwrite=overwrite)
-
-
-def missing_packages(target: Path, packages: Sequence[str], extra: str) -> ModuleNotFoundError:
-    """Return the error for packages that are not installed."""
-    needs = f"needs {', '.join(packages)}, which is not installed: pip install 'conditional-detr[{extra}]'"
-    return ModuleNotFoundError(f"{target}: {needs}")
-
-
-def describe(
-    model: DetectionTransformer,
-    suffix: str,
-    *,
-    precision: str,
-    top_k: int | None,
-    thresholds: Mapping[str, float] | None,
-) -> Description:
-    """Return the description to store in an exported model, without its parity and other measurements.
-
-    Raises:
-        TypeError, ValueError: thresholds that a detector with this model could not use.
-    """
-    if thresholds is not None:
-        make_postprocessing(model.metadata.class_names, threshold=thresholds, top_k=1, classes=None)
-        thresholds = check_thresholds(thresholds)
-    packages = ("conditional-detr", "torch", *PACKAGES[suffix][0])
-    versions = {package: version_of(package) for package in packages}
-    return Description(
-        model.config, model.metadata, precision, top_k, (), "", versions, {}, model.architecture, thresholds
-    )
-
-
-def version_of(package: str) -> str:
-    """Return the version of a package, also if its distribution has another name, as onnxruntime-gpu does."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return str(import_module(package).__version__)
-
-
-def draft_of(target: Path, folder: Path) -> Path:
-    """Return the path of a target's draft in a folder, with the lower-case suffix that the writers expect."""
-    return folder / f"{target.stem}{target.suffix.lower()}"
-
-
-def move(draft: Path, target: Path) -> None:
-    """Move the files of a draft, in a temporary folder beside the target, to those of the target.
-
-    Raises:
-        OSError: they cannot be renamed.
-    """
-    publish(draft.parent, {file.name: to.name for file, to in zip(files_of(draft), files_of(target), strict=True)})

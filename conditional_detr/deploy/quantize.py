@@ -12,18 +12,15 @@ from typing import Any
 import torch
 from numpy import ndarray
 
-from conditional_detr.deploy.export import (
-    Traced,
+from conditional_detr.deploy.export import Traced, openvino_network, trace, write_openvino
+from conditional_detr.deploy.export_files import (
     check_free,
     checked_target,
     describe,
     draft_of,
     missing_packages,
     move,
-    openvino_network,
-    trace,
     version_of,
-    write_openvino,
 )
 from conditional_detr.deploy.optimize import check_model
 from conditional_detr.deploy.parity import check_parity, compare, parity_pixels

@@ -10,7 +10,8 @@ from statistics import median
 
 import numpy as np
 
-from conditional_detr.deploy.export import PACKAGES, export
+from conditional_detr.deploy.export import export
+from conditional_detr.deploy.export_files import PACKAGES
 from conditional_detr.deploy.optimize import optimize
 from conditional_detr.inference.detector import Detector
 from conditional_detr.modeling.detection_transformer import DetectionTransformer

@@ -145,6 +145,8 @@ def test_an_engine_whose_files_cannot_be_written_is_left_out(model, film, monkey
     found = measure_realtime(model, film, engines=["optimised", "OpenVINO"], rounds=1, on_failure=skipped.append)
     assert [one.engine for one in found] == ["optimised"]
     assert skipped == ["OpenVINO: its files could not be written: RuntimeError: no exporter"]
+    with pytest.raises(ValueError, match=r"engines: expected names among optimised, .*, got 'plain', 'x'"):
+        measure_realtime(model, film, engines=["optimised", "plain", "x"])
     with pytest.raises(OSError, match="OpenVINO: its files could not be written"):
         measure_realtime(model, film, engines=["optimised", "OpenVINO"], rounds=1)
 

@@ -64,7 +64,11 @@ def write_lines(folder, contents):
 
 def test_images_and_classes_are_found_by_name(tmp_path, recwarn):
     """The longest end of the path that is a file name of the dataset, also with backslashes."""
-    contents = [*ALL[:2], {**ALL[2], "image": "C:\\photos\\b\\2.png", "detections": [CAT, {**CAT, "name": "dog"}]}]
+    contents = [
+        *ALL[:1],
+        {**ALL[1], "settings": {"threshold": 0}},
+        {**ALL[2], "image": "C:\\photos\\b\\2.png", "detections": [CAT, {**CAT, "name": "dog"}]},
+    ]
     read = read_results(write_lines(tmp_path, contents), read_annotations(TRUTH))
     assert read.image_ids == [0, 1, 2, 2]
     assert read.category_ids == [7, 7, 7, 9]
