@@ -36,7 +36,8 @@ from conditional_detr.modeling.detection_model import DetectionModel
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.modeling.metadata import Metadata
 from conditional_detr.video.detection import DetectedFrame, detect_frames, read_frames
-from conditional_detr.video.reading import Frame, Selection, Video
+from conditional_detr.video.frames import Frame, Selection
+from conditional_detr.video.reading import Video
 from conditional_detr.video.timing import StageTimes
 from conditional_detr.video.writing import VideoWriter, check_encoder
 

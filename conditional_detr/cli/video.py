@@ -24,7 +24,7 @@ from conditional_detr.modeling.metadata import PUBLISHED
 
 if TYPE_CHECKING:
     from conditional_detr.inference.detector import Detector
-    from conditional_detr.video.reading import Selection
+    from conditional_detr.video.frames import Selection
 
 _MODEL, _WHAT, _TRACKS, _WHERE, _LIMITS = "Model", "What to report", "Tracks", "Output", "Speed and limits"
 
@@ -147,7 +147,8 @@ def video(
         zones = [_points("--zone", text, 3, None) for text in zone or []]
         from conditional_detr.cli.video_run import VideoRun
         from conditional_detr.inference.drawing import load_font
-        from conditional_detr.video.reading import Selection, Video
+        from conditional_detr.video.frames import Selection
+        from conditional_detr.video.reading import Video
         from conditional_detr.video.tracking import Tracker
         from conditional_detr.video.writing import check_encoder
 

@@ -20,9 +20,10 @@ from conditional_detr.system.outputs import check_output
 from conditional_detr.system.progress import progress_bar
 from conditional_detr.system.shutdown import ShutdownRequest
 from conditional_detr.video.detection import DetectedFrame, detect_frames, read_frames
+from conditional_detr.video.frames import Frame, Selection
 from conditional_detr.video.lines import LINES, TRACKS, FrameLines, write_mot
 from conditional_detr.video.live import NewestItem
-from conditional_detr.video.reading import Frame, Selection, Video
+from conditional_detr.video.reading import Video
 from conditional_detr.video.timing import StageTimes
 from conditional_detr.video.tracking import Tracked, Tracker
 from conditional_detr.video.window import Window
@@ -145,7 +146,7 @@ class VideoRun:
             known=self._lines.known,
         )
         drawn = map_in_threads(self._draw, self._tracked(detected), workers=2, depth=1 if live else 4)
-        total = self.selection.count(self.video)
+        total = self.selection.count(self.video.frame_count, self.video.rate)
         try:
             with (
                 ShutdownRequest() as shutdown,

@@ -8,7 +8,7 @@ from typing import Any
 
 from conditional_detr.data.coco import MAX_COORDINATE, Annotations, check_size
 from conditional_detr.data.json_values import Id, describe, get_value, shorten_list, to_number
-from conditional_detr.inference.result_writers import read_written
+from conditional_detr.inference.result_files import read_written
 
 
 def is_from_detect(source: Any) -> bool:

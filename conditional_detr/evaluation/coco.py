@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from torch import distributed
 
 from conditional_detr.data.annotations import count_unusable, warn_of_left_out_categories, warn_of_problems
 from conditional_detr.data.coco import Annotations, check_size, image_paths
@@ -22,6 +21,7 @@ from conditional_detr.data.json_values import Id, shorten_list
 from conditional_detr.data.results import Results, read_results
 from conditional_detr.data.rotated_boxes import ROTATED, Rotated, choose_boxes, rotated_indices
 from conditional_detr.evaluation.average_precision import AveragePrecision, average_precision
+from conditional_detr.evaluation.processes import gather, process_rank
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.detector import Detector
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
@@ -31,7 +31,6 @@ MAX_DETECTIONS = 100  # per image, all classes together; COCO's own limit is per
 
 ImageDetections: TypeAlias = dict[Id, np.ndarray]
 """Detections by image id: (K, 6) with the category's index in the annotations, x0 y0 w h in pixels, score."""
-T = TypeVar("T")
 
 
 class EvaluationArrays(NamedTuple):
@@ -116,7 +115,7 @@ def evaluate(
         chosen = {image_id: paths[image_id] for image_id in image_ids}
         return detect_all(detector, data, chosen, batch_size, progress, apply_thresholds=apply_thresholds)
 
-    return _gather(detect, lambda parts: _compute_metrics(data, parts))
+    return gather(detect, lambda parts: _compute_metrics(data, parts))
 
 
 def evaluate_detections(
@@ -150,7 +149,7 @@ def evaluate_detections(
     def read() -> ImageDetections:
         return group_by_image(read_results(results, data), data)
 
-    return _gather(read, lambda parts: _compute_metrics(data, parts))
+    return gather(read, lambda parts: _compute_metrics(data, parts))
 
 
 def read_data(
@@ -287,42 +286,3 @@ def _metrics_per_class(data: Annotations, result: AveragePrecision) -> dict[str,
         }
         for k, category_id in enumerate(sorted(data.categories))
     }
-
-
-def process_rank() -> tuple[int, int]:
-    """Return the rank of this process and the number of processes."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
-def _gather(
-    compute: Callable[[], ImageDetections], merge: Callable[[list[ImageDetections]], CocoResult]
-) -> CocoResult:
-    """Compute a part in each process, merge all parts in the first one, and return the result in every process.
-
-    An error in one process is raised in every process.
-    """
-    rank, processes = process_rank()
-    if processes == 1:
-        return merge([compute()])
-    parts: list[Any] | None = [None] * processes if rank == 0 else None
-    distributed.gather_object(_catch(compute), parts)
-    outcome = [None if parts is None else _catch(lambda: merge([_unwrap(part) for part in parts]))]
-    distributed.broadcast_object_list(outcome)
-    return _unwrap(outcome[0])
-
-
-def _catch(function: Callable[[], T]) -> T | Exception:
-    """Return a function's result or error: if one process raised alone, the others would wait forever."""
-    try:
-        return function()
-    except (OSError, TypeError, ValueError) as error:
-        return error
-
-
-def _unwrap(outcome: Any) -> Any:
-    """Return a result, or raise it if it is an error."""
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome

@@ -1,7 +1,5 @@
 """Writers of detections: one JSON file per image, JSON Lines, or CSV; ``results.open_results`` chooses one.
 
-:func:`read_written` reads what they wrote.
-
 An image is done when its name is in its JSON file, or in any of the JSON Lines files. Results record the settings they
 were made with, so that results of different settings are not mixed.
 """
@@ -11,7 +9,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,16 +19,15 @@ from filelock import FileLock
 
 from conditional_detr.inference.listing import ListedImage
 from conditional_detr.inference.processes import Process
+from conditional_detr.inference.result_files import LINES, check_form, drop_broken_line, line_files, read_lines
 from conditional_detr.system.atomic_files import remove_unfinished, write_atomically
 
 if TYPE_CHECKING:
     from conditional_detr.inference.detections import Detections
 
-_LINES = "detections"
-_LINE_NAMES = rf"{_LINES}(-\d+-of-\d+)?\.jsonl"
-TABLE = f"{_LINES}.csv"
+TABLE = f"{LINES}.csv"
 """File name of the table."""
-LOCK = f".{_LINES}.lock"
+LOCK = f".{LINES}.lock"
 """File name of the lock of a folder."""
 
 _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # also in full width
@@ -145,7 +142,7 @@ class JsonFiles(ResultWriter):
             return False
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            _check_form(content)
+            check_form(content)
             image = content["image"]
         except (ValueError, TypeError, KeyError):
             image = None
@@ -195,12 +192,12 @@ class JsonLines(ResultWriter):
         remove_unfinished(folder)
         self.csv_safe = csv_safe
         self.table = table
-        self.path = folder / f"{_LINES}{f'-{process.rank + 1}-of-{process.size}' if process.size > 1 else ''}.jsonl"
+        self.path = folder / f"{LINES}{f'-{process.rank + 1}-of-{process.size}' if process.size > 1 else ''}.jsonl"
         if self.path in earlier:
             drop_broken_line(self.path)
         self.done = set()
         for path in earlier:
-            for number, line in enumerate(_read_lines(path), 1):
+            for number, line in enumerate(read_lines(path), 1):
                 self.check_settings(line, f"{path}, line {number}")
                 self.done.add(_file_of(line["image"]))
         self.file: TextIO = self.path.open("a", encoding="utf-8")
@@ -236,7 +233,7 @@ class JsonLines(ResultWriter):
         with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(_COLUMNS)
-            for line in (line for part in parts for line in _read_lines(part)):
+            for line in (line for part in parts for line in read_lines(part)):
                 for one in line["detections"]:
                     names = [line["image"], one["name"].encode("utf-8", "backslashreplace").decode("utf-8")]
                     if self.csv_safe:
@@ -259,76 +256,7 @@ def _no_formula(text: str) -> str:
     return f"'{text}" if text.lstrip().startswith(_FORMULA) or text.startswith(("\t", "\r", "\n")) else text
 
 
-def line_files(folder: Path) -> list[Path]:
-    """Return the JSON Lines files that runs with any number of processes have written; other names are the user's."""
-    return sorted(path for path in folder.glob(f"{_LINES}*.jsonl") if re.fullmatch(_LINE_NAMES, path.name))
-
-
 def is_table(path: Path) -> bool:
     """Return whether a CSV file begins as those of this module."""
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         return file.readline().rstrip("\r\n") == ",".join(_COLUMNS)
-
-
-def read_written(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the results of each image in a JSON Lines file, or in the files of either kind in a folder.
-
-    Returns:
-        An iterator of (file and line, for messages; the results).
-
-    Raises:
-        OSError: a file does not exist or cannot be read.
-        ValueError: a file of another form or that ends within a line; a folder without results or with both kinds.
-    """
-    lines = line_files(path) if path.is_dir() else [path]
-    files = sorted(path.rglob("*.json"))
-    if bool(lines) == bool(files):
-        both = "both kinds" if files else "neither"
-        raise ValueError(f"{path}: expected results of detect, JSON files or {_LINES}.jsonl, got {both}")
-    for part in lines:
-        for number, content in enumerate(_read_lines(part, finished=True), 1):
-            yield f"{part}, line {number}", content
-    for file in files:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            _check_form(content)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file}: expected the detections of one image as JSON") from error
-        yield str(file), content
-
-
-def _read_lines(path: Path, *, finished: bool = False) -> Iterator[dict[str, Any]]:
-    """Yield the results in a JSON Lines file; unless it is finished, another process may be writing the last line."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):
-                if finished:
-                    raise ValueError(f"{path}, line {number}: expected a whole line; detect --resume finishes it")
-                return
-            try:
-                content = json.loads(line)
-                _check_form(content)
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}, line {number}: expected the detections of one image as JSON") from error
-            yield content
-
-
-def _check_form(content: Any) -> None:
-    """Raise KeyError or TypeError unless this is the result of an image."""
-    if not isinstance(content["image"], str) or not isinstance(content["detections"], list):
-        raise TypeError("expected the name of an image and a list of detections")
-
-
-def drop_broken_line(path: Path) -> None:
-    """Cut off what a killed process has left after the end of the last complete line."""
-    with path.open("rb+") as file:
-        size = file.seek(0, 2)
-        while size:
-            start = max(size - (1 << 16), 0)
-            file.seek(start)
-            newline = file.read(size - start).rfind(b"\n")
-            if newline >= 0:
-                size = start + newline + 1
-                break
-            size = start
-        file.truncate(size)

@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from conditional_detr.inference.processes import Process
+from conditional_detr.inference.result_files import line_files
 from conditional_detr.inference.result_writers import (
     LOCK,
     TABLE,
@@ -19,7 +20,6 @@ from conditional_detr.inference.result_writers import (
     JsonLines,
     ResultWriter,
     is_table,
-    line_files,
     release,
 )
 

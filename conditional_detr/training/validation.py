@@ -9,7 +9,8 @@ from torch import Tensor, distributed
 from torchvision.ops import box_convert
 
 from conditional_detr.data.dataset import Sample, batches, collate
-from conditional_detr.evaluation.coco import MAX_DETECTIONS, CocoResult, evaluate, evaluate_detections, process_rank
+from conditional_detr.evaluation.coco import MAX_DETECTIONS, CocoResult, evaluate, evaluate_detections
+from conditional_detr.evaluation.processes import process_rank
 from conditional_detr.inference.detector import Detector
 from conditional_detr.inference.postprocessing import Postprocessing, postprocess
 from conditional_detr.modeling.detection_transformer import DetectionTransformer, Output

@@ -16,8 +16,9 @@ from conditional_detr.inference.postprocessing import Postprocessing, check_coun
 from conditional_detr.inference.preparation import PreparedImage
 from conditional_detr.inference.preprocessing import PixelBuffer
 from conditional_detr.modeling.detection_model import DetectionModel
+from conditional_detr.video.frames import Frame, Selection
 from conditional_detr.video.live import NewestItem, paced
-from conditional_detr.video.reading import Frame, Selection, Video, VideoSource
+from conditional_detr.video.reading import Video, VideoSource
 from conditional_detr.video.timing import StageTimes
 
 _WINDOW = 4  # batches that a frame waits for others of its size

@@ -15,7 +15,8 @@ from conditional_detr.deploy.export_files import PACKAGES
 from conditional_detr.deploy.optimize import optimize
 from conditional_detr.inference.detector import Detector
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
-from conditional_detr.video.reading import Selection, Video, VideoSource
+from conditional_detr.video.frames import Selection
+from conditional_detr.video.reading import Video, VideoSource
 from conditional_detr.video.timing import StageTimes
 
 _SUFFIXES = {"openvino": ".xml", "onnx": ".onnx"}

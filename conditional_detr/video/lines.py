@@ -13,10 +13,11 @@ import torch
 from filelock import FileLock, Timeout
 
 from conditional_detr.inference.detections import Detections
-from conditional_detr.inference.result_writers import LOCK, drop_broken_line, release
+from conditional_detr.inference.result_files import drop_broken_line
+from conditional_detr.inference.result_writers import LOCK, release
 from conditional_detr.modeling.metadata import Metadata
 from conditional_detr.system.atomic_files import write_atomically
-from conditional_detr.video.reading import Frame
+from conditional_detr.video.frames import Frame
 from conditional_detr.video.tracking import Tracked
 
 LINES = "detections.jsonl"

@@ -5,7 +5,7 @@ import time
 from collections.abc import Generator, Iterator
 from typing import Generic, TypeVar
 
-from conditional_detr.video.reading import Frame
+from conditional_detr.video.frames import Frame
 
 Item = TypeVar("Item")
 

@@ -5,9 +5,7 @@ import sys
 import warnings
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -16,8 +14,8 @@ import numpy as np
 
 from conditional_detr.inference.images import open_image, to_pil
 from conditional_detr.inference.listing import list_images
-from conditional_detr.inference.postprocessing import check_count
 from conditional_detr.system.paths import expand_home
+from conditional_detr.video.frames import Frame, Selection, exact
 from conditional_detr.video.timing import StageTimes
 
 VideoSource: TypeAlias = str | Path | int
@@ -30,71 +28,6 @@ _TIMEOUT = 10.0  # seconds without data after which a network stream has ended
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LIVE = ("rtsp", "rtmp", "udp")
 _CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's input and device names
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Frame:
-    """A frame of a video.
-
-    Attributes:
-        index: its position in the video, from 0, also when frames before it are left out.
-        pts: its presentation time in units of ``time_base``.
-        time_base: the unit in seconds.
-        image: (H, W, 3) uint8 RGB, turned upright as the video asks for.
-    """
-
-    index: int
-    pts: int
-    time_base: Fraction
-    image: np.ndarray
-
-    @property
-    def time(self) -> float:
-        """Presentation time in seconds."""
-        return float(self.pts * self.time_base)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which frames of a video are used.
-
-    Attributes:
-        every: each frame whose index is a multiple of this.
-        fps: of these, at most so many per second: the first in each interval of 1 / fps seconds; None: all.
-        start: from this time in seconds on.
-        end: before this time in seconds; None: to the end.
-
-    Raises:
-        TypeError: a time or rate is no number.
-        ValueError: a number is out of range.
-    """
-
-    every: int = 1
-    fps: float | None = None
-    start: float = 0.0
-    end: float | None = None
-
-    def __post_init__(self) -> None:
-        check_count("every", self.every)
-        for name, value in (("fps", self.fps), ("start", self.start), ("end", self.end)):
-            optional = value is None and name != "start"
-            if not optional and (isinstance(value, bool) or not isinstance(value, Real)):
-                raise TypeError(f"{name}: expected a number, got {value!r}")
-        if self.fps is not None and not 0 < self.fps < float("inf"):
-            raise ValueError(f"fps: expected a number above 0, got {self.fps}")
-        if not 0 <= self.start < float("inf"):
-            raise ValueError(f"start: expected at least 0 seconds, got {self.start}")
-        if self.end is not None and not self.start < self.end < float("inf"):
-            raise ValueError(f"end: expected seconds after the start, {self.start}, got {self.end}")
-
-    def count(self, video: "Video") -> int | None:
-        """Return how many frames of a video are used, by the numbers that it states; None if it states none."""
-        if not video.frame_count:
-            return None
-        seconds = float(video.frame_count / video.rate)
-        used = max(min(seconds, seconds if self.end is None else self.end) - self.start, 0.0)
-        rate = float(video.rate) / self.every
-        return round(used * (rate if self.fps is None else min(self.fps, rate)))
 
 
 class Video:
@@ -307,11 +240,6 @@ def _reason(error: Any) -> str:
         if isinstance(error, import_av().error.ExitError)
         else str(error.strerror or error)
     )
-
-
-def exact(number: float) -> Fraction:
-    """Return the decimal fraction that is meant: 0.2 as a float is a bit more than frame 6 of 30 per second."""
-    return Fraction(float(number)).limit_denominator(1_000_000)
 
 
 def _natural_order(path: str) -> list[tuple[int, str]]:

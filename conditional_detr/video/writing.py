@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from conditional_detr.video.reading import Frame, Video, exact, file_address, import_av
+from conditional_detr.video.frames import Frame, exact
+from conditional_detr.video.reading import Video, file_address, import_av
 
 _OPTIONS = {"libx264": {"preset": "veryfast", "crf": "20"}}
 _BITS_PER_PIXEL = 0.2  # for encoders without a quality setting of ours

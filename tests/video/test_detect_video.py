@@ -16,8 +16,9 @@ from PIL import Image
 from conditional_detr.inference.images import open_image
 from conditional_detr.video import detect_video
 from conditional_detr.video.detection import _forward_ends
+from conditional_detr.video.frames import Selection
 from conditional_detr.video.live import NewestItem
-from conditional_detr.video.reading import Selection, Video, camera_input
+from conditional_detr.video.reading import Video, camera_input
 from conditional_detr.video.timing import StageTimes
 from helpers.films import TIME_BASE, draw_frame, images_of, pts_of, write_film
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from conditional_detr.video import detect_video
-from conditional_detr.video.reading import Selection, Video
+from conditional_detr.video.frames import Selection
+from conditional_detr.video.reading import Video
 from conditional_detr.video.timing import StageTimes
 from helpers.films import images_of, lines_of, times_of, write_film
 from helpers.rtsp import Camera
