@@ -102,7 +102,7 @@ def test_selected_frames(tmp_path, detector):
     assert indices(film, detector, start=9) == []
     with Video(film) as video:
         counts = [Selection(), Selection(7), Selection(1, 10), Selection(1, None, 0.2, 0.3)]
-        assert [selection.count(video) for selection in counts] == [20, 3, 7, 3]
+        assert [selection.count(video.frame_count, video.rate) for selection in counts] == [20, 3, 7, 3]
 
 
 @pytest.mark.parametrize(
