@@ -31,7 +31,6 @@ from typing import Any
 
 from conditional_detr.distributed.pool import BulkResult, Pool
 from conditional_detr.distributed.results import create
-from conditional_detr.distributed.storage import absolute, is_remote
 from conditional_detr.distributed.units import absolute_input, list_units
 from conditional_detr.distributed.worker import Job
 from conditional_detr.inference.detector import Detector
@@ -39,6 +38,7 @@ from conditional_detr.inference.postprocessing import check_count
 from conditional_detr.inference.result_writers import release
 from conditional_detr.inference.results import lock_folder
 from conditional_detr.system.atomic_files import remove_unfinished
+from conditional_detr.system.storage import absolute, is_remote
 
 
 def detect_dataset(

@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from conditional_detr.distributed.storage import child, is_file, is_folder, locate, read, remove, walk, write
 from conditional_detr.distributed.units import RESULTS, Unit
 from conditional_detr.system.atomic_files import encode_text
+from conditional_detr.system.storage import child, is_file, is_folder, locate, read, remove, walk, write
 
 if TYPE_CHECKING:
     from conditional_detr.inference.detections import Detections

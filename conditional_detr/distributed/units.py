@@ -9,11 +9,12 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from conditional_detr.distributed.storage import absolute, is_file, is_folder, is_remote, locate, path_of, walk
 from conditional_detr.inference.listing import is_image_name, list_images, walk_folder
 from conditional_detr.inference.pipeline import map_in_threads
+from conditional_detr.system.parquet_files import image_bytes, image_column, open_parquet
+from conditional_detr.system.storage import absolute, is_file, is_folder, is_remote, locate, path_of, walk
 
 _PARQUET, _TAR = ".parquet", (".tar", ".tar.gz", ".tgz")
 RESULTS = re.compile(r"part=([0-9a-f]{2})/(\1[0-9a-f]{30})\.parquet")
@@ -173,60 +174,23 @@ def _units_of(names: list[str]) -> list[Unit]:
     if not _is_parquet(names[0]):
         return [Unit(tuple(names))]
     try:
-        with _open_parquet(names[0]) as file:
-            _image_column(names[0], file.schema_arrow)
+        with open_parquet(names[0]) as file:
+            image_column(names[0], file.schema_arrow)
             groups = range(file.num_row_groups)
             return [Unit(tuple(names), group) for group in groups] or [Unit(tuple(names))]
     except (OSError, UnicodeError):  # it may pass; otherwise reading the unit gives it, too
         return [Unit(tuple(names))]
 
 
-def _open_parquet(name: str) -> Any:
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import ParquetFile
-
-    filesystem, path = locate(name)
-    try:
-        return ParquetFile(filesystem.open_input_file(path))
-    except ArrowInvalid as error:
-        raise OSError(f"{name}: expected a Parquet file: {error}") from error
-
-
-def _image_column(name: str, schema: Any) -> str:
-    """Return the column with the bytes of images: a binary one, or one of structs with ``bytes``, as of Hugging Face.
-
-    Raises:
-        ValueError: there is none, or there are several and none is called "image" or "bytes".
-    """
-    from pyarrow import types
-
-    def is_binary(kind: Any) -> bool:
-        return bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-    found = {field.name: field.name for field in schema if is_binary(field.type)}
-    for field in schema:
-        if types.is_struct(field.type) and any(
-            part.name == "bytes" and is_binary(part.type) for part in field.type.fields
-        ):
-            found[field.name] = f"{field.name}.bytes"
-    for preferred in ("image", "bytes", *(found if len(found) == 1 else ())):
-        if preferred in found:
-            return found[preferred]
-    raise ValueError(
-        f"{name}: expected a column 'image' or 'bytes' with the bytes of image files, got {', '.join(schema.names)}"
-    )
-
-
 def _read_rows(unit: Unit) -> Iterator[Source]:
     """Yield the images of a row group, or of all."""
     (name,) = unit.names
-    with _open_parquet(name) as file:
-        column = _image_column(name, file.schema_arrow)
+    with open_parquet(name) as file:
+        column = image_column(name, file.schema_arrow)
         groups = [unit.row_group] if unit.row_group >= 0 else [*range(file.num_row_groups)]
         row = sum(file.metadata.row_group(i).num_rows for i in range(unit.row_group))
         for batch in file.iter_batches(_ROWS, row_groups=groups, columns=[column]):
-            values = batch.column(0)
-            for value in (values.field("bytes") if "." in column else values).to_pylist():
+            for value in image_bytes(batch.column(0)):
                 missing = ValueError(f"{name}#{row}: expected the bytes of an image, got null")
                 yield Source(f"{name}#{row}", missing if value is None else value)
                 row += 1

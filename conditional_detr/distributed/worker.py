@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from conditional_detr.distributed.results import write_results
-from conditional_detr.distributed.storage import is_remote, read
 from conditional_detr.distributed.units import Source, Unit, read_unit
 from conditional_detr.inference.batches import DEFAULT_BATCH_SIZE, WORKERS, run_batches
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.detector import Detector
 from conditional_detr.inference.pipeline import map_in_threads
 from conditional_detr.inference.preparation import PreparedImage
+from conditional_detr.system.storage import is_remote, read
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from conditional_detr import Detections, Detector
 from conditional_detr import distributed as distributed_module
 from conditional_detr.cli import app
 from conditional_detr.data.synthetic import draw_image
-from conditional_detr.distributed import detect_dataset, results, storage
+from conditional_detr.distributed import detect_dataset, results
 from conditional_detr.distributed import units as units_module
 from conditional_detr.distributed.detect import _locked, _share
 from conditional_detr.distributed.pool import BulkResult
 from conditional_detr.distributed.results import create, finished, planned, write_results
 from conditional_detr.distributed.units import Source, Unit, absolute_input, list_units, read_unit
 from conditional_detr.distributed.worker import Job, Worker
+from conditional_detr.system import storage
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
