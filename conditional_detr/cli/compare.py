@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from conditional_detr.cli.console import INTERRUPTED, one_line_errors, out, print_line
-from conditional_detr.cli.options import CACHE, DATA, FORMAT, IMAGES, ROTATED, DataFormat, RotatedBoxes
+from conditional_detr.cli.options import CACHE, FORMAT, IMAGES, ROTATED, TRAINING_DATA, DataFormat, RotatedBoxes
 from conditional_detr.cli.train_data import (
     Augment,
     Caching,
@@ -22,7 +22,7 @@ from conditional_detr.cli.train_model import UNTRAINED, make_model
 from conditional_detr.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from conditional_detr.data.dataset import CocoData
+    from conditional_detr.data.dataset import AnnotatedData
     from conditional_detr.modeling.detection_transformer import DetectionTransformer
     from conditional_detr.training.comparison import Candidate
 
@@ -39,7 +39,7 @@ def compare(
             rich_help_panel=_MODELS,
         ),
     ],
-    data: Annotated[Path, typer.Option(help=DATA, rich_help_panel=_DATA)],
+    data: Annotated[str, typer.Option(metavar="<path>", help=TRAINING_DATA, rich_help_panel=_DATA)],
     output: Annotated[Path, typer.Option(help="Folder for runs, table, numbers and curves.")],
     images: Annotated[Path | None, typer.Option(help=IMAGES, rich_help_panel=_DATA)] = None,
     format: Annotated[
@@ -47,8 +47,10 @@ def compare(
         typer.Option(metavar="<format>", help=FORMAT, show_default="recognised", rich_help_panel=_DATA),
     ] = None,
     val_data: Annotated[
-        Path | None,
-        typer.Option(help="Dataset to measure AP on.", show_default="val of --data", rich_help_panel=_DATA),
+        str | None,
+        typer.Option(
+            metavar="<path>", help="Dataset to measure AP on.", show_default="val of --data", rich_help_panel=_DATA
+        ),
     ] = None,
     val_images: Annotated[
         Path | None,
@@ -103,9 +105,8 @@ def compare(
         preprocessing = resized_preprocessing(Preprocessing(), edges)
         chosen = make_augmentation(augmentation, preprocessing, vertical_flip)
 
-        def open_data(seed: int) -> "tuple[CocoData, CocoData]":
-            options: dict[str, Any] = {"preprocessing": preprocessing, "rotated": rotated.value}
-            training, validation = open_datasets(*found, chosen, seed, cache, **options)
+        def open_data(seed: int) -> "tuple[AnnotatedData, AnnotatedData]":
+            training, validation = open_datasets(*found, chosen, seed, cache, rotated.value, preprocessing)
             assert validation is not None
             return training, validation
 
@@ -113,7 +114,7 @@ def compare(
             "candidates": {name: asdict(candidate.config) for name, candidate in parsed.items()},
             "arguments": {
                 **{"candidates": candidates, "common": common, "augmentation": augmentation.value, **edges},
-                **{"vertical_flip": vertical_flip, "rotated": rotated.value, "data": str(data)},
+                **{"vertical_flip": vertical_flip, "rotated": rotated.value, "data": data},
                 "backbone_weights": None if backbone_weights is None else str(backbone_weights),
             },
         }

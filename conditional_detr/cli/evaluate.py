@@ -10,7 +10,6 @@ from conditional_detr.cli.console import AUTO, err, one_line_errors, out, print_
 from conditional_detr.cli.options import (
     BATCH_SIZE,
     BATCH_SIZE_DEFAULT,
-    DATA,
     DEVICE,
     FAST_PREPROCESSING,
     FORMAT,
@@ -20,10 +19,12 @@ from conditional_detr.cli.options import (
     ROTATED,
     SPLIT_NAME,
     THRESHOLDS,
+    TRAINING_DATA,
     WEIGHTS,
     DataFormat,
     RotatedBoxes,
     open_detector,
+    refuse_with_parquet,
 )
 from conditional_detr.inference.processes import join_processes
 from conditional_detr.modeling.metadata import PUBLISHED
@@ -32,6 +33,8 @@ from conditional_detr.system.outputs import check_output
 from conditional_detr.system.progress import progress_bar
 
 if TYPE_CHECKING:
+    from conditional_detr.data.formats.parquet import ShardImages
+    from conditional_detr.data.formats.reading import DataSource
     from conditional_detr.evaluation.coco import CocoResult
     from conditional_detr.inference.detector import Detector
 
@@ -52,7 +55,7 @@ _MEANINGS = {
 
 
 def evaluate(
-    data: Annotated[Path, typer.Option(help=DATA)],
+    data: Annotated[str, typer.Option(metavar="<path>", help=TRAINING_DATA)],
     images: Annotated[Path | None, typer.Option(help=IMAGES)] = None,
     format: Annotated[
         DataFormat | None, typer.Option(metavar="<format>", help=FORMAT, show_default="recognised")
@@ -86,19 +89,17 @@ def evaluate(
             check_output(json_file, inputs=inputs, overwrite=overwrite)
         dataset: dict[str, Any] = {"split": split_name, "format": None if format is None else format.value}
         dataset["rotated"] = rotated.value
+        source, opened_images = _open_source(data, images, format, split_name)
         with join_processes() as (rank, _):
             if results is not None:
                 from conditional_detr.evaluation.coco import evaluate_detections
 
-                result = evaluate_detections(data, results, **dataset)
+                result = evaluate_detections(source, results, **dataset)
             else:
-                from conditional_detr.data.formats.reading import find_splits
-
-                find_splits(data, images, format=dataset["format"])  # before the model is loaded
                 opened: dict[str, Any] = {"fast_preprocessing": fast_preprocessing, "thresholds": thresholds}
                 detector = open_detector(weights or PUBLISHED, device, **opened)
                 options = {**dataset, "batch_size": batch_size, "apply_thresholds": thresholds is not None}
-                result = _detect_and_evaluate(detector, data, images, shown=rank == 0, **options)
+                result = _detect_and_evaluate(detector, source, opened_images, shown=rank == 0, **options)
         if rank == 0 and json_file is not None:
             text = json.dumps(result.to_dict(), indent=2) + "\n"
             write_atomically({json_file: lambda path: path.write_text(text, encoding="utf-8")})
@@ -108,8 +109,28 @@ def evaluate(
             print_line(f"wrote {json_file}", to=out)
 
 
+def _open_source(
+    data: str, images: Path | None, format: DataFormat | None, split: str
+) -> "tuple[DataSource, Path | ShardImages | None]":
+    """Return the arguments of evaluate(): the annotations and images of Parquet files, of other formats what is given.
+
+    Raises:
+        OSError, ValueError: there are none; before the model is loaded.
+    """
+    from conditional_detr.data.formats.parquet import ShardImages, is_parquet, open_shards
+    from conditional_detr.data.formats.reading import find_splits
+
+    chosen: Any = None if format is None else format.value
+    if not is_parquet(data):
+        find_splits(data, images, format=chosen)
+        return data, images
+    refuse_with_parquet(images=images, format=chosen)
+    shards = open_shards(data, split=split)
+    return shards.annotations, ShardImages(shards)
+
+
 def _detect_and_evaluate(
-    detector: "Detector", data: Path, images: Path | None, *, shown: bool, **options: Any
+    detector: "Detector", data: "DataSource", images: "Path | ShardImages | None", *, shown: bool, **options: Any
 ) -> "CocoResult":
     """Detect and measure; show a progress bar in the first process."""
     from conditional_detr.evaluation.coco import evaluate

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conditional_detr.cli.console import AUTO, pick_device
 
@@ -28,6 +28,7 @@ CACHE = "Decode each training image once: 'ram' keeps all in memory, 'disk' in ~
 
 
 DATA = "Dataset: COCO, YOLO, Pascal VOC or Hugging Face, as a folder or its JSON or YAML file."
+TRAINING_DATA = "Dataset: COCO, YOLO, Pascal VOC or Hugging Face; or Parquet files, also by URI."
 IMAGES = "Image folder, where --data does not lead to it."
 FORMAT = "Format of --data: coco, yolo, voc, voc-devkit (pixels count from 1) or huggingface."
 RESULTS = "COCO results file, or what detect wrote: a folder or .jsonl file. Nothing is detected then."
@@ -94,3 +95,10 @@ def open_detector(
     if of_classes is not None:
         detector.thresholds = check_thresholds(of_classes, str(thresholds), detector.model.metadata.class_names)
     return detector
+
+
+def refuse_with_parquet(**options: Any) -> None:
+    """Raise ValueError if an option, by its name, has a value that Parquet files have no use for."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"--{name}: expected none for Parquet files, got {value}")

@@ -10,12 +10,12 @@ import typer
 from conditional_detr.cli.console import Precision, one_line_errors
 from conditional_detr.cli.options import (
     CACHE,
-    DATA,
     FAST_PREPROCESSING,
     FORMAT,
     IMAGES,
     ROTATED,
     SHARES,
+    TRAINING_DATA,
     DataFormat,
     RotatedBoxes,
 )
@@ -60,7 +60,7 @@ class Schedule(str, Enum):
 
 
 def train(
-    data: Annotated[Path, typer.Option(help=DATA, rich_help_panel=_DATA)],
+    data: Annotated[str, typer.Option(metavar="<path>", help=TRAINING_DATA, rich_help_panel=_DATA)],
     output: Annotated[
         Path, typer.Option(help="Folder for checkpoints, log and curves.", rich_help_panel=_CHECKPOINTS)
     ],
@@ -71,9 +71,12 @@ def train(
     ] = None,
     split: Annotated[str | None, typer.Option(metavar="<shares>", help=SHARES, rich_help_panel=_DATA)] = None,
     val_data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Dataset to measure AP on.", show_default="the split val of --data, if any", rich_help_panel=_DATA
+            metavar="<path>",
+            help="Dataset to measure AP on.",
+            show_default="the split val of --data, if any",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     val_images: Annotated[
@@ -295,8 +298,7 @@ def train(
         preprocessing = replace(preprocessing, backend="torchvision" if fast_preprocessing else "pil")
         choice = augmentation or (Augment.SMALL if preset is Preset.FINETUNE_SMALL else Augment.PAPER)
         chosen = make_augmentation(choice, preprocessing, vertical_flip, quarter_turn)
-        options: dict[str, Any] = {"preprocessing": preprocessing, "rotated": rotated.value}
-        datasets = open_datasets(*found, chosen, seed, cache, **options)
+        datasets = open_datasets(*found, chosen, seed, cache, rotated.value, preprocessing)
         model.metadata = datasets[0].metadata
         criterion = weighted_criterion(model, class_weights) if class_weights else None
         if batch_size == AUTO:

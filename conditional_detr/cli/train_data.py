@@ -7,10 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conditional_detr.cli.options import refuse_with_parquet
+
 if TYPE_CHECKING:
     from conditional_detr.data.augmentation import Augmentation
-    from conditional_detr.data.dataset import CocoData
+    from conditional_detr.data.dataset import AnnotatedData
+    from conditional_detr.data.formats.parquet import Shards
     from conditional_detr.data.formats.reading import Format, OpenedData
+    from conditional_detr.data.rotated_boxes import Rotated
     from conditional_detr.modeling.metadata import Preprocessing
 
 
@@ -62,22 +66,32 @@ def make_augmentation(
 
 
 def read_datasets(
-    data: Path,
+    data: str,
     images: Path | None,
-    val_data: Path | None,
+    val_data: str | None,
     val_images: Path | None,
     format: "Format | None",
     shares: str | None,
     seed: int,
-) -> "tuple[OpenedData, OpenedData | None]":
-    """Return the annotations and image folders for training, and for validation if there are any.
+) -> "tuple[OpenedData | Shards, OpenedData | Shards | None]":
+    """Return what to train on, and what to measure on if there is anything.
 
-    Those for validation are of val_data, or of a split that the dataset has, or a part of it by the given shares.
+    The latter is val_data, or a split that the dataset has, or a part of it by the given shares.
+
+    Args:
+        data: the dataset; the path or URI of Parquet files, or a path in any other format.
+        images: the folder of its images.
+        val_data: the dataset to measure on.
+        val_images: the folder of its images.
+        format: the format of both; None: recognised.
+        shares: shares of train and val, of a dataset without splits.
+        seed: seed of the shares.
 
     Raises:
-        OSError, ValueError: as :func:`open_data` and :func:`split_data`.
+        OSError, ValueError: as :func:`open_data`, :func:`open_shards` and :func:`split_data`.
     """
     from conditional_detr.data.formats.content import WHOLE
+    from conditional_detr.data.formats.parquet import find_shards, is_parquet, open_shards
     from conditional_detr.data.formats.reading import (
         OpenedData,
         find_splits,
@@ -86,6 +100,18 @@ def read_datasets(
         read_found,
     )
     from conditional_detr.data.formats.splitting import parse_fractions, split_data
+
+    def opened_validation() -> "OpenedData | Shards | None":
+        if val_data is None:
+            return None
+        if is_parquet(val_data):
+            return open_shards(val_data, split="val")
+        return open_data(val_data, val_images or images, split="val", format=format)
+
+    if is_parquet(data):
+        refuse_with_parquet(images=images, format=format, split=shares)
+        inside = open_shards(data, split="val") if "val" in find_shards(data) else None
+        return open_shards(data), opened_validation() or inside
 
     fractions = None if shares is None else parse_fractions(shares)
     splits = find_splits(data, images, format=format)
@@ -101,22 +127,32 @@ def read_datasets(
     if fractions is not None:
         parts = split_data(*training, fractions, seed=seed)
         return OpenedData(parts["train"], training.images), OpenedData(parts["val"], training.images)
-    if val_data is not None:
-        return training, open_data(val_data, val_images or images, split="val", format=format)
-    return training, opened("val") if "val" in splits else None
+    return training, opened_validation() or (opened("val") if "val" in splits else None)
 
 
 def open_datasets(
-    training: "OpenedData",
-    validation: "OpenedData | None",
+    training: "OpenedData | Shards",
+    validation: "OpenedData | Shards | None",
     augmentation: "Augmentation | None",
     seed: int,
     cache: Caching | None,
-    **options: Any,
-) -> "tuple[CocoData, CocoData | None]":
-    """Return the datasets for training and validation; only training opens an image more than once by its dataset."""
-    from conditional_detr.data.dataset import CocoData
+    rotated: "Rotated",
+    preprocessing: "Preprocessing",
+) -> "tuple[AnnotatedData, AnnotatedData | None]":
+    """Return the datasets for training and validation; only training opens an image more than once by its dataset.
 
-    kept: Any = None if cache is None else cache.value
-    data = CocoData(*training, augmentation=augmentation, seed=seed, cache=kept, **options)
-    return data, None if validation is None else CocoData(*validation, class_names=data.class_names, **options)
+    Raises:
+        OSError, ValueError: as :class:`CocoData` and :class:`ParquetData`, or an option that is not of Parquet files.
+    """
+    from conditional_detr.data.dataset import CocoData
+    from conditional_detr.data.formats.parquet import Shards
+    from conditional_detr.data.parquet import ParquetData
+
+    def make(source: "OpenedData | Shards", kept: Any, **options: Any) -> "AnnotatedData":
+        if isinstance(source, Shards):
+            refuse_with_parquet(cache=kept, rotated=None if rotated == "box" else rotated)
+            return ParquetData(source, preprocessing=preprocessing, **options)
+        return CocoData(*source, preprocessing=preprocessing, rotated=rotated, cache=kept, **options)
+
+    data = make(training, None if cache is None else cache.value, augmentation=augmentation, seed=seed)
+    return data, None if validation is None else make(validation, None, class_names=data.class_names)

@@ -13,7 +13,7 @@ from conditional_detr.cli.console import INTERRUPTED, out, print_line
 from conditional_detr.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from conditional_detr.data.dataset import CocoData
+    from conditional_detr.data.dataset import AnnotatedData
     from conditional_detr.modeling.detection_transformer import DetectionTransformer
     from conditional_detr.set_prediction.losses import SetLoss
     from conditional_detr.training.result import TrainResult
@@ -83,7 +83,11 @@ def weighted_criterion(model: "DetectionTransformer", text: str) -> "SetLoss":
 
 
 def with_batch_size(
-    model: "DetectionTransformer", data: "CocoData", config: TrainConfig, criterion: "SetLoss | None", run: Path | None
+    model: "DetectionTransformer",
+    data: "AnnotatedData",
+    config: TrainConfig,
+    criterion: "SetLoss | None",
+    run: Path | None,
 ) -> TrainConfig:
     """Return settings with the largest batch that fits, or with that of the run to resume, if there is one."""
     from conditional_detr.training.batch_fitting import fit_batch_size
@@ -100,8 +104,8 @@ def with_batch_size(
 
 def run_training(
     model: "DetectionTransformer",
-    train_data: "CocoData",
-    val_data: "CocoData | None",
+    train_data: "AnnotatedData",
+    val_data: "AnnotatedData | None",
     config: TrainConfig,
     criterion: "SetLoss | None",
     output: Path,

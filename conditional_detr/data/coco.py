@@ -162,14 +162,14 @@ def is_outside(folder: Path, name: str) -> bool:
     return not path.is_relative_to(folder)
 
 
-def check_size(data: Annotations, image_id: Id, size: tuple[int, int], path: Path) -> None:
+def check_size(data: Annotations, image_id: Id, size: tuple[int, int], path: Path | str) -> None:
     """Raise ValueError if the annotations state another size, for example because the image was rotated later.
 
     Args:
         data: the annotations.
         image_id: the image.
         size: its height and width, upright.
-        path: its file, for the message.
+        path: its file, or another name, for the message.
     """
     height, width = (data.images[image_id].get(side) for side in ("height", "width"))
     stated = size[0] if height is None else height, size[1] if width is None else width
@@ -180,7 +180,7 @@ def check_size(data: Annotations, image_id: Id, size: tuple[int, int], path: Pat
         )
 
 
-def explain_size(stated: tuple[int, int], size: tuple[int, int], path: Path) -> str:
+def explain_size(stated: tuple[int, int], size: tuple[int, int], path: Path | str) -> str:
     """Return the end of a message if the stated size is that of the file before its EXIF rotation, else ''."""
     try:
         with Image.open(path) as image:

@@ -1,12 +1,13 @@
-"""Read training samples from a dataset in any format, group them into batches and collate them.
+"""Read training samples from a dataset in any format, and collate them to batches.
 
 Training accepts any map-style dataset of such samples: pixels (3, H, W) float32, normalised, and a target as defined
 in ``set_prediction/targets.py``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
 from conditional_detr.data.annotations import (
+    CheckedBoxes,
     check_boxes,
     count_unusable,
     guess_box_format,
@@ -26,7 +28,7 @@ from conditional_detr.data.annotations import (
 )
 from conditional_detr.data.augmentation import Augmentation as Augmentation
 from conditional_detr.data.augmentation import make_scene
-from conditional_detr.data.coco import check_size, image_paths, stated_size
+from conditional_detr.data.coco import Annotations, check_size, image_paths, stated_size
 from conditional_detr.data.formats.reading import DataSource, open_data
 from conditional_detr.data.image_cache import Cache, make_cache
 from conditional_detr.data.json_values import Id
@@ -41,13 +43,7 @@ Sample: TypeAlias = tuple[Tensor, dict[str, Any]]
 visible image, and any other keys, which are not used."""
 
 
-class Sized(Protocol):
-    """Anything that has a length."""
-
-    def __len__(self) -> int: ...
-
-
-class CocoData(Dataset[Sample]):
+class AnnotatedData(Dataset[Sample], ABC):
     """A dataset of images with annotations. Sample i is image i with its annotations.
 
     The augmentation of an image depends on ``(seed, epoch, index)`` alone, not on workers, order or earlier samples. A
@@ -56,11 +52,124 @@ class CocoData(Dataset[Sample]):
 
     Attributes:
         annotations: the checked annotations, crowds included.
-        images: the folder of the images.
         class_names: one per row of the class head; None for an unused row.
         category_ids: the dataset's category id of each class.
         preprocessing: image sizes without augmentation, mean and std, and the backend that opens and resizes.
         shapes: (height, width) of each sample's pixels without augmentation.
+    """
+
+    def __init__(
+        self,
+        annotations: Annotations,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        augmentation: Augmentation | None,
+        preprocessing: Preprocessing,
+        class_names: Sequence[str | None] | None,
+        seed: int,
+    ) -> None:
+        """Check the annotations of images, in their order, of some (height, width).
+
+        Raises:
+            ValueError: as in the subclasses.
+        """
+        if seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {seed}")
+        self.annotations = annotations
+        self.augmentation = augmentation or Augmentation()
+        self.preprocessing = preprocessing
+        self.seed = seed
+        self._image_ids = list(annotations.images)
+        self.shapes = [resized_size(*size, preprocessing) for size in sizes]
+        self.class_names, self.category_ids = map_classes(annotations, class_names)
+        checked = self._check(dict(zip(self._image_ids, sizes, strict=True)))
+        warn_of_problems(annotations, {**checked.problems, ROTATED: rotated_indices(annotations)})
+        warn_of_duplicate_images(annotations)
+        self._boxes, self._labels = self._targets(checked)
+        # persistent workers see it, too
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
+
+    @property
+    def metadata(self) -> Metadata:
+        """The metadata of a model that trains on this dataset."""
+        return Metadata(self.class_names, self.category_ids, self.preprocessing)
+
+    @property
+    def image_labels(self) -> list[Tensor]:
+        """The labels (T,) of each sample."""
+        return [self._labels[image_id] for image_id in self._image_ids]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Use the augmentations of an epoch, also in running workers.
+
+        Raises:
+            ValueError: epoch is negative.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch: expected at least 0, got {epoch}")
+        self._epoch.fill_(epoch)
+
+    @abstractmethod
+    def describe(self, index: int) -> str:
+        """Return the name of a sample's image."""
+
+    def __len__(self) -> int:
+        return len(self._image_ids)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Open an image, augment it, and return its pixels and target.
+
+        Raises:
+            OSError: the image cannot be read.
+            ValueError: it is not an image, or not of the size in the annotations.
+        """
+        image_id = self._image_ids[index]
+        index %= len(self)
+        image = self._open(index)
+        check_size(self.annotations, image_id, size_of(image), self.describe(index))
+        generator = torch.Generator(device="cpu").manual_seed(derive_seed(self.seed, int(self._epoch), index))
+        scene = make_scene(image, self._boxes[image_id], self._labels[image_id])
+        scene = self.augmentation(scene, self.preprocessing, generator)
+        target = {"labels": scene.labels, "boxes": _relative_boxes(scene.boxes, scene.size), "image_id": image_id}
+        image = scene.image.as_subclass(Tensor) if isinstance(scene.image, Tensor) else scene.image
+        return normalise_image(image, self.preprocessing), target
+
+    @abstractmethod
+    def _open(self, index: int) -> Image.Image | Tensor:
+        """Open an image by the backend of the preprocessing."""
+
+    def _check(self, sizes: Mapping[Id, tuple[int, int]]) -> CheckedBoxes:
+        """Return the boxes; raise ValueError if they are in another format, or none can be trained on."""
+        data = self.annotations
+        if other_format := guess_box_format(data, sizes):
+            raise ValueError(f"{data.name}: expected every bbox as [x0, y0, w, h] in pixels; {other_format}")
+        checked = check_boxes(data, sizes)
+        if not checked.usable.any():
+            raise ValueError(f"{data.name}: expected annotations to train or measure on, got {count_unusable(data)}")
+        return checked
+
+    def _targets(self, checked: CheckedBoxes) -> tuple[dict[Id, Tensor], dict[Id, Tensor]]:
+        """Return the boxes (T, 4) x0 y0 x1 y1 in pixels and the labels (T,) to train on, by image id."""
+        data = self.annotations
+        label_of = {name: label for label, name in enumerate(self.class_names)}
+        boxes: dict[Id, list[np.ndarray]] = {image_id: [] for image_id in self._image_ids}
+        labels: dict[Id, list[int]] = {image_id: [] for image_id in self._image_ids}
+        for index, box, usable in zip(checked.indices, checked.boxes, checked.usable, strict=True):
+            if usable:
+                annotation = data.annotations[index]
+                boxes[annotation["image_id"]].append(box)
+                labels[annotation["image_id"]].append(label_of[data.categories[annotation["category_id"]]])
+        return (
+            {i: torch.from_numpy(np.array(of_image, np.float32).reshape(-1, 4)) for i, of_image in boxes.items()},
+            {i: torch.from_numpy(np.array(of_image, np.int64)) for i, of_image in labels.items()},
+        )
+
+
+class CocoData(AnnotatedData):
+    """A dataset in any format, of image files in a folder.
+
+    Attributes:
+        images: the folder of the images.
         cache: the decoded images; None without a cache.
     """
 
@@ -99,103 +208,28 @@ class CocoData(Dataset[Sample]):
                 format; class_names lacks a category; seed is negative; rotated or cache is unknown; the images do not
                 fit in the cache.
         """
-        if seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {seed}")
         data, self.images = open_data(annotations, images)
         warn_of_left_out_categories(data)
-        self.annotations = choose_boxes(data, rotated)
-        self.augmentation = augmentation or Augmentation()
-        self.preprocessing = preprocessing
-        self.seed = seed
-        self._paths = image_paths(self.annotations, self.images)
-        self._image_ids = list(self._paths)
-        sizes = {
-            image_id: stated_size(self.annotations, image_id) or size_of_file(path)
-            for image_id, path in self._paths.items()
-        }
-        self.shapes = [resized_size(*sizes[image_id], preprocessing) for image_id in self._image_ids]
-        self.class_names, self.category_ids = map_classes(self.annotations, class_names)
-        self._boxes, self._labels = self._targets(sizes)
-        self.cache = make_cache(cache, list(self._paths.values()), list(sizes.values()), preprocessing.backend)
-        # persistent workers see it, too
-        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
-
-    @property
-    def metadata(self) -> Metadata:
-        """The metadata of a model that trains on this dataset."""
-        return Metadata(self.class_names, self.category_ids, self.preprocessing)
-
-    @property
-    def image_labels(self) -> list[Tensor]:
-        """The labels (T,) of each sample."""
-        return [self._labels[image_id] for image_id in self._image_ids]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Use the augmentations of an epoch, also in running workers.
-
-        Raises:
-            ValueError: epoch is negative.
-        """
-        if epoch < 0:
-            raise ValueError(f"epoch: expected at least 0, got {epoch}")
-        self._epoch.fill_(epoch)
+        data = choose_boxes(data, rotated)
+        paths = image_paths(data, self.images)
+        sizes = [stated_size(data, image_id) or size_of_file(path) for image_id, path in paths.items()]
+        options: dict[str, Any] = {"augmentation": augmentation, "preprocessing": preprocessing}
+        super().__init__(data, sizes, **options, class_names=class_names, seed=seed)
+        self._paths = list(paths.values())
+        self.cache = make_cache(cache, self._paths, sizes, preprocessing.backend)
 
     def describe(self, index: int) -> str:
         """Return the path of a sample's image."""
-        return str(self._paths[self._image_ids[index]])
+        return str(self._paths[index])
 
-    def __len__(self) -> int:
-        return len(self._image_ids)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Open an image, augment it, and return its pixels and target.
-
-        Raises:
-            OSError: the image cannot be read.
-            ValueError: it is not an image, or not of the size in the annotations.
-        """
-        image_id = self._image_ids[index]
-        path = self._paths[image_id]
-        image = self._open(index % len(self), path)
-        check_size(self.annotations, image_id, size_of(image), path)
-        seed = derive_seed(self.seed, int(self._epoch), index % len(self))
-        generator = torch.Generator(device="cpu").manual_seed(seed)
-        scene = make_scene(image, self._boxes[image_id], self._labels[image_id])
-        scene = self.augmentation(scene, self.preprocessing, generator)
-        target = {"labels": scene.labels, "boxes": _relative_boxes(scene.boxes, scene.size), "image_id": image_id}
-        image = scene.image.as_subclass(Tensor) if isinstance(scene.image, Tensor) else scene.image
-        return normalise_image(image, self.preprocessing), target
-
-    def _open(self, index: int, path: Path) -> Image.Image | Tensor:
+    def _open(self, index: int) -> Image.Image | Tensor:
         """Open an image, or take it from the cache."""
+        path = self._paths[index]
 
         def decode() -> Image.Image | Tensor:
             return open_by_backend(path, str(path), self.preprocessing)[0]
 
         return decode() if self.cache is None else self.cache.open(index, decode)
-
-    def _targets(self, sizes: Mapping[Id, tuple[int, int]]) -> tuple[dict[Id, Tensor], dict[Id, Tensor]]:
-        """Return the boxes (T, 4) x0 y0 x1 y1 in pixels and the labels (T,) to train on, by image id."""
-        data = self.annotations
-        if other_format := guess_box_format(data, sizes):
-            raise ValueError(f"{data.name}: expected every bbox as [x0, y0, w, h] in pixels; {other_format}")
-        checked = check_boxes(data, sizes)
-        if not checked.usable.any():
-            raise ValueError(f"{data.name}: expected annotations to train or measure on, got {count_unusable(data)}")
-        warn_of_problems(data, {**checked.problems, ROTATED: rotated_indices(data)})
-        warn_of_duplicate_images(data)
-        label_of = {name: label for label, name in enumerate(self.class_names)}
-        boxes: dict[Id, list[np.ndarray]] = {image_id: [] for image_id in self._image_ids}
-        labels: dict[Id, list[int]] = {image_id: [] for image_id in self._image_ids}
-        for index, box, usable in zip(checked.indices, checked.boxes, checked.usable, strict=True):
-            if usable:
-                annotation = data.annotations[index]
-                boxes[annotation["image_id"]].append(box)
-                labels[annotation["image_id"]].append(label_of[data.categories[annotation["category_id"]]])
-        return (
-            {i: torch.from_numpy(np.array(of_image, np.float32).reshape(-1, 4)) for i, of_image in boxes.items()},
-            {i: torch.from_numpy(np.array(of_image, np.int64)) for i, of_image in labels.items()},
-        )
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None, list[dict[str, Any]]]:
@@ -231,87 +265,6 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None, list[dict
         pixels[i, :, :h, :w] = image
         padding[i, :h, :w] = False
     return pixels, padding if padding.any() else None, [target for _, target in samples]
-
-
-def batches(
-    data: Sized,
-    batch_size: int,
-    *,
-    seed: int,
-    epoch: int,
-    shuffle: bool = True,
-    probabilities: np.ndarray | None = None,
-    rank: int = 0,
-    processes: int = 1,
-) -> list[list[int]]:
-    """Return the batches of an epoch for one process, as lists of sample indices.
-
-    In each step, all processes together use the samples that one process would use with ``processes`` times the batch
-    size. Every sample is used once, unless they have probabilities, and all processes have the same number of batches.
-    The batches of one step may be smaller. Only if that step has fewer samples than processes, some samples may be
-    used twice.
-
-    Args:
-        data: the dataset. If it has ``shapes``, (height, width) of each sample, and is shuffled, samples of one shape
-            form a batch; the remaining samples are grouped by aspect ratio.
-        batch_size: the maximum number of samples per process and step.
-        seed: another seed gives another order; so does another epoch.
-        epoch: see seed.
-        shuffle: False: keep the dataset's order.
-        probabilities: of each sample, (len(data),): draw as many samples as the dataset has, with replacement, instead
-            of each one once.
-        rank: the index of the process.
-        processes: the number of processes.
-
-    Raises:
-        ValueError: batch_size or rank is invalid, or there are fewer samples than processes.
-    """
-    if batch_size < 1 or not 0 <= rank < processes:
-        raise ValueError(
-            f"expected batch_size >= 1 and 0 <= rank < processes, got {batch_size}, {rank} and {processes}"
-        )
-    if len(data) < processes:
-        raise ValueError(f"data: expected at least one sample per process, {processes}, got {len(data)}")
-    generator = np.random.default_rng((seed, epoch))
-    size = batch_size * processes
-    order = generator.permutation(len(data)).tolist() if shuffle else list(range(len(data)))
-    if probabilities is not None:
-        order = generator.choice(len(data), size=len(data), p=probabilities).tolist()
-    shapes = getattr(data, "shapes", None) if shuffle else None
-    steps = _steps(order, shapes, size)
-    if shuffle:
-        steps = [steps[i] for i in generator.permutation(len(steps))]
-    return [step[rank::processes] for step in _fill_short_step(steps, processes)]
-
-
-def _steps(order: list[int], shapes: Sequence[tuple[int, int]] | None, size: int) -> list[list[int]]:
-    """Split an order of samples into steps: full steps of one shape, then the remaining samples by aspect ratio."""
-    steps: list[list[int]] = []
-    if shapes is not None:
-        groups: dict[tuple[int, int], list[int]] = {}
-        for i in order:
-            groups.setdefault(shapes[i], []).append(i)
-        order = []
-        for group in groups.values():
-            full = len(group) // size * size
-            steps += [group[i : i + size] for i in range(0, full, size)]
-            order += group[full:]
-        order.sort(key=lambda i: shapes[i][0] / shapes[i][1])
-    return steps + [order[i : i + size] for i in range(0, len(order), size)]
-
-
-def _fill_short_step(steps: list[list[int]], processes: int) -> list[list[int]]:
-    """Move samples from a full step to a step that has fewer samples than there are processes."""
-    for i, step in enumerate(steps):
-        if len(step) < processes:
-            donor = (i + 1) % len(steps)
-            both = step + steps[donor]
-            if len(both) >= 2 * processes:
-                steps[i], steps[donor] = both[: len(both) // 2], both[len(both) // 2 :]
-            else:  # one sample per process: some are used twice, so that all processes have the same number of batches
-                steps[i] = both[:processes]
-            break
-    return steps
 
 
 def _relative_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:

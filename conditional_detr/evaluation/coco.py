@@ -24,6 +24,7 @@ from conditional_detr.evaluation.average_precision import AveragePrecision, aver
 from conditional_detr.evaluation.processes import gather, process_rank
 from conditional_detr.inference.detections import Detections
 from conditional_detr.inference.detector import Detector
+from conditional_detr.inference.sources import ImageSource
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -69,7 +70,7 @@ class CocoResult:
 def evaluate(
     detector: Detector | DetectionTransformer,
     annotations: DataSource,
-    images: str | Path | None = None,
+    images: str | Path | Mapping[Id, ImageSource] | None = None,
     *,
     split: str = "val",
     format: Format | None = None,
@@ -85,7 +86,8 @@ def evaluate(
             dataset, and only these are detected.
         annotations: a file or folder in any format; the content of a COCO JSON file; or annotations that are already
             read.
-        images: the folder of the images; default: where the format has them.
+        images: the folder of the images, or what the detector is to open, by image id; default: where the format has
+            them.
         split: the split of a dataset that has several.
         format: the format; default: recognised by the content.
         apply_thresholds: whether only detections above the detector's thresholds count. Default: all count, as AP is
@@ -105,15 +107,20 @@ def evaluate(
             not of the size in the annotations.
     """
     detector = detector if isinstance(detector, Detector) else Detector(detector)
-    data, folder = read_data(annotations, images, split=split, format=format, rotated=rotated)
+    given = images if isinstance(images, Mapping) else None
+    folder = None if isinstance(images, Mapping) else images
+    data, folder = read_data(annotations, folder, split=split, format=format, rotated=rotated)
     check_classes(detector, data)
-    paths = image_paths(data, image_folder_of(data, folder))
+    sources = image_paths(data, image_folder_of(data, folder)) if given is None else given
+    if missing := data.images.keys() - sources.keys():
+        got = f"{len(missing)} of {len(data.images)} without, such as {next(iter(missing))}"
+        raise ValueError(f"images: expected one for each image of {data.name}, got {got}")
     rank, processes = process_rank()
-    image_ids = sorted(paths)[rank::processes]
+    image_ids = sorted(data.images)[rank::processes]
 
     def detect() -> ImageDetections:
-        chosen = {image_id: paths[image_id] for image_id in image_ids}
-        return detect_all(detector, data, chosen, batch_size, progress, apply_thresholds=apply_thresholds)
+        options = {"apply_thresholds": apply_thresholds}
+        return detect_all(detector, data, sources, batch_size, progress, image_ids=image_ids, **options)
 
     return gather(detect, lambda parts: _compute_metrics(data, parts))
 
@@ -193,25 +200,28 @@ def check_classes(detector: Detector, data: Annotations) -> None:
 def detect_all(
     detector: Detector,
     data: Annotations,
-    paths: Mapping[Id, Path],
+    images: Mapping[Id, ImageSource],
     batch_size: int | None,
     progress: Callable[[int, int], None] | None,
     *,
+    image_ids: Sequence[Id] | None = None,
     apply_thresholds: bool = False,
 ) -> ImageDetections:
-    """Return the detections of each image."""
+    """Return the detections of each image, or of some of them."""
     indices = {name: index for index, name in enumerate(data.categories.values())}
-    # The detector batches images of one size, so they must follow each other.
-    order = sorted(paths, key=lambda image_id: [str(data.images[image_id].get(side)) for side in ("height", "width")])
-    images = iter([paths[image_id] for image_id in order])
+    order = list(images if image_ids is None else image_ids)
+    if isinstance(images, dict):  # images of one size run together; others are read in their own order
+        order.sort(key=lambda image_id: [str(data.images[image_id].get(side)) for side in ("height", "width")])
     threshold = None if apply_thresholds else 0.0
-    results = detector(images, threshold=threshold, top_k=MAX_DETECTIONS, classes=list(indices), batch_size=batch_size)
+    opened = (images[image_id] for image_id in order)
+    results = detector(opened, threshold=threshold, top_k=MAX_DETECTIONS, classes=list(indices), batch_size=batch_size)
     by_image: ImageDetections = {}
     for image_id, detections in zip(order, results, strict=True):
-        check_size(data, image_id, detections.size, paths[image_id])
+        source, name = images[image_id] if isinstance(images, dict) else None, data.images[image_id].get("file_name")
+        check_size(data, image_id, detections.size, source if isinstance(source, Path) else str(name))
         by_image[image_id] = _to_rows(detections, indices)
         if progress is not None:
-            progress(len(by_image), len(paths))
+            progress(len(by_image), len(order))
     return by_image
 
 

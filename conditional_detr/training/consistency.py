@@ -73,6 +73,15 @@ def check_preprocessing(model: DetectionTransformer, data: SampleDataset, name: 
             )
 
 
+def check_reading_ahead(data: SampleDataset) -> None:
+    """Raise TypeError if a dataset that is read ahead is inside another one, which draws its images in any order."""
+    if not hasattr(data, "read_ahead") and any(hasattr(part, "read_ahead") for part in parts_of(data)):
+        raise TypeError(
+            f"train_data: expected a dataset that reads row groups as it is, got it in a {type(data).__name__}: a row"
+            " group would be read for each image"
+        )
+
+
 def check_images(train_data: SampleDataset, val_data: SampleDataset | None, max_bad_images: int) -> None:
     """Read the headers of all images of datasets in COCO's format, and compare their sizes with the annotations.
 
@@ -87,7 +96,7 @@ def check_images(train_data: SampleDataset, val_data: SampleDataset | None, max_
     for data, limit in ((train_data, max_bad_images), (val_data, 0)):
         for part in parts_of(data):
             annotations, images = getattr(part, "annotations", None), getattr(part, "images", None)
-            if not isinstance(annotations, Annotations) or images is None:
+            if not isinstance(annotations, Annotations) or not isinstance(images, str | Path):
                 continue
             bad = find_bad_images(annotations, Path(images))
             more = f"; and {len(bad) - _EXAMPLES} more" if len(bad) > _EXAMPLES else ""

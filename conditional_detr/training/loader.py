@@ -31,6 +31,8 @@ _DEATH = 5.0  # seconds in which a dying process ends after its sockets are clos
 Batch: TypeAlias = tuple[Tensor, Tensor | None, list[dict[str, Any]]]
 """Pixels (B, 3, H, W); padding (B, H, W) bool, True = padded, or None; targets."""
 
+PlannedBatch: TypeAlias = tuple[int, list[int], Any]
+"""The epoch, the dataset indices of a batch, and what the dataset has read ahead of it, if it does."""
 
 LoadedBatch: TypeAlias = tuple[list[int], Batch]
 """The dataset indices of a batch's images, and the batch."""
@@ -40,7 +42,9 @@ class SampleDataset(Protocol):
     """A map-style dataset of training samples.
 
     A sample is an image's pixels (3, H, W), normalised, and its target {"labels", "boxes"}. If the dataset has a
-    method ``set_epoch``, it is called before each epoch, in each process that loads images.
+    method ``set_epoch``, it is called before each epoch, in each process that loads images. If it has ``read_ahead``,
+    this is called in the process that trains, with the batches of an epoch, and yields for each batch what the method
+    ``put`` gets in the process that loads its images.
     """
 
     def __len__(self) -> int:
@@ -114,23 +118,45 @@ class _SeededDataset(Dataset[Any]):
             except (OSError, TypeError, ValueError) as error:
                 return error
 
-    def __getitems__(self, batch: tuple[int, list[int]]) -> tuple[list[tuple[int, Sample | Exception]], float]:
+    def __getitems__(self, batch: PlannedBatch) -> tuple[list[tuple[int, Sample | Exception]], float]:
         """Return the samples of a batch with their indices, and the time at which loading them began.
 
         If all are bad and are skipped, the next good one is loaded, too.
 
         Args:
-            batch: the epoch and the indices.
+            batch: the epoch, the indices, and what the dataset has read ahead of them.
         """
         began = time.perf_counter()
-        epoch, indices = batch
+        epoch, indices, contents = batch
         self.set_epoch(epoch)
+        if contents is not None:
+            self.data.put(contents)  # type: ignore[attr-defined]  # what reads ahead takes it, too
         loaded = [(index, self[index]) for index in indices]
         if self.skips and all(isinstance(sample, OSError | ValueError) for _, sample in loaded):
             following = ((indices[-1] + i) % len(self.data) for i in range(1, len(self.data)))
             others = ((index, self[index]) for index in following)
             loaded += itertools.islice((pair for pair in others if not isinstance(pair[1], Exception)), 1)
         return loaded, began
+
+
+class _Plan:
+    """The batches of an epoch, which the loader takes a few ahead of the training, in this process.
+
+    Args:
+        read_ahead: the dataset's method that reads encoded images of batches; None: workers open the images.
+    """
+
+    def __init__(self, read_ahead: Callable[[Sequence[list[int]]], Iterator[Any]] | None) -> None:
+        self._read_ahead = read_ahead
+        self.epoch, self.batches = 0, list[list[int]]()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        contents = itertools.repeat(None) if self._read_ahead is None else self._read_ahead(self.batches)
+        for indices, content in zip(self.batches, contents, strict=False):
+            yield self.epoch, indices, content
 
 
 class BatchLoader:
@@ -159,7 +185,7 @@ class BatchLoader:
     ) -> None:
         self._data = _SeededDataset(data, parts, config)
         self._skips, self._skip = config.max_bad_images > 0, skip
-        self._plan: list[tuple[int, list[int]]] = []
+        self._plan = _Plan(getattr(data, "read_ahead", None))
         workers = min(config.workers, math.ceil(len(data) / config.batch_size))
         self._loader: DataLoader[Any] = DataLoader(
             self._data,
@@ -197,7 +223,7 @@ class BatchLoader:
             RuntimeError: a worker died.
         """
         self._data.set_epoch(epoch)
-        self._plan[:] = [(epoch, indices) for indices in batches]
+        self._plan.epoch, self._plan.batches = epoch, list(batches)
         self._begin()
         for indices, batch, errors, seconds in self._loaded():
             for index, error in errors:

@@ -16,7 +16,13 @@ from conditional_detr.system.shutdown import ShutdownRequest
 from conditional_detr.system.torch_settings import plain_torch_settings
 from conditional_detr.training.callbacks import Callback
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.consistency import check_criterion, check_modules, check_preprocessing, match_classes
+from conditional_detr.training.consistency import (
+    check_criterion,
+    check_modules,
+    check_preprocessing,
+    check_reading_ahead,
+    match_classes,
+)
 from conditional_detr.training.loader import SampleDataset
 from conditional_detr.training.optimizer import MakeOptimizer, training_forwards
 from conditional_detr.training.result import TrainResult
@@ -57,8 +63,8 @@ def train(
     Args:
         model: trained in place; parameters without ``requires_grad`` stay frozen. Afterwards it is in eval mode and
             has the weights of ``last``.
-        train_data: images and targets: :class:`~conditional_detr.data.dataset.CocoData` or any map-style dataset of
-            such samples.
+        train_data: images and targets: :class:`~conditional_detr.data.dataset.CocoData`,
+            :class:`~conditional_detr.data.parquet.ParquetData`, or any map-style dataset of such samples.
         val_data: the data that AP is measured on; None: no evaluation.
         config: the settings; default: the paper's.
         folder: where the run writes all its files; created if missing.
@@ -102,6 +108,7 @@ def train(
     for name, data in (("train_data", train_data), ("val_data", val_data)):
         if data is not None:
             check_preprocessing(model, data, name)
+    check_reading_ahead(train_data)
     check_modules(model, folder)
     criterion = SetLoss.for_model(model) if criterion is None else criterion
     check_criterion(model, criterion)

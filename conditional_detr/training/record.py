@@ -24,7 +24,7 @@ CHANGEABLE = (
 """Settings that may change on resume. Any other setting would change the numbers of the run."""
 ADDED: dict[str, Any] = {
     **{"time_limit": 0.0, "layer_decay": 1.0, "freeze": (), "balanced": False, "class_weights": None},
-    **{"optimizer": "AdamW", "callbacks": []},
+    **{"optimizer": "AdamW", "callbacks": [], "sharding": None},
 }
 """Settings that states of earlier versions do not have, with the only values that there were."""
 _DEFAULTS = {"architecture": asdict(Config()), "preprocessing": asdict(Preprocessing())}
@@ -56,6 +56,7 @@ def describe_run(
         "preprocessing": _plain(asdict(model.metadata.preprocessing)),
         "augmentation": _of_parts(train_data, "augmentation"),
         "data_seed": _of_parts(train_data, "seed"),
+        "sharding": _of_parts(train_data, "sharding"),
         "annotations": _digest(train_data),
         "validation": None if val_data is None else _digest(val_data),
         "frozen_parameters": f"{len(frozen)} ({hashlib.sha256(repr(frozen).encode()).hexdigest()[:16]})",

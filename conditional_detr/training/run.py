@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from conditional_detr.data.dataset import batches
+from conditional_detr.data.batching import batches
 from conditional_detr.data.image_cache import ImageCache
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 from conditional_detr.set_prediction.losses import SetLoss

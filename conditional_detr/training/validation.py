@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, distributed
 from torchvision.ops import box_convert
 
-from conditional_detr.data.dataset import Sample, batches, collate
+from conditional_detr.data.batching import batches
+from conditional_detr.data.dataset import Sample, collate
 from conditional_detr.evaluation.coco import MAX_DETECTIONS, CocoResult, evaluate, evaluate_detections
 from conditional_detr.evaluation.processes import process_rank
 from conditional_detr.inference.detector import Detector
@@ -25,9 +26,10 @@ IndexedSample: TypeAlias = tuple[int, Sample]
 def measure(model: DetectionTransformer, data: SampleDataset, batch_size: int, criterion: SetLoss) -> dict[str, Any]:
     """Compute COCO's twelve metrics, the AP of each class, and the loss.
 
-    A dataset in COCO's format has the attributes ``annotations`` and ``images``. It is evaluated on the original
-    images, as ``conditional-detr evaluate`` does. Any other dataset is evaluated on its samples: areas are in their
-    pixels, and no target is a crowd. Under torch.distributed, the processes share the images.
+    A dataset in COCO's format has the attributes ``annotations`` and ``images``, a folder or the images by id. It is
+    evaluated on the original images, as ``conditional-detr evaluate`` does. Any other dataset is evaluated on its
+    samples: areas are in their pixels, and no target is a crowd. Under torch.distributed, the processes share the
+    images.
 
     Args:
         model: the model, in any mode.

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from conditional_detr import Detector, Preprocessing, SetLoss
 from conditional_detr.checkpoints.labels import COCO_NAMES
+from conditional_detr.data.batching import batches
 from conditional_detr.data.coco import read_annotations
-from conditional_detr.data.dataset import Augmentation, CocoData, batches, collate
+from conditional_detr.data.dataset import Augmentation, CocoData, collate
 from conditional_detr.inference.images import open_image
 from conditional_detr.inference.preprocessing import to_pixels
 from conditional_detr.modeling.detection_transformer import Output

@@ -123,11 +123,11 @@ def test_conversion_to_coco_and_back(plain, images, tmp_path, form):
     """What convert-data writes reads as the original did, with the folder that it names."""
     folder = formats.WRITERS[form](tmp_path / form, {"train": plain, "test": plain}, images)
     written = convert_data(folder, tmp_path / "out")
-    assert sorted(file.path.name for file in written) == ["instances_test.json", "instances_train.json"]
+    assert sorted(file.files[0].name for file in written) == ["instances_test.json", "instances_train.json"]
     for file in written:
-        data = open_data(file.path, file.images).annotations
+        data = open_data(file.files[0], file.images).annotations
         assert_same_boxes(boxes_of(data), boxes_of(open_data(plain, images).annotations))
-        assert json.loads(file.path.read_text())["images"][0].keys() >= {"id", "file_name"}
+        assert json.loads(file.files[0].read_text())["images"][0].keys() >= {"id", "file_name"}
 
 
 # ---- other libraries' readers

@@ -136,7 +136,7 @@ def test_converted_parts(tmp_path):
     content["annotations"][0]["segmentation"] = [[4, 6, 24, 6, 24, 16]]
     path, images = coco.write(tmp_path / "source", content)
     written = convert_data(path, tmp_path / "out", images, split="0.5/0.5")
-    contents = [json.loads(file.path.read_text()) for file in written]
+    contents = [json.loads(file.files[0].read_text()) for file in written]
     assert sorted(info["id"] for part in contents for info in part["images"]) == [10, 11, 12]
     assert sorted(entry["id"] for part in contents for entry in part["annotations"]) == [0, 1, 2, 3, 4]
     segmented = [entry for part in contents for entry in part["annotations"] if "segmentation" in entry]

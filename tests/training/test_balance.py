@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import ConcatDataset, Subset
 
 from conditional_detr import ConditionalDETR, SetLoss
-from conditional_detr.data.dataset import batches
+from conditional_detr.data.batching import batches
 from conditional_detr.data.synthetic import write_shapes
 from conditional_detr.modeling.detection_transformer import Output
 from conditional_detr.set_prediction.class_losses import FocalLoss, SoftmaxLoss

@@ -129,14 +129,21 @@ class Collector:
         """Add an image of a (height, width) and return its id."""
         inside = path.is_relative_to(self.root)
         name = path.relative_to(self.root).as_posix() if inside else os.path.abspath(path)  # noqa: PTH100  # no links
+        return self.add_named_image(name, size)
+
+    def add_named_image(self, name: str, size: tuple[int, int] | None) -> int:
+        """Add an image whose file_name is given, of a (height, width), and return its id."""
         info = {"id": len(self._images) + 1, "file_name": name}
         self._images.append(info if size is None else {**info, "height": size[0], "width": size[1]})
         return len(self._images)
 
-    def add_box(self, image_id: int, category_id: int, bbox: Sequence[float], *, iscrowd: int = 0) -> None:
-        """Add a box [x0, y0, w, h] in pixels."""
+    def add_box(
+        self, image_id: int, category_id: int, bbox: Sequence[float], *, area: Any = None, iscrowd: Any = 0
+    ) -> None:
+        """Add a box [x0, y0, w, h] in pixels; the default area is that of the box."""
         entry = {"id": len(self._annotations) + 1, "image_id": image_id, "category_id": category_id}
-        self._annotations.append({**entry, "bbox": list(bbox), "area": bbox[2] * bbox[3], "iscrowd": iscrowd})
+        area = bbox[2] * bbox[3] if area is None else area
+        self._annotations.append({**entry, "bbox": list(bbox), "area": area, "iscrowd": iscrowd})
 
     def reject(self, message: str) -> None:
         """Raise ValueError for an invalid annotation, or collect the message."""

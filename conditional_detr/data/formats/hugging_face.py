@@ -1,7 +1,7 @@
 """Read Hugging Face's image folders: a metadata.jsonl beside the images, with ``objects`` for each of them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def find_splits(path: Path) -> Splits:
             first, slash, _ = str(line[1].get("file_name", "")).partition("/")
             by_split.setdefault((slash and split_name(first)) or WHOLE, []).append(line)
         lines, roots = by_split, dict.fromkeys(by_split, roots[WHOLE])
-    known = names or _names_in(path, [entry for of_split in lines.values() for _, entry in of_split])
+    known = names or names_in(path, [entry for of_split in lines.values() for _, entry in of_split])
 
     def reader(name: str) -> Callable[[Errors], Split]:
         return lambda errors: _read_split(f"{path} ({name})", lines[name], roots[name], known, errors)
@@ -114,12 +114,12 @@ def _find_class_label(node: Any) -> Mapping[Any, Any]:
     return {}
 
 
-def _names_in(path: Path, entries: list[dict[str, Any]]) -> dict[int, str]:
+def names_in(path: str | Path, entries: Iterable[Mapping[str, Any]]) -> dict[int, str]:
     """Return the categories that occur, of all splits: integers as they are, names sorted."""
     found: set[Id] = set()
     for entry in entries:
         with suppress(ValueError):  # raised or reported where its split is read
-            found.update(key for _, category in _read_objects(entry, "") if (key := to_id(category)) is not None)
+            found.update(key for one in _read_objects(entry, "") if (key := to_id(one["category"])) is not None)
     integers = {i: str(i) for i in sorted(key for key in found if isinstance(key, int))}
     texts = sorted(key for key in found if isinstance(key, str))
     if integers and texts:
@@ -142,47 +142,65 @@ def _read_split(name: str, lines: _Lines, root: Path, names: dict[int, str], err
         files.append(root / file_name)
     collector = Collector(root, names, errors)
     for (where, entry), path, size in zip(lines, files, read_sizes(files, errors), strict=True):
-        image_id = collector.add_image(path, size)
-        try:
-            boxes = _read_objects(entry, where)
-        except ValueError as error:
-            collector.reject(str(error))
-            continue
-        for i, (bbox, category) in enumerate(boxes):
-            try:
-                numbers, category_id = _check(bbox, category, collector, f"{where}: objects[{i}]")
-            except ValueError as error:
-                collector.reject(str(error))
-                continue
-            collector.add_box(image_id, category_id, numbers)
+        add_objects(collector, collector.add_image(path, size), entry, where)
     return collector.split(name)
 
 
-def _read_objects(entry: dict[str, Any], where: str) -> list[tuple[Any, Any]]:
-    """Return the boxes of an image, each with its category."""
+def add_objects(collector: Collector, image_id: int, entry: Mapping[str, Any], where: str) -> None:
+    """Add the boxes in the ``objects`` of an image, with ``area`` and ``iscrowd`` if they have them.
+
+    Args:
+        collector: what they are added to.
+        image_id: the id of the image.
+        entry: the columns of the image.
+        where: its position, for messages.
+
+    Raises:
+        ValueError: they are invalid, and the collector does not collect errors.
+    """
+    try:
+        objects = _read_objects(entry, where)
+    except ValueError as error:
+        collector.reject(str(error))
+        return
+    for i, one in enumerate(objects):
+        try:
+            category_id, bbox, others = _check(one, collector, f"{where}: objects[{i}]")
+        except ValueError as error:
+            collector.reject(str(error))
+            continue
+        collector.add_box(image_id, category_id, bbox, **others)
+
+
+def _read_objects(entry: Mapping[str, Any], where: str) -> list[Mapping[str, Any]]:
+    """Return the boxes of an image: bbox, category, and what else is known of them."""
     objects = get_value(entry, "objects", where)
     if objects is None:
         return []
     if isinstance(objects, list):  # one object per box, as ``datasets`` shows lists of structures
-        keys = [_category_key(entry) if isinstance(entry, Mapping) else "" for entry in objects]
-        pairs = zip(objects, keys, strict=True)
-        return [(get_value(o, "bbox", where), get_value(o, key, where)) for o, key in pairs]
-    boxes = get_value(objects, "bbox", f"{where}: objects")
-    key = _category_key(objects)
-    categories = get_value(objects, key, f"{where}: objects")
-    if not isinstance(boxes, list) or not isinstance(categories, list) or len(boxes) != len(categories):
-        raise ValueError(
-            f"{where}: objects: expected lists of one length, got bbox {_length(boxes)}, {key} {_length(categories)}"
-        )
-    return list(zip(boxes, categories, strict=True))
+        return [_fields(one, where)[1] for one in objects]
+    key, columns = _fields(objects, f"{where}: objects")
+    lengths = {len(column) if isinstance(column, list) else -1 for column in columns.values()}
+    if len(lengths) > 1 or -1 in lengths:
+        got = ", ".join(f"{key if name == 'category' else name} {_length(values)}" for name, values in columns.items())
+        raise ValueError(f"{where}: objects: expected lists of one length, got {got}")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _fields(objects: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of the category, and bbox, category, and area and iscrowd if they are there."""
+    key = _category_key(objects) if isinstance(objects, Mapping) else ""
+    found = {"bbox": get_value(objects, "bbox", where), "category": get_value(objects, key, where)}
+    return key, found | {name: objects[name] for name in ("area", "iscrowd") if objects.get(name) is not None}
 
 
 def _length(value: Any) -> str:
     return f"of {len(value)}" if isinstance(value, list) else describe(value)
 
 
-def _check(bbox: Any, category: Any, collector: Collector, where: str) -> tuple[list[float], int]:
-    """Return a box [x0, y0, w, h] and its category id."""
+def _check(one: Mapping[str, Any], collector: Collector, where: str) -> tuple[int, list[float], dict[str, Any]]:
+    """Return the category id of a box, the box [x0, y0, w, h], and its area and iscrowd if it has them."""
+    bbox, category = one["bbox"], one["category"]
     if not isinstance(bbox, list) or len(bbox) != 4:
         raise ValueError(f"{where}: expected a bbox [x0, y0, w, h], got {describe(bbox)}")
     numbers = [to_number(value, "bbox", where, limit=MAX_COORDINATE) for value in bbox]
@@ -192,4 +210,4 @@ def _check(bbox: Any, category: Any, collector: Collector, where: str) -> tuple[
     category_id = collector.ids.get(found) if isinstance(found, str) else found  # a name, or an index
     if category_id is None or category_id not in collector.ids.values():
         raise ValueError(f"{where}: expected a category of {describe(list(collector.ids))}, got {describe(category)}")
-    return numbers, category_id
+    return category_id, numbers, {name: one[name] for name in ("area", "iscrowd") if one.get(name) is not None}

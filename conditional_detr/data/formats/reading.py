@@ -154,7 +154,9 @@ def recognise(path: Path) -> Format:
         got = " and ".join(f"{format} ({file})" for format, file in present.items())
         raise ValueError(f"{path}: expected a dataset in one format, got {got}; give the format to use")
     children = shorten_list(sorted(child.name for child in path.iterdir()), 5) or "an empty folder"
+    parquet = next(path.rglob("*.parquet"), None)
+    hint = "" if parquet is None else "; Parquet files are read by train, compare and evaluate"
     raise ValueError(
         f"{path}: expected annotations: COCO JSON, {coco_folder.ROBOFLOW}, data.yaml with names and train, Pascal"
-        f" VOC's XML or {hugging_face.METADATA}; got {children}"
+        f" VOC's XML or {hugging_face.METADATA}; got {children}{hint}"
     )
