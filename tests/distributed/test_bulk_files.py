@@ -123,7 +123,7 @@ def test_uris_with_options(monkeypatch, options):
     monkeypatch.setattr(
         units_module, "walk", lambda name: walked.append(name) or (f"s3://b/{path}{options}" for path in found)
     )
-    monkeypatch.setattr(units_module, "_open_parquet", fail_to_open)
+    monkeypatch.setattr(units_module, "open_parquet", fail_to_open)
 
     def listed(argument):
         return sorted(names_of(list_units([absolute_input(argument)], output="out", size=9)))
@@ -197,7 +197,7 @@ def test_a_parquet_file_whose_footer_cannot_be_read_at_first(tmp_path, monkeypat
     values = [b"a", b"b", b"c", b"d", b"e"]
     write_parquet(tmp_path / "x.parquet", values, pa.binary())
     with monkeypatch.context() as once:
-        once.setattr(units_module, "_open_parquet", fail_to_open)
+        once.setattr(units_module, "open_parquet", fail_to_open)
         (unit,) = list_units([str(tmp_path / "x.parquet")], output="out", size=1)
     assert [*read_unit(unit)] == [Source(f"{tmp_path}/x.parquet#{row}", value) for row, value in enumerate(values)]
 
