@@ -38,7 +38,7 @@ class OptionFields(BaseModel):
 
 class _Request(OptionFields):
     model: str | None = Field(None, description="Name of the model; default: the first one.")
-    stream: bool = Field(False, description="Send the answer as server-sent events.")
+    stream: Flag | None = Field(None, description="Send the answer as server-sent events.")
 
 
 class ChatMessage(BaseModel):

@@ -68,6 +68,7 @@ BAD_REQUESTS = {
     "threshold": ([IMAGE], {"threshold": 1.5}, "bad_option", "threshold", "threshold: expected 0..1, got 1.5"),
     "text as threshold": ([IMAGE], {"threshold": "0.5"}, "invalid_request", "threshold", "got '0.5'"),
     "true as threshold": ([IMAGE], {"threshold": True}, "invalid_request", "threshold", "got True"),
+    "text as stream": ([IMAGE], {"stream": "yes"}, "invalid_request", "stream", "got 'yes'"),
     "top_k": ([IMAGE], {"top_k": 0}, "bad_option", "top_k", "top_k: expected"),
     "a fraction as top_k": ([IMAGE], {"top_k": 1.5}, "invalid_request", "top_k", "got 1.5"),
     "a fraction as class": ([IMAGE], {"classes": [1.0]}, "invalid_request", "classes", "got 1.0"),
