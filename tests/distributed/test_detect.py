@@ -15,6 +15,7 @@ import pytest
 
 from conditional_detr import Detector
 from conditional_detr.data.synthetic import draw_image
+from helpers.object_store import KEYS, object_store
 
 pytest.importorskip("ray", reason="Ray is not installed")
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
@@ -50,7 +51,7 @@ def environment():
     options = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     options |= {"RAY_raylet_start_wait_time_s": str(DEADLINE), "RAY_worker_register_timeout_seconds": str(DEADLINE)}
     options["RAY_AUTH_MODE"] = "disabled"  # the address is given, not found
-    environment = {**os.environ, **options, "PYTHONPATH": path}
+    environment = {**os.environ, **options, **KEYS, "PYTHONPATH": path}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     cluster = subprocess.Popen([sys.executable, "-c", CLUSTER], env=environment, text=True, **pipes)
     watch = threading.Timer(DEADLINE, cluster.kill)
@@ -118,6 +119,25 @@ def write_shards(folder, images):
         for index, path in enumerate(images[5:9]):
             writer.write({"__key__": f"{index:04}", "jpg": path.read_bytes(), "json": {"index": index}})
     return [*images[:5], None, *images[5:9]]
+
+
+def test_images_and_results_in_an_object_store(environment, images):
+    """By S3's protocol: folders of images, results, and resuming, which finds nothing left."""
+    with object_store() as store:
+        folder, out = store.put(images / "below", "photos"), store.uri("results")
+        options = ("--weights", "shapes", "--threshold", 0.3, "--engine", "ray", "--workers", 1, "--output", out)
+        command = [sys.executable, "-m", "conditional_detr", "detect", folder, *map(str, options)]
+        done = run(command, environment)
+        assert (done.returncode, "5 images, " in done.stdout) == (0, True), done.stderr[-3000:]
+        rows = pq.read_table("bucket/results", filesystem=store.files).to_pylist()
+        expected = {store.uri(f"photos/{path.name}"): path for path in (images / "below").iterdir()}
+        assert sorted(row["image"] for row in rows) == sorted(expected)
+        detector = Detector.from_pretrained("shapes")
+        for row in rows:
+            assert_found(row, detector(expected[row["image"]], threshold=0.3))
+        again = run([*command, "--resume"], environment)
+        assert again.returncode == 0, again.stderr[-3000:]
+        assert pq.read_table("bucket/results", filesystem=store.files).num_rows == 5
 
 
 def test_every_image_has_one_row_whatever_is_killed(environment, images, tmp_path):

@@ -16,13 +16,14 @@ from conditional_detr.data.augmentation import Augmentation
 from conditional_detr.data.batching import batches
 from conditional_detr.data.dataset import CocoData
 from conditional_detr.data.formats.conversion import convert_data
-from conditional_detr.data.formats.parquet import ShardImages, open_shards
+from conditional_detr.data.formats.parquet import ShardImages, find_shards, open_shards
 from conditional_detr.data.parquet import ParquetData
 from conditional_detr.data.synthetic import write_shapes
 from conditional_detr.evaluation.coco import evaluate
 from conditional_detr.training.callbacks import Callback
 from conditional_detr.training.config import TrainConfig
 from conditional_detr.training.loop import train
+from helpers.object_store import KEYS, object_store
 from helpers.training_runs import SMALL, steps_of
 
 SIZES = Preprocessing(64, 96)
@@ -143,6 +144,23 @@ def test_bad_images_are_skipped_up_to_the_limit(shards, tmp_path):
         fit(tmp_path, tmp_path / "run", workers=2)
     with pytest.warns(UserWarning, match=r"skipped .*train-00000-of-00001\.parquet#5, 1 of at most 1"):
         assert fit(tmp_path, tmp_path / "again", max_bad_images=1)[1].steps == 10
+
+
+def test_files_in_an_object_store_give_the_same_run(shards, uninterrupted, tmp_path, monkeypatch):
+    """By S3's protocol, with two workers, which are forked from the process that reads."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    with object_store() as store:
+        uri = store.put(shards, "shards")
+        assert [name.partition("?")[0] for name in find_shards(uri)["val"]] == [
+            "s3://bucket/shards/val-00000-of-00001.parquet"
+        ]
+        model, _ = fit(uri, tmp_path / "run", workers=2)
+        assert model.weights_digest() == uninterrupted[0]
+        trained = ConditionalDETR.from_pretrained("shapes")
+        val, here = open_shards(uri, split="val"), open_shards(shards, split="val")
+        got, expected = (evaluate(trained, x.annotations, ShardImages(x)) for x in (val, here))
+        assert got == expected
 
 
 def test_metrics_are_those_of_image_files(source, shards):
