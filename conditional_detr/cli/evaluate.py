@@ -31,6 +31,7 @@ from conditional_detr.modeling.metadata import PUBLISHED
 from conditional_detr.system.atomic_files import write_atomically
 from conditional_detr.system.outputs import check_output
 from conditional_detr.system.progress import progress_bar
+from conditional_detr.system.storage import absolute, is_remote
 
 if TYPE_CHECKING:
     from conditional_detr.data.formats.parquet import ShardImages
@@ -85,11 +86,11 @@ def evaluate(
         if thresholds is not None and results is not None:
             raise ValueError(f"--thresholds: expected none with --results, got {thresholds}")
         if json_file is not None:  # before hours of work, not after
-            inputs = [path for path in (data, images, results, weights, thresholds) if path is not None]
+            inputs = [path for path in (absolute(data), images, results, weights, thresholds) if path is not None]
             check_output(json_file, inputs=inputs, overwrite=overwrite)
         dataset: dict[str, Any] = {"split": split_name, "format": None if format is None else format.value}
         dataset["rotated"] = rotated.value
-        source, opened_images = _open_source(data, images, format, split_name)
+        source, opened_images = _open_source(data, images, format, split_name, rotated)
         with join_processes() as (rank, _):
             if results is not None:
                 from conditional_detr.evaluation.coco import evaluate_detections
@@ -110,7 +111,7 @@ def evaluate(
 
 
 def _open_source(
-    data: str, images: Path | None, format: DataFormat | None, split: str
+    data: str, images: Path | None, format: DataFormat | None, split: str, rotated: RotatedBoxes
 ) -> "tuple[DataSource, Path | ShardImages | None]":
     """Return the arguments of evaluate(): the annotations and images of Parquet files, of other formats what is given.
 
@@ -121,10 +122,10 @@ def _open_source(
     from conditional_detr.data.formats.reading import find_splits
 
     chosen: Any = None if format is None else format.value
-    if not is_parquet(data):
+    if not is_parquet(data) and not is_remote(data):
         find_splits(data, images, format=chosen)
         return data, images
-    refuse_with_parquet(images=images, format=chosen)
+    refuse_with_parquet(images=images, format=chosen, rotated=None if rotated is RotatedBoxes.BOX else rotated.value)
     shards = open_shards(data, split=split)
     return shards.annotations, ShardImages(shards)
 

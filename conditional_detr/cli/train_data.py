@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conditional_detr.cli.options import refuse_with_parquet
+from conditional_detr.system.storage import is_remote
 
 if TYPE_CHECKING:
     from conditional_detr.data.augmentation import Augmentation
@@ -104,14 +105,16 @@ def read_datasets(
     def opened_validation() -> "OpenedData | Shards | None":
         if val_data is None:
             return None
-        if is_parquet(val_data):
+        if is_parquet(val_data) or is_remote(val_data):
             return open_shards(val_data, split="val")
         return open_data(val_data, val_images or images, split="val", format=format)
 
-    if is_parquet(data):
+    if is_parquet(data) or is_remote(data):
         refuse_with_parquet(images=images, format=format, split=shares)
-        inside = open_shards(data, split="val") if "val" in find_shards(data) else None
-        return open_shards(data), opened_validation() or inside
+        validation = opened_validation()
+        if validation is None and "val" in find_shards(data):
+            validation = open_shards(data, split="val")
+        return open_shards(data), validation
 
     fractions = None if shares is None else parse_fractions(shares)
     splits = find_splits(data, images, format=format)

@@ -60,6 +60,8 @@ def batches(
         if probabilities is not None:
             raise ValueError("balanced: expected image files, got images in row groups, which are read one by one")
         return _local_batches(data, batch_size, generator, rank, processes)
+    if hasattr(data, "row_groups"):
+        return _steps(np.array_split(np.arange(len(data)), processes)[rank].tolist(), None, batch_size)
     size = batch_size * processes
     order = generator.permutation(len(data)).tolist() if shuffle else list(range(len(data)))
     if probabilities is not None:

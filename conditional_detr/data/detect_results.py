@@ -27,6 +27,10 @@ def read_detect_results(path: Path, data: Annotations) -> list[dict[str, Any]]:
         ValueError: a file of another form, an image that the dataset does not have, or that has results twice or
             another size.
     """
+    if (path / "_manifest.json").is_file():
+        raise ValueError(
+            f"{path}: expected JSON files of detect, got Parquet files of --engine ray, which are not read"
+        )
     ids = {_parts(str(info.get("file_name"))): image_id for image_id, info in data.images.items()}
     categories = {name: category_id for category_id, name in {**data.left_out, **data.categories}.items()}
     found: dict[Id, str] = {}

@@ -1,6 +1,7 @@
 """Train on datasets that do not fit on a machine: images in Parquet files, which are read as they are needed."""
 
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -24,10 +25,17 @@ _AHEAD = 2  # row groups that are read before they are needed
 
 
 class Sharding(NamedTuple):
-    """What the order of an epoch depends on, besides the seed: the number of row groups, and the shuffle buffer."""
+    """What the order of an epoch depends on, besides the seed.
+
+    Attributes:
+        row_groups: their number.
+        shuffle_buffer: number of images that are shuffled together.
+        sizes: CRC-32 of the numbers of images in the row groups.
+    """
 
     row_groups: int
     shuffle_buffer: int
+    sizes: int
 
 
 class ParquetData(AnnotatedData):
@@ -42,7 +50,7 @@ class ParquetData(AnnotatedData):
         images: the encoded images by image id.
         row_groups: the indices of the samples in each row group.
         shuffle_buffer: number of images that are shuffled together.
-        sharding: both in numbers, which a resumed run compares.
+        sharding: what a resumed run compares of them.
     """
 
     def __init__(
@@ -83,7 +91,8 @@ class ParquetData(AnnotatedData):
         self.shuffle_buffer = shuffle_buffer or min(_BUFFER_IMAGES, math.ceil(_BUFFER_BYTES / mean))
         self.images = ShardImages(shards)
         self.row_groups = [group.samples for group in shards.row_groups]
-        self.sharding = Sharding(len(self.row_groups), self.shuffle_buffer)
+        lengths = [len(group) for group in self.row_groups]
+        self.sharding = Sharding(len(lengths), self.shuffle_buffer, zlib.crc32(repr(lengths).encode()))
         self._contents: Contents = {}
         sizes = [size for image_id in annotations.images if (size := stated_size(annotations, image_id))]
         if len(sizes) < len(annotations.images):

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -26,7 +26,7 @@ from conditional_detr.data.coco import (
     is_outside,
     stated_size,
 )
-from conditional_detr.data.formats.reading import DataSource, Format, open_data
+from conditional_detr.data.formats.reading import DataSource, Format, find_splits, open_data
 from conditional_detr.data.json_values import Id
 from conditional_detr.data.rotated_boxes import ROTATED, rotated_indices
 from conditional_detr.inference.images import open_image, size_of
@@ -125,7 +125,7 @@ def check_data(
     listed = {(folder / name).resolve() for name in present}
     notes["image files without an entry in the annotations"] = [
         str(path)
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(_files_beside(data, folder, split, annotations, format))
         if path.suffix.lower() in Image.registered_extensions()
         and not path.name.startswith("._")  # macOS's metadata of another file
         and path.resolve() not in listed
@@ -145,6 +145,18 @@ def check_data(
         problems={kind: cases for kind, cases in problems.items() if cases},
         notes={kind: cases for kind, cases in notes.items() if cases},
     )
+
+
+def _files_beside(
+    data: Annotations, folder: Path, split: str, source: DataSource, format: Format | None
+) -> Iterator[Path]:
+    """Yield the files that images may be among: of one of several splits, those in the folders of its images."""
+    several = isinstance(source, str | Path) and len(find_splits(source, format=format)) > 1
+    if not several:
+        yield from folder.rglob("*")
+        return
+    for parent in {(folder / name).parent for name in _file_names(data).values()}:
+        yield from parent.iterdir() if parent.is_dir() else ()
 
 
 def _file_names(data: Annotations) -> dict[Id, str]:

@@ -5,6 +5,7 @@ score threshold. Under torch.distributed, each process detects on a part of the 
 and all processes get the same result.
 """
 
+import io
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -116,7 +117,11 @@ def evaluate(
         got = f"{len(missing)} of {len(data.images)} without, such as {next(iter(missing))}"
         raise ValueError(f"images: expected one for each image of {data.name}, got {got}")
     rank, processes = process_rank()
-    image_ids = sorted(data.images)[rank::processes]
+    if given is None:
+        image_ids = sorted(data.images)[rank::processes]
+    else:  # they may be in files that several of them share
+        order = list(data.images)
+        image_ids = [order[i] for i in np.array_split(np.arange(len(order)), processes)[rank]]
 
     def detect() -> ImageDetections:
         options = {"apply_thresholds": apply_thresholds}
@@ -213,7 +218,7 @@ def detect_all(
     if isinstance(images, dict):  # images of one size run together; others are read in their own order
         order.sort(key=lambda image_id: [str(data.images[image_id].get(side)) for side in ("height", "width")])
     threshold = None if apply_thresholds else 0.0
-    opened = (images[image_id] for image_id in order)
+    opened = (_named(images[image_id], data.images[image_id].get("file_name")) for image_id in order)
     results = detector(opened, threshold=threshold, top_k=MAX_DETECTIONS, classes=list(indices), batch_size=batch_size)
     by_image: ImageDetections = {}
     for image_id, detections in zip(order, results, strict=True):
@@ -223,6 +228,15 @@ def detect_all(
         if progress is not None:
             progress(len(by_image), len(order))
     return by_image
+
+
+def _named(image: ImageSource, name: Any) -> ImageSource:
+    """Return the bytes of an image as a file with a name, for messages; any other source as it is."""
+    if not isinstance(image, bytes):
+        return image
+    file = io.BytesIO(image)
+    file.name = str(name)
+    return file
 
 
 def _to_rows(detections: Detections, index_of: Mapping[str, int]) -> np.ndarray:

@@ -62,6 +62,8 @@ def make_postprocessing(
     if isinstance(threshold, Mapping):
         of_rows = _of_rows(names, rows, check_thresholds(threshold, class_names=names))
         return Postprocessing(rows, of_rows, top_k, scores)
+    if isinstance(threshold, str):  # type: ignore[unreachable]  # callers may ignore the type annotation
+        raise TypeError(f"threshold: expected a number in 0..1, or numbers by class name, got {threshold!r}")
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold: expected 0..1, got {threshold}")
     return Postprocessing(rows, threshold, top_k, scores)

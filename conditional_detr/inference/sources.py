@@ -41,9 +41,11 @@ def is_single_image(images: object) -> bool:
 
 
 def source_name(image: object, default: str) -> str:
-    """Return the name of an image for messages: its path or URL; ``default`` if it has neither."""
+    """Return the name of an image for messages: its path or URL, or that of an open file; else ``default``."""
     if isinstance(image, os.PathLike):
         return str(image)
+    if hasattr(image, "read") and isinstance(name := getattr(image, "name", None), str) and name:
+        return name
     if isinstance(image, str) and 0 < len(image) <= _MAX_NAME_LENGTH and not image.startswith("data:"):
         return image
     return default

@@ -52,6 +52,9 @@ class ApiKeys:
             content = self.path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path}: expected text in UTF-8: {error}") from error
+        except OSError as error:
+            message = f"{self.path}: the file of API keys cannot be read: {error.strerror or error}"
+            raise type(error)(error.errno, message) from error
         digests = []
         for number, line in enumerate(content.splitlines(), 1):
             text = _COMMENT.sub("", line).strip()

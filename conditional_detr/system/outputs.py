@@ -34,7 +34,7 @@ def check_output(
         if is_same_file(path, entry) or _is_below(path, entry):
             raise ValueError(f"{path}: expected a file to write, got an input")
     if not (overwrite or ours):
-        raise FileExistsError(f"{path}: already exists; set overwrite to replace it")
+        raise FileExistsError(f"{path}: already exists; set overwrite, or --overwrite, to replace it")
 
 
 def check_output_folder(folder: Path) -> None:

@@ -5,8 +5,12 @@ from typing import Any
 from conditional_detr.system.storage import locate
 
 
-def open_parquet(name: str) -> Any:
+def open_parquet(name: str, footer: Any = None) -> Any:
     """Return the ``pyarrow.parquet.ParquetFile`` of a path or URI.
+
+    Args:
+        name: the path or URI.
+        footer: its ``metadata``, from an earlier call, so that it is not read again.
 
     Raises:
         OSError: it cannot be read, or is no Parquet file.
@@ -16,7 +20,7 @@ def open_parquet(name: str) -> Any:
 
     filesystem, path = locate(name)
     try:
-        return ParquetFile(filesystem.open_input_file(path))
+        return ParquetFile(filesystem.open_input_file(path), metadata=footer)
     except ArrowInvalid as error:
         raise OSError(f"{name}: expected a Parquet file: {error}") from error
 
@@ -25,12 +29,14 @@ def image_column(name: str, schema: Any) -> str:
     """Return the column with the bytes of images: a binary one, or one of structs with ``bytes``, as of Hugging Face.
 
     Raises:
-        ValueError: there is none, or there are several and none is called "image" or "bytes".
+        ValueError: there is none, or there are several and none is called "image" or "bytes", or one that is has
+            something else.
     """
     from pyarrow import types
 
     def is_binary(kind: Any) -> bool:
-        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
 
     found = {field.name: field.name for field in schema if is_binary(field.type)}
     for field in schema:
@@ -38,12 +44,12 @@ def image_column(name: str, schema: Any) -> str:
             part.name == "bytes" and is_binary(part.type) for part in field.type.fields
         ):
             found[field.name] = f"{field.name}.bytes"
-    for preferred in ("image", "bytes", *(found if len(found) == 1 else ())):
-        if preferred in found:
-            return found[preferred]
-    raise ValueError(
-        f"{name}: expected a column 'image' or 'bytes' with the bytes of image files, got {', '.join(schema.names)}"
-    )
+    named = [name for name in ("image", "bytes") if name in schema.names]
+    for name_of_column in named or (found if len(found) == 1 else ()):
+        if name_of_column in found:
+            return found[name_of_column]
+    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    raise ValueError(f"{name}: expected a column 'image' or 'bytes' with the bytes of image files, got {columns}")
 
 
 def image_bytes(values: Any) -> list[bytes | None]:

@@ -78,6 +78,8 @@ def child(folder: str, *names: str) -> str:
 def walk(folder: str) -> Iterator[str]:
     """Yield the names of the files in a folder and below it; the entries of one branch are in memory.
 
+    Links to folders are followed on this machine; each folder is listed once.
+
     Raises:
         OSError: the folder cannot be listed.
     """
@@ -101,7 +103,12 @@ def _walk_here(folder: str) -> Iterator[str]:
     def fail(error: OSError) -> None:
         raise error
 
-    for current, below, files in os.walk(folder, onerror=fail):
+    seen = set()
+    for current, below, files in os.walk(folder, followlinks=True, onerror=fail):
+        if (real := os.path.realpath(current)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
         below.sort()
         for file in sorted(files):
             yield child(folder, Path(current, file).relative_to(folder).as_posix())

@@ -1,5 +1,6 @@
 """Comparison of a model with the datasets of a run, and of its modules with what a checkpoint stores."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,6 +107,19 @@ def check_images(train_data: SampleDataset, val_data: SampleDataset | None, max_
                 raise ValueError(message)
             if bad:
                 warnings.warn(message, stacklevel=5)
+
+
+def describe_shared_images(train_data: SampleDataset, val_data: SampleDataset | None) -> str:
+    """Return how many validation images are training images, too, of datasets that name their images; '' if none is."""
+    names: list[dict[str, None]] = []
+    for data in (train_data, *([] if val_data is None else [val_data])):
+        parts = [part for part in parts_of(data) if isinstance(getattr(part, "annotations", None), Annotations)]
+        of_data = [part.describe(i) for part in parts for i in range(len(part))]
+        names.append({os.path.abspath(name): None for name in of_data})  # noqa: PTH100  # links stay
+    if not (shared := [name for of_val in names[1:] for name in of_val if name in names[0]]):
+        return ""
+    count = f"{len(shared)} of the {len(names[1])} validation images are training images, too, such as {shared[0]}"
+    return f"{count}: AP on these measures what was trained"
 
 
 def match_classes(model: DetectionTransformer, data: SampleDataset, name: str) -> SampleDataset:

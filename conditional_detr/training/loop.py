@@ -103,6 +103,8 @@ def train(
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config: expected a TrainConfig, got {type(config).__name__}")
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: expected a folder for the run, got a file")
     train_data = match_classes(model, train_data, "train_data")
     val_data = None if val_data is None else match_classes(model, val_data, "val_data")
     for name, data in (("train_data", train_data), ("val_data", val_data)):

@@ -30,7 +30,7 @@ from conditional_detr.training.checkpoints import (
     save_checkpoint,
 )
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.consistency import check_images, parts_of
+from conditional_detr.training.consistency import check_images, describe_shared_images, parts_of
 from conditional_detr.training.first_epoch import FirstEpochReport, check_first_epoch
 from conditional_detr.training.loader import BatchLoader, InputTimes, LoadedBatch, SampleDataset
 from conditional_detr.training.logging import RunLogger
@@ -139,6 +139,7 @@ class Run:
                     self._report(str(cache))
             if not self.finished:
                 self._report("\n".join(advise(self.stepper, self.config, self.accelerator)))
+                self._report(describe_shared_images(self.train_data, self.val_data))
             if self.stepper.config.warmup != self.config.warmup:
                 fitted, wanted = self.stepper.config.warmup, self.config.warmup
                 self._report(f"warm-up of {fitted} steps instead of {wanted}: the whole run has {total} steps")

@@ -112,7 +112,9 @@ def test_a_written_card_is_not_replaced(model, tmp_path):
     assert read_licence(tmp_path / "x") == "mit"
     card = tmp_path / "x" / "README.md"
     card.write_text("My own words.")
-    with pytest.raises(FileExistsError, match=r"README\.md: already exists; set overwrite to replace it"):
+    with pytest.raises(
+        FileExistsError, match=r"README\.md: already exists; set overwrite, or --overwrite, to replace it"
+    ):
         model.save_pretrained(tmp_path / "x", card=True)
     model.save_pretrained(tmp_path / "x")
     assert card.read_text() == "My own words."

@@ -378,7 +378,7 @@ def test_only_files_of_an_earlier_call_are_replaced(tiny, small, tmp_path):
     AutoModelForObjectDetection.from_pretrained(ours).save_pretrained(theirs)
     for folder in (theirs, tiny.folder):
         before = contents(folder)
-        with pytest.raises(FileExistsError, match=r"already exists; set overwrite to replace it"):
+        with pytest.raises(FileExistsError, match=r"already exists; set overwrite, or --overwrite, to replace it"):
             small.save_pretrained(folder)
         assert contents(folder) == before
     small.save_pretrained(theirs, overwrite=True)

@@ -44,7 +44,7 @@ def test_report_of_results(folder):
     assert rows[0][1:6:2] == ["localisation", "16.50", "1"]
     again = run("analyse", *data, "--output", "new/report")
     assert again.exit_code == 2
-    assert "report.html: already exists; set overwrite to replace it" in again.stderr
+    assert "report.html: already exists; set overwrite, or --overwrite, to replace it" in again.stderr
     Path("images").rename("elsewhere")
     without = run("analyse", *data, "--output", "new/report", "--overwrite")
     assert without.exit_code == 0

@@ -46,13 +46,13 @@ def test_nothing_is_overwritten_unasked(written, least, tmp_path):
     before = path.read_bytes()
     refused = run("export", least, path)
     assert refused.exit_code == 2
-    assert "small.onnx: already exists; set overwrite to replace it" in refused.stderr
+    assert "small.onnx: already exists; set overwrite, or --overwrite, to replace it" in refused.stderr
     assert path.read_bytes() == before
     (tmp_path / "x.bin").touch()
     refused = run("export", least, tmp_path / "x.xml")
-    assert "x.bin: already exists; set overwrite to replace it" in refused.stderr
+    assert "x.bin: already exists; set overwrite, or --overwrite, to replace it" in refused.stderr
     refused = run("export", least, tmp_path / "x.XML")
-    assert "x.bin: already exists; set overwrite to replace it" in refused.stderr
+    assert "x.bin: already exists; set overwrite, or --overwrite, to replace it" in refused.stderr
     half = run("export", least, tmp_path / "x.xml", "--half", "--overwrite")
     assert half.exit_code == 0, half.output
     assert (tmp_path / "x.bin").stat().st_size > 0

@@ -76,7 +76,10 @@ def test_convert_overwrites_only_when_told(tiny, tmp_path):
     (target / "config.json").write_text("mine")
     refused = run("convert", tiny.folder, target)
     assert refused.exit_code == 2
-    assert refused.stderr == f"error: {target / 'config.json'}: already exists; set overwrite to replace it\n"
+    assert (
+        refused.stderr
+        == f"error: {target / 'config.json'}: already exists; set overwrite, or --overwrite, to replace it\n"
+    )
     assert files_in(target) == ["config.json", "notes.txt"]
     assert (target / "config.json").read_text() == "mine"
     assert run("convert", tiny.folder, target, "--overwrite").exit_code == 0

@@ -226,6 +226,16 @@ def test_yolo_forms(tmp_path, monkeypatch, files, elsewhere):
         assert CocoData(tmp_path / "set").class_names == ("cat", "dog")
 
 
+def test_the_root_of_a_yolo_dataset_that_is_given_by_a_relative_path(yolo, monkeypatch):
+    """``path: .`` is the folder of data.yaml where that has the images, not the working folder above it."""
+    text = (yolo / "data.yaml").read_text()
+    (yolo / "data.yaml").write_text(f"path: .\n{text}" if "path:" not in text else text)
+    monkeypatch.chdir(yolo.parent)
+    assert open_data(yolo.name).images == Path(yolo.name)
+    report = check_data(yolo.name)
+    assert "image files without an entry in the annotations" not in report.notes
+
+
 def test_a_yolo_image_without_labels_has_no_objects(tmp_path):
     write_files(tmp_path, {**YOLO_FORMS["folder"], "images/train/b.png": "", "images/train/._c.png": ""})
     assert boxes_of(open_data(tmp_path).annotations) == {"a.png": BOX, "b.png": []}

@@ -1,6 +1,8 @@
 """Datasets in Parquet files: the samples are those of image files, each once an epoch, few row groups at a time."""
 
 import io
+import json
+import os
 from collections import Counter
 
 import datasets
@@ -17,7 +19,7 @@ from conditional_detr.data.batching import batches
 from conditional_detr.data.dataset import CocoData
 from conditional_detr.data.formats.conversion import convert_data
 from conditional_detr.data.formats.parquet import RowGroup, find_shards, is_parquet, open_shards
-from conditional_detr.data.formats.parquet_writing import plan_shards
+from conditional_detr.data.formats.parquet_writing import _row_groups, plan_shards
 from conditional_detr.data.formats.reading import open_data
 from conditional_detr.data.parquet import ParquetData
 from helpers import coco
@@ -164,7 +166,7 @@ def test_conversion_leaves_no_files_of_an_earlier_one_beside_its_own(tmp_path):
     convert_data(path, out, images, to="parquet", overwrite=True)
     assert (out / "all-00000-of-00001.parquet").read_bytes() == before
     (out / "all-00001-of-00002.parquet").write_bytes(before)
-    with pytest.raises(FileExistsError, match=r"no other Parquet files of the split all, got all-00001-of-00002"):
+    with pytest.raises(FileExistsError, match=r"expected no other Parquet files, .*, got all-00001-of-00002"):
         convert_data(path, out, images, to="parquet", overwrite=True)
     Image.new("RGB", (3, 3)).save(images / "11.png")
     with pytest.raises(ValueError, match=r"11\.png: expected 64 x 48 pixels"):
@@ -332,7 +334,8 @@ def test_class_names_must_be_the_same_in_all_files(tmp_path):
     write_by_datasets(tmp_path, 4, files=1)
     other = {**FEATURES["objects"], "category": datasets.List(datasets.ClassLabel(names=["a", "b"]))}
     features = datasets.Features({**FEATURES, "objects": other})
-    write_by_datasets(tmp_path / "more", 4, files=1, features=features)
+    (file,) = write_by_datasets(tmp_path / "more", 4, files=1, features=features).iterdir()
+    file.rename(tmp_path / "train-more.parquet")
     with pytest.raises(ValueError, match=r"expected the same class names in all files, got .*cat, dog in"):
         ParquetData(tmp_path)
 
@@ -405,3 +408,138 @@ def test_webdataset_shards_become_parquet_files_by_datasets(tmp_path):
         expected = np.asarray(given["image"][i])[0, :2, 0] / 255
         np.testing.assert_allclose(pixels.numpy(), expected, atol=1e-6)
         assert data[i][1]["labels"].tolist() == objects["category"]
+
+
+def test_files_of_a_conversion_that_was_killed_are_no_data(shards, tmp_path):
+    """Drafts are left out, and removed by the next conversion; a part of numbered files is refused."""
+    path, images = coco.write(tmp_path / "source")
+    out = tmp_path / "out"
+    draft = out / ".0123456789abcdef.unfinished"
+    draft.mkdir(parents=True)
+    (draft / "train-00000-of-00002.parquet").write_bytes(b"half")
+    with pytest.raises(FileNotFoundError, match="expected a Parquet file, or a folder with them, got none"):
+        find_shards(out)
+    convert_data(path, out, images, to="parquet")
+    assert not draft.exists()
+    assert len(ParquetData(out, preprocessing=SMALL)) == 3
+    part = tmp_path / "part"
+    part.mkdir()
+    for file in [*shards.iterdir()][:1]:
+        (part / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"train: expected 2 files, got 1, without 0000\d-of-00002\.parquet"):
+        ParquetData(part)
+
+
+def test_class_names_are_those_of_the_category(tmp_path):
+    """Other features may be ClassLabels, too; a file without rows says nothing; names may be in another split only."""
+    truncated = datasets.List(datasets.ClassLabel(names=["no", "yes"]))
+    objects = {"truncated": truncated, **FEATURES["objects"]}
+    given = rows(4)
+    given["objects"] = [{**one, "truncated": [0]} for one in given["objects"]]
+    whole = datasets.Dataset.from_dict(given, features=datasets.Features({**FEATURES, "objects": objects}))
+    whole.to_parquet(str(tmp_path / "x.parquet"))
+    pq.write_table(pa.table(columns()).slice(0, 0), tmp_path / "empty.parquet")
+    data = ParquetData(tmp_path, preprocessing=SMALL)
+    assert (data.class_names, len(data)) == (("cat", "dog"), 4)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for split, name in (("train", "b"), ("val", "a")):
+        pq.write_table(pa.table(columns(**one(category=[name]))), folder / f"{split}.parquet")
+    assert ParquetData(folder, preprocessing=SMALL).class_names == ("a", "b")
+
+
+def test_row_groups_have_at_most_100_megabytes(tmp_path):
+    """Unless one image has more; names and ids that Parquet cannot store as they are become texts."""
+    paths = {}
+    for i, megabytes in enumerate((60, 60, 30, 120, 1)):
+        paths[2**70 + i] = tmp_path / f"{i}\udcff.bin"
+        paths[2**70 + i].write_bytes(b"")
+        os.truncate(paths[2**70 + i], megabytes * 1_000_000)
+    assert [len(group) for group, _ in _row_groups(paths, 100)] == [1, 2, 1, 1]
+    content = coco.content()
+    _, images = coco.write(tmp_path / "source")
+    for entry in (*content["images"], *content["annotations"]):
+        key = "file_name" if "file_name" in entry else "image_id"
+        entry["id" if key == "file_name" else key] += 2**70
+    (images / "10.png").rename(images / "10\udcff.png")
+    content["images"][0]["file_name"] = "10\udcff.png"
+    (tmp_path / "source" / "data.json").write_text(json.dumps(content))
+    convert_data(tmp_path / "source" / "data.json", tmp_path / "out", images, to="parquet")
+    table = pq.read_table(tmp_path / "out" / "all-00000-of-00001.parquet")
+    assert table["image_id"].to_pylist() == [str(2**70 + i) for i in (10, 11, 12)]
+    assert table["image"][0]["path"].as_py() == "10\ufffd.png"
+
+
+@pytest.mark.parametrize("names", [["minitrain", "minival"], ["train", "minival"], ["train", "training"]])
+def test_splits_that_names_of_files_do_not_tell_apart_are_not_written(tmp_path, names):
+    content = coco.content()
+    coco.write(tmp_path / "source")
+    (tmp_path / "source" / "data.json").unlink()
+    for name in names:
+        (tmp_path / "source" / f"instances_{name}.json").write_text(json.dumps(content))
+    with pytest.raises((OSError, ValueError), match=r"expected splits that are called train|expected one train split"):
+        convert_data(tmp_path / "source", tmp_path / "out", tmp_path / "source" / "images", to="parquet")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_file_or_the_nearest_folder_says_the_split(tmp_path):
+    def write(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.table(columns()), tmp_path / name)
+
+    write("test-kit/train-0.parquet", "test-kit/val-0.parquet", "linked/more.parquet")
+    assert [*find_shards(tmp_path / "test-kit")] == ["train", "val"]
+    assert [*find_shards(tmp_path / "test-kit" / "val-0.parquet")] == ["all"]
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "train" / "link").symlink_to(tmp_path / "linked")
+    write("data/train/0000.parquet")
+    assert len(open_shards(tmp_path / "data").annotations.images) == 4
+    write("both/full/train-0.parquet", "both/small/train-0.parquet")
+    with pytest.raises(ValueError, match=r"expected the splits in one folder, got full, small"):
+        find_shards(tmp_path / "both")
+    write("spark.parquet/part-0.parquet")
+    assert is_parquet(tmp_path / "spark.parquet")
+
+
+@pytest.mark.parametrize("metadata", ['{"info": null}', '{"info": {"features": null}}', "[]"])
+def test_metadata_of_other_programs(tmp_path, metadata):
+    table = pa.table(columns())
+    pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "x.parquet")
+    assert ParquetData(tmp_path, preprocessing=SMALL).class_names == ("cat",)
+    pq.write_table(table.replace_schema_metadata({"huggingface": "text"}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet: expected JSON in the metadata of huggingface"):
+        ParquetData(tmp_path)
+
+
+def test_a_file_that_changes_is_an_error_of_its_images(tmp_path, shards):
+    """Read by the footer of the beginning, so that many row groups are not as many footers."""
+    path = tmp_path / "x.parquet"
+    table = pa.table(columns(image=[png(), png()]))
+    pq.write_table(table, path, row_group_size=1)
+    data = ParquetData(path, preprocessing=SMALL)
+    assert data.sharding != ParquetData(shards, preprocessing=SMALL).sharding
+    pq.write_table(table.slice(0, 1), path)
+    found = next(data.read_ahead([[0, 1]]))
+    assert all(isinstance(content, bytes) or "or the file has changed" in str(content) for content in found.values())
+    assert isinstance(found[1], OSError)
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "binary_view", "large_binary"])
+def test_image_columns_of_other_types(tmp_path, kind):
+    images = pa.array([png(), png()])
+    images = images.dictionary_encode() if kind == "dictionary" else images.cast(getattr(pa, kind)())
+    pq.write_table(pa.table(columns(image=images)), tmp_path / "x.parquet")
+    assert ParquetData(tmp_path, preprocessing=SMALL)[1][0].shape == (3, 29, 48)
+
+
+def test_other_binary_columns_are_no_images(tmp_path):
+    pq.write_table(pa.table(columns(image=["a.png", "b.png"]) | {"mask": [png(), png()]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"expected a column 'image' .*, got image \(string\), .*mask \(binary\)"):
+        ParquetData(tmp_path)
+
+
+def test_processes_that_measure_have_parts_of_their_own(shards):
+    data = ParquetData(shards, preprocessing=SMALL)
+    plans = [batches(data, 4, seed=0, epoch=0, shuffle=False, rank=rank, processes=3) for rank in range(3)]
+    assert [index for plan in plans for batch in plan for index in batch] == list(range(50))

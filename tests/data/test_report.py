@@ -208,3 +208,15 @@ def test_sheet_without_readable_images(tmp_path):
         image.unlink()
     with pytest.raises(ValueError, match="images: expected images, got none that can be read"):
         draw_sheet(annotations, images)
+
+
+def test_images_of_other_splits_are_not_left_over(tmp_path):
+    """Of one of several splits, only files beside its own images are looked at."""
+    for split in ("train", "val"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        (tmp_path / "labels" / split).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "images" / split / "a.png")
+        (tmp_path / "labels" / split / "a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "data.yaml").write_text("names: [cat]\ntrain: images/train\nval: images/val\n")
+    assert not check_data(tmp_path).notes
+    assert not check_data(tmp_path, split="val").notes

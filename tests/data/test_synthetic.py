@@ -159,7 +159,9 @@ def test_only_files_of_an_earlier_call_are_replaced(tmp_path):
     mine = tmp_path / "val" / "000001.jpg"
     mine.parent.mkdir()
     mine.write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match=r"000001\.jpg: already exists; set overwrite to replace it"):
+    with pytest.raises(
+        FileExistsError, match=r"000001\.jpg: already exists; set overwrite, or --overwrite, to replace it"
+    ):
         write_shapes(tmp_path, 2, seed=0, split="val", size=(64, 64))
     assert [file.name for file in mine.parent.iterdir()] == [mine.name]
     assert mine.read_bytes() == b"mine"

@@ -264,7 +264,7 @@ def test_command_measures_the_loss_of_ap(dataset, tmp_path):
 
     again = run("quantize", "shapes", target, *options)
     assert again.exit_code == 2
-    assert "shapes.xml: already exists; set overwrite to replace it" in again.stderr
+    assert "shapes.xml: already exists; set overwrite, or --overwrite, to replace it" in again.stderr
 
 
 def test_command_keeps_more_parts_in_float_until_ap_is_high_enough(least, dataset, tmp_path, monkeypatch):

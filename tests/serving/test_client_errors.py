@@ -68,7 +68,6 @@ BAD_REQUESTS = {
     "threshold": ([IMAGE], {"threshold": 1.5}, "bad_option", "threshold", "threshold: expected 0..1, got 1.5"),
     "text as threshold": ([IMAGE], {"threshold": "0.5"}, "invalid_request", "threshold", "got '0.5'"),
     "true as threshold": ([IMAGE], {"threshold": True}, "invalid_request", "threshold", "got True"),
-    "text as stream": ([IMAGE], {"stream": "yes"}, "invalid_request", "stream", "got 'yes'"),
     "top_k": ([IMAGE], {"top_k": 0}, "bad_option", "top_k", "top_k: expected"),
     "a fraction as top_k": ([IMAGE], {"top_k": 1.5}, "invalid_request", "top_k", "got 1.5"),
     "a fraction as class": ([IMAGE], {"classes": [1.0]}, "invalid_request", "classes", "got 1.0"),
@@ -97,6 +96,13 @@ def test_bad_requests(client, parts, options, code, param, message):
         assert message in error.body["message"]
         assert error.request_id == error.response.headers["x-request-id"]
         assert "retry-after" not in error.response.headers
+
+
+def test_a_text_that_says_whether_to_stream(client):
+    """As OpenAI's API: true, false or null."""
+    with pytest.raises(openai.BadRequestError, match=r"stream: .*got 'yes'"):
+        chat(client, IMAGE, stream="yes")
+    assert chat(client, IMAGE, stream=None).choices
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "responses", "infer", "detect"])

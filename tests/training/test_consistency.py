@@ -62,6 +62,21 @@ def test_classes_in_another_order_are_matched_by_name(shapes, tmp_path):
     assert len(pickle.loads(pickle.dumps(MatchedClasses(Rectangles(3), [1, 0])))) == 3
 
 
+def test_validation_on_training_images_is_reported(shapes, tmp_path, capsys):
+    """By the paths of the images, however they were given; other images are not reported."""
+    data = CocoData(*shapes, preprocessing=SIZE)
+    again = CocoData(shapes[0], shapes[1] / ".." / shapes[1].name, preprocessing=SIZE)
+    train(model_of(data.metadata), data, again, ONE, folder=tmp_path / "shared")
+    assert "4 of the 4 validation images are training images, too, such as" in capsys.readouterr().err
+    other = CocoData(
+        write_shapes(tmp_path, 2, seed=0, split="val", size=(64, 80)), tmp_path / "val", preprocessing=SIZE
+    )
+    train(model_of(data.metadata), data, other, ONE, folder=tmp_path / "other")
+    assert "training images, too" not in capsys.readouterr().err
+    with pytest.raises(NotADirectoryError, match=r"instances_train\.json: expected a folder for the run, got a file"):
+        run(model_of(data.metadata), data, shapes[0])
+
+
 def test_classes_that_cannot_be_matched_are_refused(shapes, tmp_path):
     data = CocoData(*shapes, preprocessing=SIZE)
     message = (

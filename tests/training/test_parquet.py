@@ -103,7 +103,7 @@ def test_numbers_are_those_of_image_files_in_the_same_order(source, shards, unin
 def test_a_run_does_not_resume_in_another_order(shards, tmp_path):
     with pytest.raises(RuntimeError, match="the machine fails"):
         fit(shards, tmp_path / "run", stop_at=3)
-    with pytest.raises(ValueError, match=r"sharding 'Sharding\(row_groups=4, shuffle_buffer=7\)', not .*=6"):
+    with pytest.raises(ValueError, match=r"sharding 'Sharding\(row_groups=4, shuffle_buffer=7, .*, not .*=6"):
         fit(shards, tmp_path / "run", resume=True, buffer=7)
 
 
@@ -177,6 +177,14 @@ def test_metrics_are_those_of_image_files(source, shards):
     }
     with pytest.raises(ValueError, match=r"images: expected one for each image of .*, got 5 of 5 without, such as 1"):
         evaluate(model, val.annotations, {})
+
+
+def test_a_bad_image_of_the_validation_is_named(shards):
+    val = open_shards(shards, split="val")
+    images = {**ShardImages(val), 3: b"text"}
+
+    with pytest.raises(ValueError, match=r"val-00000-of-00001\.parquet#2: expected an image"):
+        evaluate(ConditionalDETR.from_pretrained("shapes"), val.annotations, images)
 
 
 def run(*arguments):

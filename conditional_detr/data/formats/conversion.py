@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from conditional_detr.data.coco import Annotations, image_paths, read_annotations
-from conditional_detr.data.formats.content import WHOLE, Splits
+from conditional_detr.data.formats.content import WHOLE, Splits, split_name
 from conditional_detr.data.formats.parquet_writing import plan_shards
 from conditional_detr.data.formats.reading import Format, find_splits, image_folder_of
 from conditional_detr.data.formats.splitting import parse_fractions, split_data
 from conditional_detr.data.json_values import Id, shorten_list
-from conditional_detr.system.atomic_files import encode_text, write_atomically
+from conditional_detr.system.atomic_files import encode_text, remove_unfinished, write_atomically
 from conditional_detr.system.outputs import check_output, check_output_folder, is_same_file
 
 Target: TypeAlias = Literal["coco", "parquet"]
@@ -91,8 +91,11 @@ def convert_data(
             if folder.is_dir():  # otherwise it is made
                 check_output(folder / name, inputs=[source], overwrite=overwrite)
 
+    remove_unfinished(folder)
     if to == "coco":
         check([_json_name(name) for name in shares or splits])
+    else:
+        _check_split_names([*(shares or splits)])
     parts = [*_read_parts(splits, shares, seed)]
     total, done = sum(len(part.paths) for part in parts), 0
 
@@ -112,15 +115,23 @@ def convert_data(
         else:
             files = plan_shards(part.name, part.annotations, part.paths, written=count)
             check([*files])
-            others = {path.name for path in folder.glob(f"{part.name}-*.parquet")} - files.keys()
-            if others:
-                got = shorten_list(sorted(others), 3)
-                raise FileExistsError(f"{folder}: expected no other Parquet files of the split {part.name}, got {got}")
         writers |= {folder / name: write for name, write in files.items()}
         written.append(Written(tuple(folder / name for name in files), part.images, part.annotations))
+    if to == "parquet" and (
+        others := {path.name for path in folder.glob("*.parquet")} - {path.name for path in writers}
+    ):
+        got = shorten_list(sorted(others), 3)
+        raise FileExistsError(f"{folder}: expected no other Parquet files, which would be read with these, got {got}")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(writers)
     return written
+
+
+def _check_split_names(names: list[str]) -> None:
+    """Raise ValueError if splits cannot be told apart by the names of their Parquet files."""
+    found = [split_name(name) for name in names]
+    if len(names) > 1 and (None in found or len(set(found)) < len(found)):
+        raise ValueError(f"expected splits that are called train, val or test, got {', '.join(names)}")
 
 
 def _json_name(split: str) -> str:

@@ -128,7 +128,8 @@ def names_in(path: str | Path, entries: Iterable[Mapping[str, Any]]) -> dict[int
     return integers or dict(enumerate(texts))
 
 
-def _category_key(objects: Mapping[str, Any]) -> str:
+def category_key(objects: Mapping[str, Any]) -> str:
+    """Return the name of the categories in an image's objects."""
     return next((key for key in _CATEGORIES if key in objects), _CATEGORIES[0])
 
 
@@ -189,7 +190,7 @@ def _read_objects(entry: Mapping[str, Any], where: str) -> list[Mapping[str, Any
 
 def _fields(objects: Any, where: str) -> tuple[str, dict[str, Any]]:
     """Return the name of the category, and bbox, category, and area and iscrowd if they are there."""
-    key = _category_key(objects) if isinstance(objects, Mapping) else ""
+    key = category_key(objects) if isinstance(objects, Mapping) else ""
     found = {"bbox": get_value(objects, "bbox", where), "category": get_value(objects, key, where)}
     return key, found | {name: objects[name] for name in ("area", "iscrowd") if objects.get(name) is not None}
 
@@ -210,4 +211,8 @@ def _check(one: Mapping[str, Any], collector: Collector, where: str) -> tuple[in
     category_id = collector.ids.get(found) if isinstance(found, str) else found  # a name, or an index
     if category_id is None or category_id not in collector.ids.values():
         raise ValueError(f"{where}: expected a category of {describe(list(collector.ids))}, got {describe(category)}")
-    return category_id, numbers, {name: one[name] for name in ("area", "iscrowd") if one.get(name) is not None}
+    others = {name: one[name] for name in ("area", "iscrowd") if one.get(name) is not None}
+    to_number(others.get("area", 0), "area", where)
+    if others.get("iscrowd", 0) not in (0, 1):
+        raise ValueError(f"{where}: expected 0 or 1 as iscrowd, got {describe(others['iscrowd'])}")
+    return category_id, numbers, others

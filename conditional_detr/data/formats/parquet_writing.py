@@ -1,6 +1,7 @@
 """Write a dataset as Parquet files with the encoded images, which Hugging Face's ``datasets`` reads, too."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from conditional_detr.data.json_values import Id
 from conditional_detr.inference.images import size_of_file
 
 ROW_GROUP = 100  # images that are read together
+ROW_GROUP_BYTES = 100_000_000  # of them, unless one has more
 SHARD_BYTES = 500_000_000  # of a file, unless one row group has more
 
 
@@ -37,15 +39,15 @@ def plan_shards(
         OSError: an image cannot be read.
     """
     shards: list[list[list[Id]]] = [[]]
-    size, ids = 0, list(paths)
-    for start in range(0, len(ids), row_group):
+    size = 0
+    for group, of_group in _row_groups(paths, row_group):
         if size >= shard_bytes:
             shards.append([])
             size = 0
-        group = ids[start : start + row_group]
-        size += sum(paths[image_id].stat().st_size for image_id in group)
+        size += of_group
         shards[-1].append(group)
     names, _ = map_classes(data, None)
+    integer_ids = all(isinstance(image_id, int) and abs(image_id) < 2**63 for image_id in paths)
     boxes: dict[Id, list[dict[str, Any]]] = {image_id: [] for image_id in paths}
     for annotation in data.annotations:
         boxes[annotation["image_id"]].append(annotation)
@@ -57,15 +59,17 @@ def plan_shards(
             of_image = boxes[image_id]
             objects = {name: [one[name] for one in of_image] for name in ("bbox", "area", "iscrowd")}
             objects["category"] = [names.index(data.categories[one["category_id"]]) for one in of_image]
-            image = {"bytes": path.read_bytes(), "path": path.name}
-            yield {"image": image, "image_id": image_id, "height": size[0], "width": size[1], "objects": objects}
+            name = os.fsencode(path.name).decode("utf-8", "replace")  # other names are no text of Parquet
+            image = {"bytes": path.read_bytes(), "path": name}
+            shown = image_id if integer_ids else str(image_id)
+            yield {"image": image, "image_id": shown, "height": size[0], "width": size[1], "objects": objects}
 
     def writer(groups: list[list[Id]]) -> Callable[[Path], None]:
         def write(path: Path) -> None:
             import pyarrow as pa
             from pyarrow.parquet import ParquetWriter
 
-            schema = _schema([name or "" for name in names], isinstance(ids[0], int))
+            schema = _schema([name or "" for name in names], integer_ids)
             with ParquetWriter(path, schema, compression="none") as file:  # images are compressed already
                 for group in groups:
                     file.write_table(pa.Table.from_pylist([*rows(group)], schema))
@@ -75,6 +79,20 @@ def plan_shards(
 
     total = len(shards)
     return {f"{split}-{i:05}-of-{total:05}.parquet": writer(groups) for i, groups in enumerate(shards)}
+
+
+def _row_groups(paths: Mapping[Id, Path], most: int) -> Iterator[tuple[list[Id], int]]:
+    """Yield the images of each row group, and their bytes."""
+    group: list[Id] = []
+    size = 0
+    for image_id, path in paths.items():
+        bytes_of_image = path.stat().st_size
+        if group and (len(group) == most or size + bytes_of_image > ROW_GROUP_BYTES):
+            yield group, size
+            group, size = [], 0
+        group.append(image_id)
+        size += bytes_of_image
+    yield group, size
 
 
 def _schema(names: list[str], integer_ids: bool) -> Any:

@@ -16,6 +16,7 @@ DataSource: TypeAlias = str | Path | Mapping[str, Any] | Annotations
 """A file or folder in any format, the content of a COCO JSON file, or annotations that are already read."""
 
 _SUFFIXES: dict[str, Format] = {".yaml": "yolo", ".yml": "yolo", ".data": "yolo", ".jsonl": "huggingface"}
+_PARQUET = "; Parquet files are read by train, compare and evaluate"
 
 
 class OpenedData(NamedTuple):
@@ -140,6 +141,8 @@ def recognise(path: Path) -> Format:
         ValueError: none or several formats fit.
     """
     if path.is_file():
+        if path.suffix.lower() == ".parquet":
+            raise ValueError(f"{path}: expected annotations, got a Parquet file{_PARQUET}")
         return _SUFFIXES.get(path.suffix.lower(), "coco")
     found: dict[Format, Path | None] = {
         "coco": next(iter(coco_folder.find_files(path).values()), None),
@@ -155,7 +158,7 @@ def recognise(path: Path) -> Format:
         raise ValueError(f"{path}: expected a dataset in one format, got {got}; give the format to use")
     children = shorten_list(sorted(child.name for child in path.iterdir()), 5) or "an empty folder"
     parquet = next(path.rglob("*.parquet"), None)
-    hint = "" if parquet is None else "; Parquet files are read by train, compare and evaluate"
+    hint = "" if parquet is None else _PARQUET
     raise ValueError(
         f"{path}: expected annotations: COCO JSON, {coco_folder.ROBOFLOW}, data.yaml with names and train, Pascal"
         f" VOC's XML or {hugging_face.METADATA}; got {children}{hint}"

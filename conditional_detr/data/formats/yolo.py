@@ -224,7 +224,8 @@ def _read_split(description: _Description, name: str, errors: Errors) -> Split:
         raise FileNotFoundError(
             f"{description.file}: {name}: expected label files such as {labels[0]}, got none for {len(paths)} images"
         )
-    root = next((root for root in description.roots if paths[0].is_relative_to(root)), description.file.parent)
+    inside = [root for root in description.roots if paths[0].absolute().is_relative_to(root.absolute())]
+    root = max(inside, key=lambda root: len(root.absolute().parts), default=description.file.parent)
     collector = Collector(root, description.names, errors)
     for path, label, size in zip(paths, labels, read_sizes(paths, errors), strict=True):
         image_id = collector.add_image(path, size)
