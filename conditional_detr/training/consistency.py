@@ -110,7 +110,7 @@ def check_images(train_data: SampleDataset, val_data: SampleDataset | None, max_
 
 
 def describe_shared_images(train_data: SampleDataset, val_data: SampleDataset | None) -> str:
-    """Return how many validation images are training images, too, of datasets that name their images; '' if none is."""
+    """Return how many validation images are training images, too; '' if none is, or the images have no names."""
     names: list[dict[str, None]] = []
     for data in (train_data, *([] if val_data is None else [val_data])):
         parts = [part for part in parts_of(data) if isinstance(getattr(part, "annotations", None), Annotations)]
