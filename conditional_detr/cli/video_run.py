@@ -4,7 +4,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -71,6 +71,7 @@ class VideoRun:
     _window: Window | None = field(default=None, init=False)
     _temporary: Path | None = field(default=None, init=False)
     _complete: bool = field(default=False, init=False)  # whether the last frame is done
+    _made: bool = field(default=False, init=False)  # whether this run has made the folder
 
     def check_files(self) -> bool:
         """Check existing files against the options, and return whether lines of an earlier run are resumed.
@@ -79,6 +80,7 @@ class VideoRun:
             OSError: the folder cannot be made, or a file exists that may not be replaced.
             ValueError: a file is the input or a link.
         """
+        self._made |= not os.path.lexists(self.output)
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -129,6 +131,9 @@ class VideoRun:
                 self._window.close()
         finally:
             self._stack.close()
+            if self._made and not self.done:
+                with suppress(OSError):  # it is not empty
+                    self.output.rmdir()
 
     def run(
         self, detector: "Detector", postprocessing: "Postprocessing", batch_size: int | None, *, live: bool

@@ -473,7 +473,8 @@ def test_a_run_without_a_frame_leaves_earlier_results_and_names_no_file(
     assert result.exit_code == 2
     assert message in result.stderr
     assert "annotated.mp4" not in result.output
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert out.exists() == existing
+    assert {path.name: path.read_bytes() for path in out.glob("*")} == before
 
 
 def damage(line, kind):
