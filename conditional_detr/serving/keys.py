@@ -53,8 +53,8 @@ class ApiKeys:
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path}: expected text in UTF-8: {error}") from error
         except OSError as error:
-            message = f"{self.path}: the file of API keys cannot be read: {error.strerror or error}"
-            raise type(error)(error.errno, message) from error
+            reason = error.strerror or error
+            raise type(error)(f"{self.path}: the file of API keys cannot be read: {reason}") from error
         digests = []
         for number, line in enumerate(content.splitlines(), 1):
             text = _COMMENT.sub("", line).strip()

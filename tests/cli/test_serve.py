@@ -72,7 +72,10 @@ def test_a_public_address_needs_keys(host):
         (["--allow-urls", "http://x/"], "hosts: expected names such as"),
         (["--max-batch", "0"], "max_batch: expected at least 1, got 0"),
         (["--max-wait-ms", "5000"], "max_wait: expected 0 to 1 seconds, got 5.0"),
-        (["--api-key-file", "missing.txt"], "[Errno 2] No such file or directory: 'missing.txt'"),
+        (
+            ["--api-key-file", "missing.txt"],
+            "missing.txt: the file of API keys cannot be read: No such file or directory",
+        ),
         (["--device", "abacus"], "device: expected one that this machine has, got 'abacus'"),
         (["--host", "192.0.2.1", "--insecure"], "--host 192.0.2.1 --port 0: "),
     ],
