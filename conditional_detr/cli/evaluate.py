@@ -34,8 +34,8 @@ from conditional_detr.system.progress import progress_bar
 from conditional_detr.system.storage import absolute, is_remote
 
 if TYPE_CHECKING:
-    from conditional_detr.data.formats.parquet import ShardImages
     from conditional_detr.data.formats.reading import DataSource
+    from conditional_detr.data.row_groups import ShardImages
     from conditional_detr.evaluation.coco import CocoResult
     from conditional_detr.inference.detector import Detector
 
@@ -118,8 +118,9 @@ def _open_source(
     Raises:
         OSError, ValueError: there are none; before the model is loaded.
     """
-    from conditional_detr.data.formats.parquet import ShardImages, is_parquet, open_shards
+    from conditional_detr.data.formats.parquet import is_parquet, open_shards
     from conditional_detr.data.formats.reading import find_splits
+    from conditional_detr.data.row_groups import ShardImages
 
     chosen: Any = None if format is None else format.value
     if not is_parquet(data) and not is_remote(data):

@@ -13,9 +13,9 @@ from conditional_detr.system.storage import is_remote
 if TYPE_CHECKING:
     from conditional_detr.data.augmentation import Augmentation
     from conditional_detr.data.dataset import AnnotatedData
-    from conditional_detr.data.formats.parquet import Shards
     from conditional_detr.data.formats.reading import Format, OpenedData
     from conditional_detr.data.rotated_boxes import Rotated
+    from conditional_detr.data.row_groups import Shards
     from conditional_detr.modeling.metadata import Preprocessing
 
 
@@ -148,8 +148,8 @@ def open_datasets(
         OSError, ValueError: as :class:`CocoData` and :class:`ParquetData`, or an option that is not of Parquet files.
     """
     from conditional_detr.data.dataset import CocoData
-    from conditional_detr.data.formats.parquet import Shards
     from conditional_detr.data.parquet import ParquetData
+    from conditional_detr.data.row_groups import Shards
 
     def make(source: "OpenedData | Shards", kept: Any, **options: Any) -> "AnnotatedData":
         if isinstance(source, Shards):

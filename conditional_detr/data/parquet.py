@@ -15,7 +15,8 @@ from conditional_detr.data.annotations import warn_of_left_out_categories
 from conditional_detr.data.augmentation import Augmentation
 from conditional_detr.data.coco import stated_size
 from conditional_detr.data.dataset import AnnotatedData
-from conditional_detr.data.formats.parquet import Contents, RowGroup, ShardImages, Shards, open_shards
+from conditional_detr.data.formats.parquet import open_shards
+from conditional_detr.data.row_groups import Contents, RowGroup, ShardImages, Shards
 from conditional_detr.inference.pipeline import map_in_threads
 from conditional_detr.inference.preprocessing import open_by_backend
 from conditional_detr.modeling.metadata import Preprocessing
@@ -77,7 +78,7 @@ class ParquetData(AnnotatedData):
                 memory of each process, and some row groups. Default: as many as have 500 MB, at most 5,000.
 
         Raises:
-            ImportError: pyarrow or the package of the file system is not installed.
+            ImportError: pyarrow, or the package of the file system is not installed.
             OSError: a file cannot be read.
             ValueError: a file lacks a column; the annotations are invalid, as in CocoData; class_names lacks a
                 category; or seed or shuffle_buffer is out of range.

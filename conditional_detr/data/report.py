@@ -125,7 +125,7 @@ def check_data(
     listed = {(folder / name).resolve() for name in present}
     notes["image files without an entry in the annotations"] = [
         str(path)
-        for path in sorted(_files_beside(data, folder, split, annotations, format))
+        for path in sorted(_files_beside(data, folder, annotations, format))
         if path.suffix.lower() in Image.registered_extensions()
         and not path.name.startswith("._")  # macOS's metadata of another file
         and path.resolve() not in listed
@@ -147,9 +147,7 @@ def check_data(
     )
 
 
-def _files_beside(
-    data: Annotations, folder: Path, split: str, source: DataSource, format: Format | None
-) -> Iterator[Path]:
+def _files_beside(data: Annotations, folder: Path, source: DataSource, format: Format | None) -> Iterator[Path]:
     """Yield the files that images may be among: of one of several splits, those in the folders of its images."""
     several = isinstance(source, str | Path) and len(find_splits(source, format=format)) > 1
     if not several:

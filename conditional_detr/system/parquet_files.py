@@ -5,6 +5,16 @@ from typing import Any
 from conditional_detr.system.storage import locate
 
 
+def check_pyarrow() -> None:
+    """Raise ModuleNotFoundError, with what to install, unless pyarrow is installed."""
+    try:
+        import pyarrow  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"Parquet files need {error.name}, which is not installed: pip install 'conditional-detr[parquet]'"
+        ) from error
+
+
 def open_parquet(name: str, footer: Any = None) -> Any:
     """Return the ``pyarrow.parquet.ParquetFile`` of a path or URI.
 

@@ -111,12 +111,15 @@ def check_images(train_data: SampleDataset, val_data: SampleDataset | None, max_
 
 def describe_shared_images(train_data: SampleDataset, val_data: SampleDataset | None) -> str:
     """Return how many validation images are training images, too; '' if none is, or the images have no names."""
+    if val_data is None:
+        return ""
     names: list[dict[str, None]] = []
-    for data in (train_data, *([] if val_data is None else [val_data])):
-        parts = [part for part in parts_of(data) if isinstance(getattr(part, "annotations", None), Annotations)]
+    for data in (train_data, val_data):
+        in_coco = [part for part in parts_of(data) if isinstance(getattr(part, "annotations", None), Annotations)]
+        parts: list[Any] = [part for part in in_coco if hasattr(part, "describe")]
         of_data = [part.describe(i) for part in parts for i in range(len(part))]
         names.append({os.path.abspath(name): None for name in of_data})  # noqa: PTH100  # links stay
-    if not (shared := [name for of_val in names[1:] for name in of_val if name in names[0]]):
+    if not (shared := [name for name in names[1] if name in names[0]]):
         return ""
     count = f"{len(shared)} of the {len(names[1])} validation images are training images, too, such as {shared[0]}"
     return f"{count}: AP on these measures what was trained"

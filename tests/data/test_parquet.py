@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sys
 from collections import Counter
 
 import datasets
@@ -18,10 +19,11 @@ from conditional_detr.data.augmentation import Augmentation
 from conditional_detr.data.batching import batches
 from conditional_detr.data.dataset import CocoData
 from conditional_detr.data.formats.conversion import convert_data
-from conditional_detr.data.formats.parquet import RowGroup, find_shards, is_parquet, open_shards
+from conditional_detr.data.formats.parquet import find_shards, is_parquet, open_shards
 from conditional_detr.data.formats.parquet_writing import _row_groups, plan_shards
 from conditional_detr.data.formats.reading import open_data
 from conditional_detr.data.parquet import ParquetData
+from conditional_detr.data.row_groups import RowGroup
 from helpers import coco
 
 SMALL = Preprocessing(32, 48)
@@ -143,12 +145,14 @@ def test_datasets_reads_what_convert_data_writes(tmp_path):
         assert names[0] == names[1]
 
 
-def test_files_are_filled_in_the_order_of_the_dataset(tmp_path):
+def test_files_are_filled_in_the_order_of_the_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr("conditional_detr.data.formats.parquet_writing.SHARD_BYTES", 1)
+    monkeypatch.setattr("conditional_detr.data.formats.parquet_writing.ROW_GROUP", 2)
     path, images = coco.write(tmp_path / "source")
     data, _ = open_data(path, images)
     paths = {image_id: images / info["file_name"] for image_id, info in data.images.items()}
     done = []
-    plan = plan_shards("val", data, paths, shard_bytes=1, row_group=2, written=done.append)
+    plan = plan_shards("val", data, paths, written=done.append)
     assert [*plan] == ["val-00000-of-00002.parquet", "val-00001-of-00002.parquet"]
     for name, write in plan.items():
         write(tmp_path / name)
@@ -377,6 +381,15 @@ def test_the_buffer_holds_500_megabytes_or_5000_images(tmp_path):
     assert ParquetData(tmp_path, preprocessing=SMALL).shuffle_buffer == 5000
 
 
+def test_without_pyarrow_the_error_says_what_to_install(shards, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for call in (lambda: ParquetData(shards), lambda: convert_data(tmp_path, tmp_path / "out", to="parquet")):
+        with pytest.raises(ModuleNotFoundError, match=r"Parquet files need pyarrow, .* 'conditional-detr\[parquet\]'"):
+            call()
+    with pytest.raises(ValueError, match="to: expected coco or parquet, got 'yolo'"):
+        convert_data(tmp_path, tmp_path / "out", to="yolo")
+
+
 def test_no_buffer_and_no_probabilities(shards):
     with pytest.raises(ValueError, match="shuffle_buffer: expected at least 1, got 0"):
         ParquetData(shards, shuffle_buffer=0)
@@ -455,7 +468,7 @@ def test_row_groups_have_at_most_100_megabytes(tmp_path):
         paths[2**70 + i] = tmp_path / f"{i}\udcff.bin"
         paths[2**70 + i].write_bytes(b"")
         os.truncate(paths[2**70 + i], megabytes * 1_000_000)
-    assert [len(group) for group, _ in _row_groups(paths, 100)] == [1, 2, 1, 1]
+    assert [len(group) for group, _ in _row_groups(paths)] == [1, 2, 1, 1]
     content = coco.content()
     _, images = coco.write(tmp_path / "source")
     for entry in (*content["images"], *content["annotations"]):

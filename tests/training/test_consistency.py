@@ -15,7 +15,7 @@ from conditional_detr.data.augmentation import Augmentation
 from conditional_detr.data.dataset import CocoData
 from conditional_detr.data.synthetic import write_shapes
 from conditional_detr.training.config import TrainConfig
-from conditional_detr.training.consistency import MatchedClasses, match_classes
+from conditional_detr.training.consistency import MatchedClasses, describe_shared_images, match_classes
 from conditional_detr.training.loop import train
 from conditional_detr.training.optimizer import fit_warmup
 from helpers.training_runs import Rectangles, small_model, steps_of
@@ -68,6 +68,9 @@ def test_validation_on_training_images_is_reported(shapes, tmp_path, capsys):
     again = CocoData(shapes[0], shapes[1] / ".." / shapes[1].name, preprocessing=SIZE)
     train(model_of(data.metadata), data, again, ONE, folder=tmp_path / "shared")
     assert "4 of the 4 validation images are training images, too, such as" in capsys.readouterr().err
+    unnamed = Rectangles(4)
+    unnamed.annotations = data.annotations
+    assert describe_shared_images(unnamed, data) == describe_shared_images(data, unnamed) == ""
     other = CocoData(
         write_shapes(tmp_path, 2, seed=0, split="val", size=(64, 80)), tmp_path / "val", preprocessing=SIZE
     )

@@ -16,8 +16,9 @@ from conditional_detr.data.augmentation import Augmentation
 from conditional_detr.data.batching import batches
 from conditional_detr.data.dataset import CocoData
 from conditional_detr.data.formats.conversion import convert_data
-from conditional_detr.data.formats.parquet import ShardImages, find_shards, open_shards
+from conditional_detr.data.formats.parquet import find_shards, open_shards
 from conditional_detr.data.parquet import ParquetData
+from conditional_detr.data.row_groups import ShardImages
 from conditional_detr.data.synthetic import write_shapes
 from conditional_detr.evaluation.coco import evaluate
 from conditional_detr.training.callbacks import Callback

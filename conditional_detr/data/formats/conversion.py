@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from conditional_detr.data.coco import Annotations, image_paths, read_annotations
 from conditional_detr.data.formats.content import WHOLE, Splits, split_name
@@ -13,6 +13,7 @@ from conditional_detr.data.formats.splitting import parse_fractions, split_data
 from conditional_detr.data.json_values import Id, shorten_list
 from conditional_detr.system.atomic_files import encode_text, remove_unfinished, write_atomically
 from conditional_detr.system.outputs import check_output, check_output_folder, is_same_file
+from conditional_detr.system.parquet_files import check_pyarrow
 
 Target: TypeAlias = Literal["coco", "parquet"]
 """What is written: annotations as COCO JSON, or Parquet files with the images, too."""
@@ -73,10 +74,14 @@ def convert_data(
         The splits. All files are written, or none.
 
     Raises:
-        ImportError: pyarrow, which writes Parquet files, is not installed.
-        OSError: a file cannot be read or written, or exists; or the folder has other Parquet files of a split.
+        ModuleNotFoundError: pyarrow, which writes Parquet files, is not installed.
+        OSError: a file cannot be read or written, or exists; or the folder has other Parquet files.
         ValueError: the dataset is invalid, or has splits of its own where ``split`` is given.
     """
+    if to not in get_args(Target):
+        raise ValueError(f"to: expected {' or '.join(get_args(Target))}, got {to!r}")
+    if to == "parquet":
+        check_pyarrow()
     shares = None if split is None else parse_fractions(split)
     splits = find_splits(source, images, format=format)
     if shares is not None and WHOLE not in splits:

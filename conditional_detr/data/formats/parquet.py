@@ -9,132 +9,23 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from conditional_detr.data.coco import Annotations, read_annotations
+from conditional_detr.data.coco import read_annotations
 from conditional_detr.data.formats.content import WHOLE, Collector, split_name
 from conditional_detr.data.formats.hugging_face import add_objects, category_key, names_in
 from conditional_detr.data.formats.reading import recognise
-from conditional_detr.data.json_values import Id, shorten_list
+from conditional_detr.data.json_values import shorten_list
+from conditional_detr.data.row_groups import RowGroup, Shards
 from conditional_detr.inference.pipeline import map_in_threads
 from conditional_detr.system.atomic_files import recover
-from conditional_detr.system.parquet_files import image_bytes, image_column, open_parquet
+from conditional_detr.system.parquet_files import check_pyarrow, image_column, open_parquet
 from conditional_detr.system.storage import absolute, is_file, is_folder, is_remote, path_of, walk
 
 SUFFIX = ".parquet"
 _SIZE, _OBJECTS = ("width", "height"), "objects"
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.parquet")
 _READERS = 8  # threads that read annotations
-
-
-Contents: TypeAlias = dict[int, bytes | Exception]
-"""The bytes of images by the index of the sample, or why they cannot be read."""
-
-
-class RowGroup(NamedTuple):
-    """Rows of a Parquet file that are read together.
-
-    Attributes:
-        file: the path or URI of the file.
-        position: of the row group in the file.
-        first: row of the file, the first of the group.
-        samples: indices in the dataset.
-        footer: the footer of the file, as it was when the dataset was opened.
-    """
-
-    file: str
-    position: int
-    first: int
-    samples: range
-    footer: Any
-
-    @property
-    def size(self) -> int:
-        """Bytes of its columns."""
-        return int(self.footer.row_group(self.position).total_byte_size)
-
-    def name(self, sample: int) -> str:
-        """Return the name of a sample's image: ``FILE#ROW``."""
-        return f"{self.file}#{self.first + sample - self.samples.start}"
-
-    def read(self) -> Contents:
-        """Return the encoded images; each has the error if the row group cannot be read."""
-        try:
-            with open_parquet(self.file, self.footer) as file:
-                column = image_column(self.file, file.schema_arrow)
-                chunks = file.read_row_group(self.position, columns=[column], use_threads=False).column(0).chunks
-                images = [image for chunk in chunks for image in image_bytes(chunk)]
-            if len(images) != len(self.samples):
-                raise ValueError(f"expected {len(self.samples)} rows, got {len(images)}")
-        except Exception as error:  # the type of the error of a damaged file depends on the damage
-            message = f"{self.file}: row group {self.position} cannot be read, or the file has changed: {error}"
-            return {sample: OSError(message) for sample in self.samples}
-        missing = "expected the bytes of an image, got null"
-        return {
-            sample: ValueError(f"{self.name(sample)}: {missing}") if image is None else image
-            for sample, image in zip(self.samples, images, strict=True)
-        }
-
-
-class Shards(NamedTuple):
-    """A split of a dataset in Parquet files.
-
-    Attributes:
-        annotations: the checked annotations; the images' file_names are ``FILE#ROW``, relative to the folder.
-        row_groups: where the images are, in the order of the annotations.
-    """
-
-    annotations: Annotations
-    row_groups: tuple[RowGroup, ...]
-
-
-class ShardImages(Mapping[Id, bytes]):
-    """The encoded images of a dataset in Parquet files, by image id; the last row group is in memory.
-
-    Args:
-        shards: the dataset.
-    """
-
-    def __init__(self, shards: Shards) -> None:
-        self.row_groups = shards.row_groups
-        self._indices = {image_id: index for index, image_id in enumerate(shards.annotations.images)}
-        self._starts = np.array([group.samples.start for group in shards.row_groups])
-        self._last: tuple[int, Contents] = (-1, {})
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __iter__(self) -> Iterator[Id]:
-        return iter(self._indices)
-
-    def __getitem__(self, image_id: Id) -> bytes:
-        """Return an encoded image.
-
-        Raises:
-            OSError: it cannot be read.
-            ValueError: there is none.
-        """
-        content = self.content(self._indices[image_id])
-        if isinstance(content, Exception):
-            raise content
-        return content
-
-    def content(self, index: int) -> bytes | Exception:
-        """Return the encoded image of a sample, or why it cannot be read."""
-        position = self.group_of(index)
-        if position != self._last[0]:
-            self._last = position, self.row_groups[position].read()
-        return self._last[1][index]
-
-    def name(self, index: int) -> str:
-        """Return the name of a sample's image: ``FILE#ROW``."""
-        return self.row_groups[self.group_of(index)].name(index)
-
-    def group_of(self, index: int) -> int:
-        """Return the position of the row group of a sample."""
-        return int(np.searchsorted(self._starts, index, side="right")) - 1
 
 
 class _File(NamedTuple):
@@ -166,10 +57,12 @@ def find_shards(source: str | Path) -> dict[str, list[str]]:
         source: the path or URI of a folder or a file.
 
     Raises:
+        ModuleNotFoundError: pyarrow is not installed.
         OSError: there are no Parquet files, or files of those that are numbered, ``00000-of-00002``, are missing.
         ValueError: some files have the name of a split, others have not; or the splits are in several folders, as of
             several configurations of a dataset.
     """
+    check_pyarrow()
     name = absolute(str(source))
     if is_file(name):
         return {WHOLE: [name]}
@@ -224,6 +117,7 @@ def open_shards(source: str | Path, *, split: str = "train") -> Shards:
         split: train, val or test; files without splits are used as they are.
 
     Raises:
+        ModuleNotFoundError: pyarrow is not installed.
         OSError: a file cannot be read.
         ValueError: the split is missing, or a file lacks a column or has invalid annotations.
     """

@@ -21,8 +21,6 @@ def plan_shards(
     data: Annotations,
     paths: Mapping[Id, Path],
     *,
-    shard_bytes: int = SHARD_BYTES,
-    row_group: int = ROW_GROUP,
     written: Callable[[int], None] = lambda images: None,
 ) -> dict[str, Callable[[Path], None]]:
     """Return the files of a split, by name, each with the function that writes it.
@@ -31,8 +29,6 @@ def plan_shards(
         split: name of the split, with which the names of the files begin.
         data: its annotations.
         paths: the image files by image id.
-        shard_bytes: a file is full once its images have as many bytes.
-        row_group: images of a row group.
         written: called with the number of images after each row group.
 
     Raises:
@@ -40,8 +36,8 @@ def plan_shards(
     """
     shards: list[list[list[Id]]] = [[]]
     size = 0
-    for group, of_group in _row_groups(paths, row_group):
-        if size >= shard_bytes:
+    for group, of_group in _row_groups(paths):
+        if size >= SHARD_BYTES:
             shards.append([])
             size = 0
         size += of_group
@@ -81,13 +77,13 @@ def plan_shards(
     return {f"{split}-{i:05}-of-{total:05}.parquet": writer(groups) for i, groups in enumerate(shards)}
 
 
-def _row_groups(paths: Mapping[Id, Path], most: int) -> Iterator[tuple[list[Id], int]]:
+def _row_groups(paths: Mapping[Id, Path]) -> Iterator[tuple[list[Id], int]]:
     """Yield the images of each row group, and their bytes."""
     group: list[Id] = []
     size = 0
     for image_id, path in paths.items():
         bytes_of_image = path.stat().st_size
-        if group and (len(group) == most or size + bytes_of_image > ROW_GROUP_BYTES):
+        if group and (len(group) == ROW_GROUP or size + bytes_of_image > ROW_GROUP_BYTES):
             yield group, size
             group, size = [], 0
         group.append(image_id)
