@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from conditional_detr.checkpoints.tensor_checks import abbreviate, copy_values, not_finite
+from conditional_detr.checkpoints.tensor_checks import abbreviate, copy_values
 from conditional_detr.checkpoints.tensor_files import WEIGHT_SUFFIXES, read_tensors
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
 
@@ -64,20 +64,20 @@ def load_backbone_weights(model: DetectionTransformer, path: str | Path) -> Back
     for norm, (bias, eps) in folded.items():
         stored |= {_flat(f"{norm}.{name}"): value for name, value in _bias_only(stored[bias].float(), eps).items()}
     missing = [name for name in state if _flat(name) not in stored]
-    wrong_shape, copies, sums = [], {}, []
+    wrong_shape, infinite, copies = [], [], {}
     for name in sorted(state.keys() - set(missing)):
         tensor, expected = stored[_flat(name)], tuple(state[name].shape)
         if tensor.shape != expected or not tensor.is_floating_point():
             wrong_shape.append(f"{name}: expected {expected} floating point, got {tuple(tensor.shape)} {tensor.dtype}")
             continue
         copies[name] = torch.empty(expected, dtype=torch.float32, device="cpu")
-        sums.append(copy_values(tensor, copies[name]))
-    infinite = not_finite(copies, sums)
+        if not copy_values(tensor, copies[name]):
+            infinite.append(name)
     used = {_flat(name) for name in state} | {bias for bias, _ in folded.values()}
     unused = tuple(name for name in tensors if _flat(name) not in used)
     stages = tuple(_flat(f"{stage['module']}.") for stage in feature_info.info[: model.config.backbone_stage + 1])
     deeper = [name for name in unused if _flat(name).startswith(stages)]
-    problems = {"missing": missing, "wrong shape": wrong_shape, "not finite": sorted(infinite)}
+    problems = {"missing": missing, "wrong shape": wrong_shape, "not finite": infinite}
     problems |= {"unexpected, in stages that the backbone has": deeper}
     if any(problems.values()):
         listed = "".join(f"\n  {problem}: {abbreviate(names)}" for problem, names in problems.items() if names)

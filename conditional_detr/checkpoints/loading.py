@@ -4,12 +4,9 @@ Every tensor of the file is used exactly once and every parameter is filled; oth
 """
 
 import logging
-import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +24,7 @@ from conditional_detr.checkpoints.hf_config import (
 )
 from conditional_detr.checkpoints.key_maps import KeyMap, Source, detect_key_map, source_of
 from conditional_detr.checkpoints.meta_init import MetaInit
-from conditional_detr.checkpoints.tensor_checks import abbreviate, copy_values, not_finite
+from conditional_detr.checkpoints.tensor_checks import abbreviate, allocate, copy_values
 from conditional_detr.modeling.architectures import ARCHITECTURES, plain_class
 from conditional_detr.modeling.config import Config
 from conditional_detr.modeling.detection_transformer import DetectionTransformer
@@ -238,12 +235,12 @@ def _fill(model: DetectionTransformer, checkpoint: Checkpoint, key_map: KeyMap, 
             wrong_shape.append(f"{source} (native name {native}): expected {want}, got {got}")
             continue
         fitting[native] = stored if source.third is None else stored.chunk(3)[source.third]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # its threads end here: a fork is safe afterwards
-        copies = [*pool.map(partial(_copy, device=device), fitting.values())]
-    filled = {native: copy for native, (copy, _) in zip(fitting, copies, strict=True)}
-    for native, copy in filled.items():
-        slots[native].fill(copy)
-    infinite = [f"{sources[name]} (native name {name})" for name in not_finite(filled, [total for _, total in copies])]
+    infinite = []
+    copies = allocate([tensor.shape for tensor in fitting.values()])  # a model in the file breaks when it changes
+    for (native, tensor), copy in zip(fitting.items(), copies, strict=True):
+        if not copy_values(tensor, copy):
+            infinite.append(f"{sources[native]} (native name {native})")
+        slots[native].fill(copy.to(device))
     problems = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong_shape, "not finite": infinite}
     if any(problems.values()):
         listed = "".join(f"\n  {problem}: {abbreviate(keys)}" for problem, keys in problems.items() if keys)
@@ -258,18 +255,6 @@ def _slots(model: nn.Module) -> dict[str, _Slot]:
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if name not in module._non_persistent_buffers_set and tensor is not None
     }
-
-
-def _copy(tensor: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Copy a tensor out of the file's memory mapping, and return the copy and the sum of its values.
-
-    A model in the mapping breaks when the file changes.
-    """
-    if device.type != "cpu":
-        copy = tensor.to(device, torch.float32, copy=True, memory_format=torch.contiguous_format)
-        return copy, copy.sum()
-    copy = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
-    return copy, copy_values(tensor.detach(), copy)
 
 
 def _file_shape(shape: torch.Size, source: Source) -> torch.Size:

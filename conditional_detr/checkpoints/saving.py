@@ -196,8 +196,7 @@ def _checked_state(model: DetectionTransformer, dtype: torch.dtype | None) -> di
             problems.append(f"{native}: expected {expected}, got {tuple(tensor.shape)}")
             continue
         stored[native] = tensor.detach().to("cpu", dtype).contiguous()
-    infinite = not_finite(stored, [tensor.sum() for tensor in stored.values()])
-    problems += [f"{native}: not finite in {stored[native].dtype}" for native in infinite]
+    problems += [f"{native}: not finite in {stored[native].dtype}" for native in not_finite(stored)]
     if problems:
         raise ValueError(f"model: cannot be saved: {abbreviate(problems)}")
     return stored

@@ -1,6 +1,8 @@
 """Copy tensors, check them for NaN and infinity, and list names in messages."""
 
-from collections.abc import Iterator, Sequence
+import mmap
+import sys
+from collections.abc import Sequence
 from math import isfinite
 
 import numpy as np
@@ -8,57 +10,48 @@ import torch
 from torch import Tensor
 
 _SHOWN = 8  # names that a message lists before it counts the rest
-_BLOCK = 2**15 - 1  # elements; torch starts its thread pool for more
+_ALIGNMENT = 64  # bytes; torch's own, on which the last digits of some kernels depend
 
 
-def copy_values(source: Tensor, target: Tensor) -> Tensor:
-    """Copy values to a float32 tensor of the same shape on the CPU, and return their sum.
+def allocate(shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Return float32 tensors on the CPU with any values, each with a storage of its own.
+
+    On Linux they lie in one block whose pages are requested at once: a page fault for each page takes longer than
+    copying the values. The block is freed with the last of the tensors.
+    """
+    if sys.platform != "linux":
+        return [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes]
+    sizes = [-(-shape.numel() * torch.float32.itemsize // _ALIGNMENT) * _ALIGNMENT for shape in shapes]
+    block = mmap.mmap(-1, max(sum(sizes), 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+    tensors, start = [], 0
+    for shape, size in zip(shapes, sizes, strict=True):
+        values = torch.frombuffer(block, dtype=torch.float32, count=shape.numel(), offset=start)
+        tensors.append(values.view(shape))
+        start += size
+    return tensors
+
+
+def copy_values(source: Tensor, target: Tensor) -> bool:
+    """Copy values to a float32 tensor of the same shape on the CPU, and return whether all are finite there.
 
     numpy computes in one thread. torch would start its thread pool, and a process with one hangs when it is forked and
     the child computes.
     """
-    copy = target.numpy()
-    if source.dtype == torch.bfloat16:  # numpy does not have it
-        for part, block in zip(_blocks(source), _blocks(target), strict=True):
-            block.copy_(part)
+    values, copy = source.detach(), target.numpy()
+    if source.dtype == torch.bfloat16:  # numpy does not have it; its bits are the upper half of a float32's
+        np.left_shift(values.view(torch.uint16).numpy(), 16, out=copy.view(np.uint32), dtype=np.uint32)
     else:
-        with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32; not_finite() reports it
-            np.copyto(copy, source.detach().numpy(), casting="same_kind")
-    with np.errstate(over="ignore", invalid="ignore"):
-        return torch.tensor(copy.sum(), dtype=torch.float32, device="cpu")
+        with np.errstate(over="ignore"):  # float64 beyond float32
+            np.copyto(copy, values.numpy(), casting="same_kind")
+    return isfinite(copy.min()) and isfinite(copy.max())  # either is NaN if any value is
 
 
-def not_finite(tensors: dict[str, Tensor], sums: Sequence[Tensor]) -> list[str]:
-    """Return the names of the tensors that hold NaN or infinity.
-
-    A finite sum proves that all values are finite. A sum that is not finite may be an overflow, so only those tensors
-    are checked value by value.
-
-    Args:
-        tensors: the tensors, by name.
-        sums: the sum of each tensor, in the same order.
-    """
-    if not sums:
-        return []
-    totals = torch.stack(list(sums)).tolist()
-    suspects = [name for name, total in zip(tensors, totals, strict=True) if not isfinite(total)]
-    return [name for name in suspects if not all(block.isfinite().all() for block in _blocks(tensors[name]))]
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold NaN or infinity."""
+    return [name for name, tensor in tensors.items() if not all(map(isfinite, tensor.aminmax()))]
 
 
 def abbreviate(names: Sequence[str]) -> str:
     """Return the first few names and the number of the others."""
     rest = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """Split a tensor into views of few elements, in an order that depends on its shape only."""
-    if tensor.numel() <= _BLOCK:
-        yield tensor
-        return
-    rows = _BLOCK * len(tensor) // tensor.numel()
-    for part in tensor.split(max(rows, 1)):
-        if part.numel() <= _BLOCK:
-            yield part
-        else:
-            yield from _blocks(part[0])

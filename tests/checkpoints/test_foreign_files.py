@@ -20,7 +20,7 @@ from conditional_detr.checkpoints.files import open_checkpoint
 from conditional_detr.checkpoints.hf_config import read_metadata
 from conditional_detr.checkpoints.labels import COCO_NAMES
 from conditional_detr.checkpoints.loading import from_pretrained
-from conditional_detr.checkpoints.tensor_checks import copy_values
+from conditional_detr.checkpoints.tensor_checks import allocate, copy_values
 from helpers.models import assert_same
 from helpers.name_formats import to_original
 
@@ -264,16 +264,36 @@ def test_many_names_take_linear_time(tiny):
     assert (len(changes.kept_classes), changes.dropped_classes) == (20_000, ())
 
 
-@pytest.mark.parametrize(("size", "strides"), [((40_000,), None), ((3, 50_000), None), ((7, 70, 90), (1, 7, 490))])
-def test_copying_in_blocks(size, strides):
-    source = torch.randn(size, dtype=torch.float64)
-    source = source if strides is None else torch.empty_strided(size, strides).copy_(source)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("size", "strides"), [((40_000,), None), ((), None), ((7, 70, 90), (1, 7, 490))])
+def test_copies_equal_those_of_torch(dtype, size, strides):
+    source = torch.randn(size).to(dtype)
+    source = source if strides is None else torch.empty_strided(size, strides, dtype=dtype).copy_(source)
     copy = torch.full(size, torch.nan)
-    total = copy_values(source, copy)
+    assert copy_values(source, copy)
     assert torch.equal(copy, source.float())
-    assert total.item() == pytest.approx(source.sum().item(), abs=1e-2)
-    copy_values(torch.full((), 3.0), copy[(0,) * len(size)])
-    assert copy[(0,) * len(size)] == 3
+    for value in (torch.nan, torch.inf, -torch.inf):
+        source[(-1,) * len(size)] = value
+        assert not copy_values(source, copy)
+        torch.testing.assert_close(copy, source.float(), rtol=0, atol=0, equal_nan=True)
+    assert copy_values(torch.full(size, 1e300, dtype=torch.float64), copy) is False, "beyond float32"
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_tensors_in_one_block_behave_like_others(tmp_path, platform, monkeypatch):
+    monkeypatch.setattr(sys, "platform", platform)
+    shapes = [torch.Size(shape) for shape in [(3, 5), (), (1000, 17), (1,)]]
+    tensors = allocate(shapes)
+    for number, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        assert (tensor.shape, tensor.dtype, tensor.data_ptr() % 64) == (shape, torch.float32, 0)
+        assert tensor.untyped_storage().nbytes() == 4 * shape.numel()
+        tensor.fill_(number)
+    assert [tensor.unique().tolist() for tensor in tensors] == [[0], [1], [2], [3]]
+    torch.save(tensors[1], tmp_path / "one.pt")
+    assert (tmp_path / "one.pt").stat().st_size < 4000, "only its own values are saved"
+    assert tensors[2].share_memory_().is_shared()
+    assert tensors[2].eq(2).all()
+    assert not tensors[0].is_shared()
 
 
 # ---- names that do not exist
