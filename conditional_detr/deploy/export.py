@@ -61,8 +61,8 @@ def export(
         model: the model; it is not changed.
         target: "….onnx"; "….xml" for OpenVINO, whose weights are written beside it to "….bin"; "….pt2" for
             torch.export. The suffix may be in capitals, except that ".bin" never is.
-        dtype: dtype of the computation: float32; or float16, for GPUs, where softmax, sines, reference points and box
-            arithmetic stay in float32.
+        dtype: dtype of the computation: float32; or float16, for GPUs, where softmax, sines, reference points, the
+            decoder's states and box arithmetic stay in float32.
         top_k: largest number of detections per image, to include post-processing; None: no post-processing.
         thresholds: thresholds by class name, to store for ``Detector.from_file``; None: none. The outputs are not
             changed.

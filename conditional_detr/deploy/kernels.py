@@ -164,15 +164,15 @@ class FusedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor, computation: Computation, *, relu: bool = False) -> None:
         super().__init__()
         weight, bias = (x.detach().to(computation.dtype).contiguous() for x in (weight, bias))
-        self.relu = relu
+        self.relu, self.dtype = relu, computation.dtype
         packed = computation.kernels and not computation.compiled  # the compiler does not support packed tensors
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if packed else weight
         self.bias = bias
         self.linear = _plain_linear if not computation.kernels else _fused_linear if packed else _opaque_linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (..., features out) for (..., features in)."""
-        return self.linear(x, self.weight, self.bias, self.relu)
+        """Return (..., features out) in the dtype of the computation for (..., features in) in any dtype."""
+        return self.linear(x.to(self.dtype), self.weight, self.bias, self.relu)
 
 
 def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:

@@ -162,14 +162,13 @@ class FastDecoder(nn.Module, ABC):
     def __init__(self, plain: Any, o_q: Tensor, computation: Computation) -> None:
         super().__init__()
         c = plain.layers[0].self_attend(torch.zeros_like(o_q), o_q)
-        constants = {"o_q": o_q, "first_content": c, "first_queries": self.queries_of_first_layer(plain, c, o_q)}
-        for name, value in constants.items():
-            self.register_buffer(name, value.to(computation.dtype))
+        self.register_buffer("o_q", o_q)
+        self.register_buffer("first_content", c)
+        self.register_buffer("first_queries", self.queries_of_first_layer(plain, c, o_q).to(computation.dtype))
         for layer in plain.layers:
             layer.self_attention, layer.cross_attention = self.attentions(layer, o_q, computation)
             layer.feedforward = FastFeedForward(layer.feedforward, computation)
-            layer.to(computation.dtype)
-        self.layers, self.norm = plain.layers, plain.norm.to(computation.dtype)
+        self.layers, self.norm = plain.layers, plain.norm
 
     def run(self, memory: Tensor, p_k: Tensor, padding: Tensor | None) -> Tensor:
         """Decode the object queries.
@@ -190,7 +189,7 @@ class FastDecoder(nn.Module, ABC):
             c = layer.self_attend(f, self.o_q)
             q = self.queries(layer.cross_attention, c, f)
             f = layer.update(c, layer.cross_attention.attend(q, keys[i], values[i], padding))
-        return self.norm(f)[None].float()
+        return self.norm(f)[None]
 
     @abstractmethod
     def queries_of_first_layer(self, plain: Any, c: Tensor, o_q: Tensor) -> Tensor:
@@ -219,11 +218,11 @@ class FastConditionalDecoder(FastDecoder):
         cross: list[Any] = [layer.cross_attention for layer in plain.layers]
         super().__init__(plain, o_q, computation)
         points, p_s = plain.points(o_q)
-        self.register_buffer("p_s", p_s.to(computation.dtype))
+        self.register_buffer("p_s", p_s)
         self.register_buffer("s", inverse_sigmoid(points))
         self.memory_parts = join_linears(computation, *(x for one in cross for x in (one.content_key, one.value)))
         self.spatial_keys = join_linears(computation, *(one.spatial_key for one in cross))
-        self.transformation = plain.transformation.to(computation.dtype)
+        self.transformation = plain.transformation
 
     def forward(self, memory: Tensor, p_k: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return f (1, B, N, D) of :meth:`run`, and reference points s (B, N, 2) before the sigmoid, float32."""

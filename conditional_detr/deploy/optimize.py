@@ -34,8 +34,9 @@ def optimize(
     """Make an optimised copy of a model for inference, on the model's device.
 
     The copy takes float32 pixels and returns float32 output of the last decoder layer: logits (1, B, N, C) and boxes
-    (1, B, N, 4). In float32 it is within 1e-4 of the model. In half precision, softmax, sines, reference points and
-    box arithmetic stay in float32. A Detector accepts the copy like any model.
+    (1, B, N, 4). In float32 it is within 1e-4 of the model. In half precision, softmax, sines, reference points, the
+    decoder's states between its operations, and box arithmetic stay in float32. A Detector accepts the copy like any
+    model.
 
     Tracing the backbone temporarily changes how torch calls modules in the whole process. No other thread may run a
     model meanwhile.

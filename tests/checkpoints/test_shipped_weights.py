@@ -55,7 +55,12 @@ def test_bccd_on_its_official_test_split(shared):
 
 
 def test_bccd_in_bfloat16_loses_at_most_three_thousandths(shared):
-    data = shared / "data" / "bccd"
-    detector = Detector(optimize(ConditionalDETR.from_pretrained("bccd"), dtype=torch.bfloat16))
-    result = evaluate(detector, data / "instances_test.json", data / "images")
-    assert result.metrics["AP"] == pytest.approx(card_metric("bccd", "AP"), abs=3.5e-3)  # the card's is rounded
+    """Of AP, on average of two splits: on one, the order of sums of different CPUs moves it by as much as a half."""
+    data, model = shared / "data" / "bccd", ConditionalDETR.from_pretrained("bccd")
+    rounded, exact = (Detector(optimize(model, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
+    lost = [
+        evaluate(exact, data / split, data / "images").metrics["AP"]
+        - evaluate(rounded, data / split, data / "images").metrics["AP"]
+        for split in ("instances_val.json", "instances_test.json")
+    ]
+    assert sum(lost) / 2 == pytest.approx(0, abs=3e-3)

@@ -286,19 +286,20 @@ def types_of(path) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "single", "half"),
+    ("suffix", "single", "half", "norm"),
     [
-        (".onnx", ["Softmax", "Sin", "Cos", "Sigmoid", "CumSum"], ["Conv", "LayerNormalization"]),
-        (".xml", ["Softmax", "Sin", "Cos", "Sigmoid", "CumSum"], ["Convolution", "MVN"]),
+        (".onnx", ["Softmax", "Sin", "Cos", "Sigmoid", "CumSum"], ["Conv"], "LayerNormalization"),
+        (".xml", ["Softmax", "Sin", "Cos", "Sigmoid", "CumSum"], ["Convolution"], "MVN"),
         # torch's attention computes softmax in float32 for every input dtype
-        (".pt2", ["sin", "cos", "sigmoid", "cumsum"], ["conv2d", "layer_norm", "scaled_dot_product_attention"]),
+        (".pt2", ["sin", "cos", "sigmoid", "cumsum"], ["conv2d", "scaled_dot_product_attention"], "layer_norm"),
     ],
 )
-def test_half_precision_keeps_sensitive_operations_in_float32(suffix, single, half, exports):
+def test_half_precision_keeps_sensitive_operations_in_float32(suffix, single, half, norm, exports):
     path, _ = exports("shapes" if suffix == ".onnx" else "tiny", suffix, dtype=torch.float16)
     types = types_of(path)
     assert {kind: types[kind] for kind in single} == {kind: {"float"} for kind in single}
     assert {kind: types[kind] for kind in half} == {kind: {"float16"} for kind in half}
+    assert types[norm] == {"float", "float16"}, "those of the decoder and of the encoder"
     assert "float16" in types[{".onnx": "MatMul", ".xml": "MatMul", ".pt2": "linear"}[suffix]]
     assert types["Log"] | types["log"] <= {"float"}
 
