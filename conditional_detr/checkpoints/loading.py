@@ -236,7 +236,8 @@ def _fill(model: DetectionTransformer, checkpoint: Checkpoint, key_map: KeyMap, 
             continue
         fitting[native] = stored if source.third is None else stored.chunk(3)[source.third]
     infinite = []
-    copies = allocate([tensor.shape for tensor in fitting.values()])  # a model in the file breaks when it changes
+    # copied out of the mapping of the file: a model in it would break when the file changes
+    copies = allocate([tensor.shape for tensor in fitting.values()])
     for (native, tensor), copy in zip(fitting.items(), copies, strict=True):
         if not copy_values(tensor, copy):
             infinite.append(f"{sources[native]} (native name {native})")

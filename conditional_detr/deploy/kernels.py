@@ -164,7 +164,7 @@ class FusedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor, computation: Computation, *, relu: bool = False) -> None:
         super().__init__()
         weight, bias = (x.detach().to(computation.dtype).contiguous() for x in (weight, bias))
-        self.relu, self.dtype = relu, computation.dtype
+        self.relu = relu
         packed = computation.kernels and not computation.compiled  # the compiler does not support packed tensors
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if packed else weight
         self.bias = bias
@@ -172,7 +172,7 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., features out) in the dtype of the computation for (..., features in) in any dtype."""
-        return self.linear(x.to(self.dtype), self.weight, self.bias, self.relu)
+        return self.linear(x.to(self.bias.dtype), self.weight, self.bias, self.relu)
 
 
 def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:

@@ -146,7 +146,8 @@ class FastCrossAttention(CrossAttention):
 class FastDecoder(nn.Module, ABC):
     """Optimised decoder for fixed object queries, whose projections are computed once.
 
-    Subclasses replace the attentions of the layers, and project queries, keys and values.
+    States and norms are float32; attentions and feed-forward networks have the dtype of the computation. Subclasses
+    replace the attentions of the layers, and project queries, keys and values.
 
     Args:
         plain: a float32 copy of the plain decoder, which is changed.
@@ -209,7 +210,7 @@ class FastDecoder(nn.Module, ABC):
 
 
 class FastConditionalDecoder(FastDecoder):
-    """Optimised decoder of ConditionalDETR; reference points are float32."""
+    """Optimised decoder of ConditionalDETR; reference points, their encoding p_s and λ_q are float32."""
 
     p_s: Tensor
     s: Tensor
